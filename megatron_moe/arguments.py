@@ -1,0 +1,138 @@
+"""Command line (and --config FILE.yaml, and --preset NAME) -> RunConfig.
+
+Precedence, lowest first: defaults, preset, YAML file, command line. Nothing here imports torch, so `--help` and every
+mistake are answered at once. Mistakes are collected and reported together, exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from megatron_moe.config.flags import (
+    ConfigError,
+    HelpFormatter,
+    add_config_group,
+    convert_all,
+    fields_of,
+    format_problems,
+    read_options,
+)
+from megatron_moe.config.leftovers import LEFTOVERS, NOT_YET
+from megatron_moe.config.presets import PRESETS
+from megatron_moe.config.run import GROUPS, RunConfig
+
+DESCRIPTION = """\
+Pretrain a GPT with Mixture-of-Experts layers. Start with
+
+  python pretrain_gpt_moe.py --preset tiny --mock-data --train-iters 20
+  torchrun --nproc-per-node 2 pretrain_gpt_moe.py --preset tiny --mock-data --moe-expert-parallel-size 2
+
+Dashes and underscores are the same in flag names. Megatron-DeepSpeed's flags keep their names; docs/flags.md lists them all.
+"""
+
+
+class Parsed:
+    """A run, and what its command line said that has no effect."""
+
+    def __init__(self, run: RunConfig, warnings: list[str], not_yet: list[str]):
+        self.run, self.warnings, self.not_yet = run, warnings, not_yet
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, usage=f"{prog} FLAGS", description=DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    start = parser.add_argument_group("Where settings come from")
+    start.add_argument("--preset", default=argparse.SUPPRESS, nargs="?", const="", metavar="NAME",
+                       help=f"named settings, overridden by everything else: {', '.join(PRESETS)}")  # fmt: skip
+    start.add_argument("--config", default=argparse.SUPPRESS, nargs="?", const="", metavar="FILE.yaml",
+                       help="YAML with the same names as the flags; the command line wins")  # fmt: skip
+    for group in GROUPS.values():
+        add_config_group(parser, group)
+    for name, (count, _) in (LEFTOVERS | NOT_YET).items():
+        nargs: Any = {0: None, 1: "?", "*": "*"}[count]
+        action = {"action": "store_true"} if count == 0 else {"nargs": nargs}
+        parser.add_argument(f"--{name}", dest=f"_other_{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **action)
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None, prog: str = "pretrain_gpt_moe.py") -> Parsed:
+    """Raises ConfigError with every problem of the command line."""
+    parser = build_parser(prog)
+    given, problems = read_options(parser, sys.argv[1:] if argv is None else argv)
+    others = [k.removeprefix("_other_") for k in list(given) if k.startswith("_other_")]
+    preset, config_file = given.pop("preset", None), given.pop("config", None)
+    classes = list(GROUPS.values())
+    values: dict[str, Any] = {}
+    if preset is not None:
+        if preset in PRESETS:
+            values |= PRESETS[preset]
+        else:
+            problems.append(f"--preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
+    if config_file is not None:
+        from_file, more = _read_yaml(config_file)
+        others += more
+        values |= convert_all(classes, from_file, problems)
+    values |= convert_all(classes, given, problems)
+    try:
+        run = RunConfig.from_values(values)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    warnings = [f"--{n} has no effect: {LEFTOVERS[n][1]}" for n in others if n in LEFTOVERS]
+    not_yet = [f"--{n}: {NOT_YET[n][1]} is not built yet; leave the flag out" for n in others if n in NOT_YET]
+    return Parsed(run, warnings, not_yet)
+
+
+def _read_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
+    """Settings of a YAML file by field name; leftovers apart. Aliases work as on the command line."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as f:
+            loaded = yaml.safe_load(f) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError([f"--config {path}: cannot be read: {error}"]) from None
+    if not isinstance(loaded, dict):
+        raise ConfigError([f"--config {path}: wants NAME: VALUE lines, not {type(loaded).__name__}"])
+    positive = {o[2:]: s for g in GROUPS.values() for s in fields_of(g) for o in s.options}
+    negative = {o[2:]: s for g in GROUPS.values() for s in fields_of(g) if s.kind is bool for o in s.negative_options}
+    values, others, problems = {}, [], []
+    for key, value in loaded.items():
+        name = str(key).replace("_", "-")
+        if name in positive:
+            values[positive[name].name] = value
+        elif name in negative:
+            values[negative[name].name] = not value
+        elif name in LEFTOVERS or name in NOT_YET:
+            others.append(name)
+        else:
+            import difflib
+
+            near = difflib.get_close_matches(name, [*positive, *negative], 1)
+            problems.append(f"--config {path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if problems:
+        raise ConfigError(problems)
+    return values, others
+
+
+def check_to_train(parsed: Parsed, world_size: int) -> None:
+    """Raises ConfigError with all that keeps this command from training on `world_size` ranks."""
+    problems = [*parsed.not_yet, *parsed.run.train_problems(), *parsed.run.world_problems(world_size)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def report_and_exit(problems: Iterable[str], rank: int, prog: str = "pretrain_gpt_moe.py") -> None:
+    """One message from rank 0, exit code 2 everywhere. Other ranks wait a moment: the launcher ends all at the first exit."""
+    if rank == 0:
+        print(format_problems(prog, problems), file=sys.stderr, flush=True)
+    else:
+        import time
+
+        time.sleep(2)
+    raise SystemExit(2)

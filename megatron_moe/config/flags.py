@@ -1,0 +1,304 @@
+"""A flag is one field: typed dataclass fields become argparse options, and parsed options become dataclasses.
+
+Flow: `flag(...)` declares a field -> `add_config_group` shows it in `--help` -> `given_options` reads the command line
+without stopping at the first mistake -> `build` makes the frozen dataclass and reports every problem at once.
+
+Worked example: the field `topk: int = flag(1, help="experts per token (k)", minimum=1)` is `--topk 2` (also
+`--topk=2`) on the command line, `topk: 2` in a YAML file, and `MoEConfig(topk=2)` in Python.
+Dashes and underscores are the same in flag names. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+_FLAG = "flag"
+_MISSING = "\0missing"  # an option that wants a value and got none
+
+
+class ConfigError(ValueError):
+    """One or more user mistakes. `problems` holds one sentence each: rule, values, remedy."""
+
+    def __init__(self, problems: Iterable[str]):
+        self.problems = list(dict.fromkeys(problems))
+        super().__init__("\n".join(self.problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class FlagInfo:
+    """What a field knows about itself beyond its type and default."""
+
+    help: str
+    names: tuple[str, ...] = ()  # further spellings, without the leading dashes
+    negative: tuple[str, ...] = ()  # further spellings that set a boolean to False
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None  # exclusive lower bound
+    parse: Callable[[list[str]], Any] | None = None  # words of the command line -> value
+    metavar: str | None = None
+    not_yet: str | None = None  # the feature exists as a flag only: using it to train is an error
+    hidden: bool = False
+
+
+def flag(default: Any, help: str, **info: Any) -> Any:
+    """Declare a dataclass field that is also a command-line flag."""
+    return dataclasses.field(default=default, metadata={_FLAG: FlagInfo(help=help, **info)})
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldSpec:
+    """One field of a config class, with its type resolved."""
+
+    name: str
+    kind: type  # int, float, str or bool
+    default: Any
+    info: FlagInfo
+    optional: bool = False
+    many: bool = False
+    choices: tuple[Any, ...] = ()
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def options(self) -> list[str]:
+        return [self.option, *("--" + n for n in self.info.names)]
+
+    @property
+    def negative_options(self) -> list[str]:
+        return ["--no-" + self.option[2:], *("--" + n for n in self.info.negative)]
+
+    def problems(self, value: Any) -> Iterator[str]:
+        """Bounds and choices of a value that already has the right type."""
+        if value is None:
+            return
+        for v in value if self.many else (value,):
+            if self.choices and v not in self.choices:
+                near = difflib.get_close_matches(str(v), [str(c) for c in self.choices], 1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                yield f"{self.option} must be one of {', '.join(map(str, self.choices))}, not {v!r}{hint}"
+            if self.info.minimum is not None and v < self.info.minimum:
+                yield f"{self.option} must be at least {self.info.minimum:g}, not {v:g}"
+            if self.info.maximum is not None and v > self.info.maximum:
+                yield f"{self.option} must be at most {self.info.maximum:g}, not {v:g}"
+            if self.info.above is not None and not v > self.info.above:
+                yield f"{self.option} must be greater than {self.info.above:g}, not {v:g}"
+
+
+def fields_of(cls: type) -> list[FieldSpec]:
+    """The flags of a config class, in the order of declaration."""
+    hints = typing.get_type_hints(cls)
+    return [_spec(f, hints[f.name]) for f in dataclasses.fields(cls) if _FLAG in f.metadata]
+
+
+def _spec(field: dataclasses.Field, hint: Any) -> FieldSpec:
+    optional = many = False
+    choices: tuple[Any, ...] = ()
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        members = [a for a in typing.get_args(hint) if a is not type(None)]
+        assert len(members) == 1, f"{field.name}: only X | None is supported, not {hint}"
+        optional, hint = True, members[0]
+    if typing.get_origin(hint) is tuple:
+        many, hint = True, typing.get_args(hint)[0]
+    if typing.get_origin(hint) is typing.Literal:
+        choices = typing.get_args(hint)
+        hint = type(choices[0])
+    return FieldSpec(field.name, hint, field.default, field.metadata[_FLAG], optional, many, choices)
+
+
+# ---------------------------------------------------------------- command line -> values
+
+
+def add_config_group(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Show the flags of `cls` in `--help` as one group, titled by the first line of its docstring."""
+    title, _, text = (cls.__doc__ or cls.__name__).strip().partition("\n")
+    group = parser.add_argument_group(title.rstrip("."), " ".join(text.split()) or None)
+    for spec in fields_of(cls):
+        _add_option(group, spec)
+
+
+def _add_option(group: argparse._ArgumentGroup, spec: FieldSpec) -> None:
+    text = argparse.SUPPRESS if spec.info.hidden else _help_text(spec)
+    if spec.kind is bool:
+        shown, other = (spec.options, spec.negative_options) if not spec.default else (spec.negative_options, spec.options)
+        group.add_argument(*shown, dest=spec.name, action="store_const", const=not spec.default, default=argparse.SUPPRESS, help=text)
+        group.add_argument(
+            *other, dest=spec.name, action="store_const", const=bool(spec.default), default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+        return
+    metavar = spec.info.metavar or ("{" + ",".join(map(str, spec.choices)) + "}" if spec.choices else spec.kind.__name__.upper())
+    # Everything is read as text and converted later, so that one run reports every mistake and not only the first.
+    shape = {"nargs": "*"} if spec.many or spec.info.parse else {"nargs": "?", "const": _MISSING}
+    group.add_argument(*spec.options, dest=spec.name, default=argparse.SUPPRESS, metavar=metavar, help=text, **shape)
+
+
+def _help_text(spec: FieldSpec) -> str:
+    notes = []
+    if spec.kind is bool:
+        if spec.default:
+            notes.append("default: on")
+    elif spec.default is not None and spec.default != ():
+        shown = " ".join(map(str, spec.default)) if spec.many else spec.default
+        notes.append(f"default: {shown}")
+    if spec.info.not_yet:
+        notes.append("not built yet")
+    text = spec.info.help + (f" ({'; '.join(notes)})" if notes else "")
+    return text.replace("%", "%%")
+
+
+def normalise(argv: Iterable[str]) -> list[str]:
+    """`--micro_batch_size=4` -> `--micro-batch-size=4`; values are left alone."""
+    out = []
+    for word in argv:
+        if re.match(r"--[A-Za-z]", word):
+            name, equals, value = word.partition("=")
+            word = name.replace("_", "-") + equals + value
+        out.append(word)
+    return out
+
+
+def convert(spec: FieldSpec, raw: Any) -> Any:
+    """Text from the command line, or a value from YAML/JSON, to the field's type. Raises ValueError."""
+    if raw is None and spec.optional:
+        return None
+    if raw == _MISSING or (spec.many and raw == [] and not spec.optional):
+        raise ValueError(f"{spec.option} wants a value")
+    if spec.info.parse:
+        words = [str(w) for w in raw] if isinstance(raw, list | tuple) else [str(raw)]
+        try:
+            return spec.info.parse(words)
+        except ValueError as error:
+            raise ValueError(f"{spec.option}: {error}") from None
+    if spec.many:
+        items = raw if isinstance(raw, list | tuple) else [raw]
+        return tuple(_scalar(spec, item) for item in items)
+    return _scalar(spec, raw)
+
+
+def _scalar(spec: FieldSpec, raw: Any) -> Any:
+    what = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[spec.kind]
+    error = ValueError(f"{spec.option} wants {what}, not {raw!r}")
+    if spec.kind is bool:
+        if isinstance(raw, bool):
+            return raw
+        raise error
+    if isinstance(raw, (bool, dict, list)):
+        raise error
+    if spec.kind is str:
+        if spec.choices:  # Megatron-LM and Megatron-DeepSpeed disagree on capitals (RMSNorm, rmsnorm)
+            return {str(c).lower(): c for c in spec.choices}.get(str(raw).lower(), str(raw))
+        return str(raw)
+    try:
+        number = float(raw)
+        if spec.kind is float:
+            return number
+        if number != int(number):
+            raise error
+        return int(raw) if re.fullmatch(r"[+-]?\d+", str(raw)) else int(number)
+    except (ValueError, OverflowError):
+        raise error from None
+
+
+def int_list(words: list[str]) -> tuple[int, ...]:
+    """`8`, `4 4 8 8`, `4,4,8,8` and `[4, 4, 8, 8]` -> a tuple of integers."""
+    text = " ".join(words).strip()
+    try:
+        items = json.loads(text) if text.startswith("[") else [w for w in re.split(r"[\s,]+", text) if w]
+        numbers = tuple(int(str(item)) for item in items)
+    except (ValueError, TypeError):
+        raise ValueError(f"wants whole numbers such as 8, 4 4 8 8 or [4, 4, 8, 8], not {text!r}") from None
+    if not numbers:
+        raise ValueError("wants at least one number")
+    return numbers
+
+
+def read_options(parser: argparse.ArgumentParser, argv: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """Options that were given (dest -> text) and the problems found; unknown flags get a near miss."""
+    namespace, rest = parser.parse_known_args(normalise(argv))
+    known = [s for a in parser._actions for s in a.option_strings]
+    problems = []
+    for word in rest:
+        if re.match(r"--?[A-Za-z]", word):
+            name = word.partition("=")[0]
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.6)
+            problems.append(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists them all"))
+        elif not problems or not problems[-1].startswith("unknown flag"):  # the value of an unknown flag is not a second mistake
+            problems.append(f"unexpected word {word!r} on the command line: every setting is a --flag")
+    return vars(namespace), problems
+
+
+def convert_all(classes: Iterable[type], raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Convert every given value to its field's type; mistakes are appended to `problems`."""
+    values = {}
+    for cls in classes:
+        for spec in fields_of(cls):
+            if spec.name in raw:
+                try:
+                    values[spec.name] = convert(spec, raw[spec.name])
+                except ValueError as error:
+                    problems.append(str(error))
+    return values
+
+
+def bound_problems(cls: type, values: dict[str, Any]) -> list[str]:
+    """Range and choice mistakes among `values`, for the fields of `cls`."""
+    return [p for spec in fields_of(cls) if spec.name in values for p in spec.problems(values[spec.name])]
+
+
+def checked(config: Any) -> None:
+    """For `__post_init__`: bounds, choices, then the class's own `problems()`; raises ConfigError with all of them."""
+    cls = type(config)
+    problems = bound_problems(cls, {s.name: getattr(config, s.name) for s in fields_of(cls)})
+    if not problems:
+        problems = list(config.problems())
+    if problems:
+        raise ConfigError(problems)
+
+
+def parse_tool(cls: type, prog: str, argv: Iterable[str] | None = None) -> Any:
+    """The command line of a tool: one config class, all mistakes at once, exit code 2."""
+    import sys
+
+    parser = argparse.ArgumentParser(prog=prog, usage=f"{prog} FLAGS", allow_abbrev=False, formatter_class=HelpFormatter,
+                                     description=(sys.modules[cls.__module__].__doc__ or "").strip() or None)  # fmt: skip
+    add_config_group(parser, cls)
+    raw, problems = read_options(parser, sys.argv[1:] if argv is None else argv)
+    values = convert_all([cls], raw, problems)
+    try:
+        if not problems:
+            return cls(**values)
+        problems += bound_problems(cls, values)
+    except ConfigError as error:
+        problems += error.problems
+    print(format_problems(prog, problems), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def format_problems(prog: str, problems: Iterable[str]) -> str:
+    """One clear message for the terminal."""
+    problems = list(dict.fromkeys(problems))
+    head = f"{prog}: {len(problems)} problem{'s' if len(problems) > 1 else ''} with this command"
+    return "\n".join([head, *(f"  - {p}" for p in problems)])
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wide first column, and the file's docstring as it was written."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=44, width=120)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        """`--lr FLOAT`, not `--lr [FLOAT]`: values are optional to argparse only so that their absence is our message."""
+        metavar = self._metavar_formatter(action, default_metavar)(1)[0]
+        return (
+            f"{metavar} ..." if action.nargs == "*" else metavar if action.nargs == "?" else super()._format_args(action, default_metavar)
+        )

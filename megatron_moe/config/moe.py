@@ -1,0 +1,115 @@
+"""Mixture of experts: how many where, how tokens are routed, what is added to the loss.
+
+Flag spellings and defaults are those of Megatron-DeepSpeed; the layer that they describe is DeepSpeed-MoE
+(arXiv 2201.05596): Residual-MoE (section 4.1.1) and Pyramid-MoE (section 4.1.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_moe.config.flags import checked, flag, int_list
+from megatron_moe.config.model import divisors
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts."""
+
+    num_experts: tuple[int, ...] = flag(
+        (1,), "experts per MoE layer: one number, or one per MoE layer (a pyramid: 4 4 8 8), also as [4, 4, 8, 8]; a list whose "
+        "length divides the number of MoE layers is repeated in blocks; 1 is a dense layer", parse=int_list, minimum=1,
+        metavar="N")  # fmt: skip
+    mlp_type: Literal["standard", "residual"] = flag(
+        "standard", "residual: a dense MLP beside the experts, mixed by a learned two-way coefficient (Residual-MoE)"
+    )
+    topk: int = flag(1, "experts per token (k)", names=("moe-router-topk",), minimum=1)
+    expert_interval: int = flag(2, "layers divisible by this (counted from 1) are MoE layers", minimum=1)
+    moe_expert_parallel_size: int = flag(
+        1, "expert-parallel degree (EP); a layer with fewer experts uses that many",
+        names=("expert-model-parallel-size",), minimum=1)  # fmt: skip
+    moe_pyramid_ep: Literal["strict", "auto"] = flag(
+        "strict", "a layer's experts and EP must divide each other; auto takes the largest common divisor instead"
+    )
+    moe_token_dropping: bool = flag(
+        True, "experts take at most their capacity, further tokens pass by", negative=("disable-moe-token-dropping",)
+    )
+    moe_train_capacity_factor: float = flag(1.0, "capacity = ceil(tokens / experts x factor x k), in training", above=0)
+    moe_eval_capacity_factor: float = flag(1.0, "the same in evaluation", above=0)
+    moe_min_capacity: int = flag(4, "lower bound of the capacity", minimum=0)
+    moe_rts: bool = flag(
+        True, "random token selection: with k = 1, who is dropped is drawn instead of decided by position (arXiv 2109.10465)"
+    )
+    moe_token_drop_policy: Literal["auto", "random", "position", "probs"] = flag(
+        "auto", "who is dropped over capacity; auto follows DeepSpeed: k=1 random (with --moe-rts), k=2 position with all second "
+        "choices behind the first ones, k>=3 by gate probability")  # fmt: skip
+    moe_top2_2nd_expert_sampling: bool = flag(
+        True, "with k = 2, the second expert is drawn with Gumbel noise in training",
+        negative=("disable-moe-top2-2nd-expert-sampling",))  # fmt: skip
+    moe_noisy_gate_policy: Literal["None", "Jitter", "RSample"] = flag(
+        "None", "training noise of the gate: Jitter scales its input by 1 +- 1%, RSample draws the top-1 expert"
+    )
+    moe_loss_coeff: float = flag(
+        0.1, "weight of the load-balancing loss, summed over the MoE layers; the published recipes use 0.01",
+        names=("moe-aux-loss-coeff",), minimum=0)  # fmt: skip
+    moe_router_z_loss_coeff: float = flag(
+        0.0, "weight of the router z-loss, the mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906)",
+        names=("moe-z-loss-coeff",), minimum=0)  # fmt: skip
+    moe_token_dispatcher: Literal["auto", "alltoall", "allgather"] = flag(
+        "auto", "how tokens travel to their experts; auto: local for EP 1, all-gather when k reaches EP, else all-to-all",
+        names=("moe-token-dispatcher-type",))  # fmt: skip
+    moe_identical_expert_init: bool = flag(False, "start all experts of a layer with the same weights, as DeepSpeed does")
+
+    def __post_init__(self) -> None:
+        checked(self)
+
+    def problems(self) -> Iterator[str]:
+        smallest = min((n for n in self.num_experts if n > 1), default=None)
+        if smallest is not None and self.topk > smallest:
+            yield f"--topk ({self.topk}) cannot exceed the experts of a layer ({smallest}); lower it or raise --num-experts"
+        if self.moe_noisy_gate_policy == "RSample" and self.topk != 1:
+            yield f"--moe-noisy-gate-policy RSample is defined for --topk 1 only, not {self.topk}; use Jitter or None"
+        ep = self.moe_expert_parallel_size
+        if self.moe_pyramid_ep == "strict":
+            for n in sorted({n for n in self.num_experts if n > 1}):
+                if max(n, ep) % min(n, ep):
+                    yield (f"--num-experts ({n}) and --moe-expert-parallel-size ({ep}) must divide each other; for {n} experts "
+                           f"use EP {_alternatives(n, ep)}, or --moe-pyramid-ep auto to take {math.gcd(n, ep)} there")  # fmt: skip
+
+    @property
+    def has_experts(self) -> bool:
+        return any(n > 1 for n in self.num_experts)
+
+    def experts_per_layer(self, num_layers: int) -> tuple[int, ...]:
+        """Experts of each layer, 1 where it is dense. Layer n (from 1) is MoE when expert_interval divides it.
+
+        Example: 8 layers, interval 2, experts (4, 8) -> (1, 4, 1, 4, 1, 8, 1, 8).
+        """
+        slots = num_layers // self.expert_interval
+        given = self.num_experts
+        if not self.has_experts:
+            return (1,) * num_layers
+        if slots == 0 or slots % len(given):
+            raise ValueError(
+                f"--num-experts has {len(given)} entries, but {num_layers} layers with --expert-interval {self.expert_interval} make "
+                f"{slots} MoE layers; " + (f"give {_any_of(divisors(slots))} entries" if slots else "lower --expert-interval")
+            )
+        blocks = [n for n in given for _ in range(slots // len(given))]
+        return tuple(blocks[i // self.expert_interval - 1] if i % self.expert_interval == 0 else 1 for i in range(1, num_layers + 1))
+
+    def expert_parallel_degree(self, num_experts: int) -> int:
+        """EP degree of a layer with `num_experts` experts (DeepSpeed-MoE paper, section 4.1.3)."""
+        ep = self.moe_expert_parallel_size
+        return math.gcd(num_experts, ep) if self.moe_pyramid_ep == "auto" else min(num_experts, ep)
+
+
+def _any_of(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+
+
+def _alternatives(num_experts: int, ep: int) -> str:
+    legal = divisors(num_experts) + [num_experts * i for i in (2, 4)]
+    return ", ".join(map(str, legal))

@@ -1,0 +1,50 @@
+"""What a run leaves behind: checkpoints and logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_moe.config.flags import checked, flag
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints."""
+
+    save: str | None = flag(None, "run directory: configuration, metrics and checkpoints", metavar="DIR")
+    save_interval: int | None = flag(None, "steps between checkpoints; the last step is always saved", minimum=1)
+    keep_last: int | None = flag(None, "delete older checkpoints and keep this many", minimum=1)
+    load: str | None = flag(None, "run directory to go on from; may be the one of --save, which is then allowed to be empty", metavar="DIR")
+    ckpt_step: int | None = flag(None, "load this iteration and no other; the newest that verifies when not given",
+                                 names=("load-iteration",), minimum=0)  # fmt: skip
+    ckpt_verify: Literal["crc", "size", "off"] = flag("crc", "how a checkpoint is checked before it is loaded")
+    finetune: bool = flag(False, "take the weights only: iteration, data position and optimizer start fresh")
+    no_load_optim: bool = flag(False, "leave the optimizer state of the checkpoint alone")
+    no_save_optim: bool = flag(False, "save weights only")
+
+    def __post_init__(self) -> None:
+        checked(self)
+
+    def problems(self) -> Iterator[str]:
+        if self.save_interval and not self.save:
+            yield f"--save-interval ({self.save_interval}) needs --save DIR"
+        if self.ckpt_step is not None and not self.load:
+            yield f"--ckpt-step ({self.ckpt_step}) needs --load DIR"
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Logging."""
+
+    log_interval: int = flag(100, "steps between log lines and metrics", minimum=1)
+    metrics_path: str | None = flag(None, "metrics.jsonl; in the run directory when not given", metavar="FILE")
+    tensorboard_dir: str | None = flag(None, "write TensorBoard events here (needs the tensorboard package)", metavar="DIR")
+    tensorboard_queue_size: int = flag(1000, "events kept before they are written", minimum=1)
+
+    def __post_init__(self) -> None:
+        checked(self)
+
+    def problems(self) -> Iterator[str]:
+        return iter(())

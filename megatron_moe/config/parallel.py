@@ -1,0 +1,46 @@
+"""How the work is split over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_moe.config.flags import checked, flag
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Parallelism."""
+
+    tensor_model_parallel_size: int = flag(
+        1, "tensor-parallel degree (TP): ranks that share each layer's matrices", names=("model-parallel-size",), minimum=1
+    )
+    pipeline_model_parallel_size: int = flag(1, "pipeline-parallel degree (PP)", minimum=1)
+    context_parallel_size: int = flag(1, "context-parallel degree (CP)", minimum=1)
+    expert_tensor_parallel_size: int = flag(1, "tensor-parallel degree inside an expert (ETP)", minimum=1)
+    enable_expert_tensor_parallelism: bool = flag(
+        False, "shard each expert over the tensor-parallel ranks", not_yet="expert tensor parallelism"
+    )
+    sequence_parallel: bool = flag(False, "shard activations between the tensor-parallel regions", not_yet="sequence parallelism")
+    zero_stage: int = flag(
+        1, "ZeRO stage through FSDP2: 0 replicas; 1 shard optimizer state and keep whole gradients until the last microbatch; "
+        "2 reduce-scatter each microbatch; 3 gather parameters again in the backward", minimum=0, maximum=3)  # fmt: skip
+    distributed_backend: Literal["auto", "nccl", "gloo"] = flag("auto", "collectives: nccl on CUDA, gloo elsewhere")
+    distributed_timeout_minutes: float = flag(10.0, "a collective that takes longer ends the run", above=0)
+
+    def __post_init__(self) -> None:
+        checked(self)
+
+    def problems(self) -> Iterator[str]:
+        for size, name, what in (
+            (self.pipeline_model_parallel_size, "--pipeline-model-parallel-size", "pipeline parallelism"),
+            (self.context_parallel_size, "--context-parallel-size", "context parallelism"),
+            (self.expert_tensor_parallel_size, "--expert-tensor-parallel-size", "expert tensor parallelism"),
+        ):
+            if size > 1:
+                yield f"{name} must be 1, not {size}: {what} is not built yet; use data, tensor and expert parallelism"
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size

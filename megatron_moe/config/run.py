@@ -1,0 +1,197 @@
+"""RunConfig: all groups together, what can only be checked across them, and what follows from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_moe.config.data import DataConfig, TokenizerConfig
+from megatron_moe.config.flags import ConfigError, bound_problems, fields_of
+from megatron_moe.config.model import ModelConfig, divisors
+from megatron_moe.config.moe import MoEConfig
+from megatron_moe.config.output import CheckpointConfig, LoggingConfig
+from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.config.training import OptimizerConfig, TrainingConfig
+
+GROUPS: dict[str, type] = {
+    "model": ModelConfig,
+    "moe": MoEConfig,
+    "parallel": ParallelConfig,
+    "training": TrainingConfig,
+    "optimizer": OptimizerConfig,
+    "tokenizer": TokenizerConfig,
+    "data": DataConfig,
+    "checkpoint": CheckpointConfig,
+    "logging": LoggingConfig,
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. Built by `from_values`, which reports the problems of all groups at once."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        problems = list(self.problems())
+        if problems:
+            raise ConfigError(problems)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> RunConfig:
+        """Typed values by field name -> RunConfig. Raises ConfigError with the problems of every group."""
+        problems: list[str] = []
+        groups = {}
+        for name, group in GROUPS.items():
+            mine = {s.name: values[s.name] for s in fields_of(group) if s.name in values}
+            try:
+                groups[name] = group(**mine)
+            except ConfigError as error:
+                problems += error.problems
+        if not problems:
+            return cls(**groups)
+        # What can be said across groups is said too, as long as every number is in its range.
+        if not any(bound_problems(group, values) for group in GROUPS.values()):
+            problems += cls._unchecked(values).problems()
+        raise ConfigError(problems)
+
+    @classmethod
+    def _unchecked(cls, values: dict[str, Any]) -> RunConfig:
+        """The same without any check, only to ask for further problems."""
+        run = object.__new__(cls)
+        for name, group in GROUPS.items():
+            config = object.__new__(group)
+            for s in fields_of(group):
+                object.__setattr__(config, s.name, values.get(s.name, s.default))
+            object.__setattr__(run, name, config)
+        return run
+
+    def problems(self) -> Iterator[str]:
+        m, t, tp = self.model, self.training, self.parallel.tensor_model_parallel_size
+        if t.seq_length > m.max_position_embeddings:
+            yield (f"--seq-length ({t.seq_length}) must not exceed --max-position-embeddings ({m.max_position_embeddings}); "
+                   f"raise the latter or shorten the sequence")  # fmt: skip
+        if m.num_attention_heads % tp:
+            yield (f"--num-attention-heads ({m.num_attention_heads}) must be divisible by --tensor-model-parallel-size ({tp}); "
+                   f"use TP {_one_of(m.num_attention_heads)}")  # fmt: skip
+        elif m.key_value_heads % tp:
+            yield (f"--num-key-value-heads ({m.key_value_heads}) must be divisible by --tensor-model-parallel-size ({tp}); "
+                   f"use TP {_one_of(m.key_value_heads)}")  # fmt: skip
+        if m.ffn_size % tp:
+            yield f"the MLP width ({m.ffn_size}) must be divisible by --tensor-model-parallel-size ({tp}); change --ffn-hidden-size"
+        if m.make_vocab_size_divisible_by % tp:
+            yield (f"--make-vocab-size-divisible-by ({m.make_vocab_size_divisible_by}) must be divisible by "
+                   f"--tensor-model-parallel-size ({tp}), so that the padded vocabulary splits evenly under every layout")  # fmt: skip
+        try:
+            self.moe.experts_per_layer(m.num_layers)
+        except ValueError as error:
+            yield str(error)
+
+    # ------------------------------------------------------------ what a world size adds
+
+    def data_parallel_size(self, world_size: int) -> int:
+        return world_size // self.parallel.model_parallel_size
+
+    def global_batch_size(self, world_size: int) -> int:
+        return self.training.global_batch_size or self.training.micro_batch_size * self.data_parallel_size(world_size)
+
+    def num_microbatches(self, world_size: int) -> int:
+        return self.global_batch_size(world_size) // (self.training.micro_batch_size * self.data_parallel_size(world_size))
+
+    def world_problems(self, world_size: int) -> Iterator[str]:
+        """What is wrong with running this on `world_size` ranks."""
+        p = self.parallel
+        if world_size % p.model_parallel_size:
+            yield (f"the number of ranks ({world_size}) must be divisible by --tensor-model-parallel-size "
+                   f"({p.tensor_model_parallel_size}); use TP {_one_of(world_size)} or start another number of ranks")  # fmt: skip
+            return
+        dp, micro = self.data_parallel_size(world_size), self.training.micro_batch_size
+        batch = self.global_batch_size(world_size)
+        if batch % (micro * dp):
+            yield (f"--global-batch-size ({batch}) must be divisible by --micro-batch-size ({micro}) x data-parallel size ({dp}) = "
+                   f"{micro * dp}; use {max(batch // (micro * dp), 1) * micro * dp} or {(batch // (micro * dp) + 1) * micro * dp}")  # fmt: skip
+        try:
+            degrees = {self.moe.expert_parallel_degree(n) for n in self.moe.experts_per_layer(self.model.num_layers) if n > 1}
+        except ValueError:
+            return  # said by problems()
+        for ep in sorted(degrees):
+            if world_size % ep:
+                yield (f"the number of ranks ({world_size}) must be divisible by the expert-parallel degree ({ep}); set "
+                       f"--moe-expert-parallel-size to one of {_one_of(world_size)}")  # fmt: skip
+
+    def train_problems(self) -> Iterator[str]:
+        """What is fine to look at but cannot be trained: unbuilt features, nothing to train on, no end."""
+        for group in GROUPS:
+            for s in fields_of(GROUPS[group]):
+                if s.info.not_yet and getattr(getattr(self, group), s.name) != s.default:
+                    yield f"{s.option}: {s.info.not_yet} is not built yet; leave the flag out"
+        t = self.training
+        if not (t.train_iters or t.train_samples or t.train_tokens):
+            yield "how long to train is missing: give --train-iters, --train-samples or --train-tokens"
+        if not self.data.is_given:
+            yield "data is missing: give --data-path PREFIX (made by tools/preprocess_data.py) or --mock-data"
+        if self.data.is_given and not self.data.mock_data and not self.tokenizer.kind and not self.model.vocab_size:
+            yield ("the vocabulary is unknown: give the tokenizer (--tokenizer-model, or --vocab-file and --merge-file), "
+                   "or --vocab-size")  # fmt: skip
+        if self.tokenizer.kind == "NullTokenizer" and not self.model.vocab_size:
+            yield "--tokenizer-type NullTokenizer needs --vocab-size"
+
+    def train_iterations(self, world_size: int) -> int:
+        """Optimizer steps until the first of the given ends is reached."""
+        t, batch = self.training, self.global_batch_size(world_size)
+        ends = [t.train_iters] if t.train_iters else []
+        if t.train_samples:
+            ends.append(-(-t.train_samples // batch))
+        if t.train_tokens:
+            ends.append(-(-t.train_tokens // (batch * t.seq_length)))
+        return min(ends)
+
+    # ------------------------------------------------------------ to and from JSON
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, groups: dict[str, dict[str, Any]]) -> RunConfig:
+        """The inverse of `to_dict` after JSON, which turns tuples into lists; unknown keys of newer versions are left out."""
+        values = {}
+        for name, group in GROUPS.items():
+            for s in fields_of(group):
+                if s.name in groups.get(name, {}):
+                    value = groups[name][s.name]
+                    values[s.name] = tuple(value) if isinstance(value, list) else value
+        return cls.from_values(values)
+
+    def architecture(self, vocab_size: int) -> dict[str, Any]:
+        """What weights depend on: two runs whose `architecture` is equal can exchange checkpoints."""
+        m = dataclasses.asdict(self.model)
+        for name in ("hidden_dropout", "attention_dropout", "init_method_std", "use_rotary_position_embeddings"):
+            del m[name]
+        m |= {
+            "num_key_value_heads": self.model.key_value_heads, "kv_channels": self.model.head_dim,
+            "ffn_hidden_size": self.model.ffn_size, "vocab_size": vocab_size,
+            "padded_vocab_size": self.model.padded_vocab_size(vocab_size),
+            "experts_per_layer": list(self.moe.experts_per_layer(self.model.num_layers)), "mlp_type": self.moe.mlp_type,
+        }  # fmt: skip
+        return m
+
+
+def digest(data: Any) -> str:
+    """Short hex digest of JSON-like data, for cache keys and names."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _one_of(n: int) -> str:
+    return ", ".join(map(str, divisors(n)))

@@ -1,0 +1,95 @@
+"""The run: batches, length, precision, optimizer, schedule, evaluation, stopping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_moe.config.flags import checked, flag
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Training run."""
+
+    micro_batch_size: int = flag(1, "sequences per rank and forward pass", minimum=1)
+    global_batch_size: int | None = flag(None, "sequences per optimizer step; micro batch x data-parallel size when not given", minimum=1)
+    seq_length: int = flag(1024, "tokens per sequence", minimum=1)
+    train_iters: int | None = flag(None, "optimizer steps; an upper bound when samples or tokens are given too", minimum=1)
+    train_samples: int | None = flag(None, "sequences to train on", minimum=1)
+    train_tokens: int | None = flag(None, "tokens to train on", minimum=1)
+    rampup_batch_size: tuple[int, ...] | None = flag(
+        None, "START INCREMENT SAMPLES: grow the global batch from START by INCREMENT over SAMPLES samples", not_yet="batch size ramp-up",
+        metavar="N")  # fmt: skip
+    seed: int = flag(1234, "initial weights, data order, dropout and routing noise", minimum=0)
+    bf16: bool = flag(False, "bfloat16 compute; parameters, optimizer state, gradient reduction and router stay float32")
+    fp16: bool = flag(False, "float16 compute with a dynamic loss scale", not_yet="fp16 training")
+    params_dtype: Literal["float32", "float64"] = flag("float32", "type of the stored parameters; float64 is for parity tests")
+    recompute_activations: bool = flag(
+        False, "recompute attention and experts in the backward instead of keeping activations; routing is kept",
+        names=("checkpoint-activations", "deepspeed-activation-checkpointing"))  # fmt: skip
+    recompute_granularity: Literal["full", "selective"] | None = flag(
+        None, "full: attention, MLP and experts; selective: attention only; either switches recomputation on"
+    )
+    moe_grouped_gemm: Literal["auto", "reference"] = flag(
+        "auto", "expert matrix products: auto takes torch's grouped_mm where it can; reference is the plain loop, also in float64"
+    )
+    deterministic_mode: bool = flag(False, "refuse operations without a deterministic implementation")
+    eval_interval: int = flag(1000, "steps between evaluations; 0: only at the end", minimum=0)
+    eval_iters: int = flag(100, "global batches per evaluation; 0 switches evaluation off", minimum=0)
+    exit_interval: int | None = flag(None, "save and exit when the iteration is divisible by this", minimum=1)
+    exit_duration_in_mins: float | None = flag(None, "save and exit after this many minutes", above=0)
+    exit_signal_handler: bool = flag(False, "on SIGTERM, SIGINT or SIGUSR1 finish the step, save and exit")
+
+    def __post_init__(self) -> None:
+        checked(self)
+
+    def problems(self) -> Iterator[str]:
+        if self.bf16 and self.params_dtype == "float64":
+            yield "--bf16 and --params-dtype float64 exclude each other: bf16 keeps its parameters in float32; drop one"
+        if self.bf16 and self.fp16:
+            yield "--bf16 and --fp16 exclude each other; drop one"
+
+    @property
+    def recompute(self) -> str | None:
+        """None, 'full' or 'selective'."""
+        return self.recompute_granularity or ("full" if self.recompute_activations else None)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and schedule."""
+
+    optimizer: Literal["adam", "sgd"] = flag("adam", "adam is AdamW (decoupled weight decay)")
+    lr: float = flag(1e-3, "highest learning rate", above=0)
+    min_lr: float = flag(0.0, "lowest learning rate of the decay", minimum=0)
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = flag("linear", "shape of the decay")
+    lr_decay_iters: int | None = flag(None, "steps until the lowest rate; the whole run when not given", minimum=1)
+    lr_decay_samples: int | None = flag(None, "the same in samples", minimum=1)
+    lr_decay_tokens: int | None = flag(None, "the same in tokens", minimum=1)
+    lr_warmup_fraction: float | None = flag(None, "linear warm-up over this share of the decay", minimum=0, maximum=1)
+    lr_warmup_iters: int = flag(0, "linear warm-up steps", minimum=0)
+    lr_warmup_samples: int = flag(0, "the same in samples", minimum=0)
+    lr_warmup_tokens: int | None = flag(None, "the same in tokens", minimum=0)
+    lr_wsd_decay_iters: int | None = flag(None, "length of the final decay of WSD; a tenth of the run when not given", minimum=1)
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential"] = flag("exponential", "shape of the final decay of WSD")
+    weight_decay: float = flag(0.01, "decoupled weight decay; biases and norms have none", minimum=0)
+    adam_beta1: float = flag(0.9, "decay of the first moment", minimum=0, maximum=0.99999)
+    adam_beta2: float = flag(0.999, "decay of the second moment; the published recipes use 0.95", minimum=0, maximum=0.9999999)
+    adam_eps: float = flag(1e-8, "added to the root of the second moment", above=0)
+    sgd_momentum: float = flag(0.9, "momentum of sgd", minimum=0, maximum=0.99999)
+    clip_grad: float = flag(1.0, "clip the global gradient norm to this; 0 switches clipping off", minimum=0)
+
+    def __post_init__(self) -> None:
+        checked(self)
+
+    def problems(self) -> Iterator[str]:
+        if self.min_lr > self.lr:
+            yield f"--min-lr ({self.min_lr:g}) must not exceed --lr ({self.lr:g})"
+        given = [n for n in ("lr_decay_iters", "lr_decay_samples", "lr_decay_tokens") if getattr(self, n) is not None]
+        if len(given) > 1:
+            yield f"give the decay in one unit only, not {' and '.join('--' + n.replace('_', '-') for n in given)}"
+        warmups = [n for n in ("lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens") if getattr(self, n)]
+        if len(warmups) > 1:
+            yield f"give the warm-up in one unit only, not {' and '.join('--' + n.replace('_', '-') for n in warmups)}"
