@@ -1,0 +1,28 @@
+"""Grouped matrix product of the experts: one public function, which picks the implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_moe.kernels import reference
+from megatron_moe.utils.compat import grouped_mm
+
+_FAST_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def grouped_gemm(x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor, use_reference: bool = False) -> Tensor:
+    """Rows grouped by expert times their expert's matrix: [R, D] x [E, D, F] -> [R, F].
+
+    offsets_E: int32, end of each expert's rows. torch's grouped_mm takes 16-byte aligned widths in bf16, fp16 and fp32;
+    everything else, float64 among it, takes the reference.
+    """
+    if use_reference or not is_fast(x_RD, w_EDF):
+        return reference.grouped_mm(x_RD, w_EDF, offsets_E)
+    return grouped_mm(x_RD, w_EDF, offs=offsets_E)
+
+
+def is_fast(x_RD: Tensor, w_EDF: Tensor) -> bool:
+    """Whether torch's grouped_mm can multiply these."""
+    aligned = all(width * x_RD.element_size() % 16 == 0 for width in w_EDF.shape[1:])
+    return x_RD.dtype in _FAST_DTYPES and x_RD.dtype == w_EDF.dtype and aligned and x_RD.shape[0] > 0

@@ -1,0 +1,56 @@
+"""One transformer layer: attention, then an MLP, experts, or both (Residual-MoE)."""
+# B batch, S sequence, D hidden, T tokens (B*S)
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_moe.config.model import ModelConfig
+from megatron_moe.config.moe import MoEConfig
+from megatron_moe.model.attention import Attention, Context
+from megatron_moe.model.mlp import MLP
+from megatron_moe.model.norm import build_norm
+from megatron_moe.moe.layer import MoELayer, call
+from megatron_moe.utils.random import Purpose, dropout, stream
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    Feed-forward is the dense MLP, or the experts, or for `--mlp-type residual` both, mixed per token by a learned two-way
+    softmax: c_0 experts(x) + c_1 mlp(x) (DeepSpeed-MoE, arXiv 2201.05596 section 4.1.1; coefficients as in its code).
+    `run_attention` and `run_mlp` are swapped for recomputing runners; routing is outside of both.
+    """
+
+    def __init__(self, layer: int, num_experts: int, config: ModelConfig, moe: MoEConfig):
+        super().__init__()
+        is_moe, is_residual = num_experts > 1, moe.mlp_type == "residual"
+        self.layer, self.dropout = layer, config.hidden_dropout
+        self.attn_norm, self.attn, self.mlp_norm = build_norm(config), Attention(layer, config), build_norm(config)
+        self.mlp = MLP(config) if not is_moe or is_residual else None
+        self.moe = None
+        if is_moe:
+            self.moe = MoELayer(layer, num_experts, config.hidden_size, config.ffn_size, moe, config.swiglu, config.add_bias_linear)
+        self.coefficient = nn.Linear(config.hidden_size, 2) if is_moe and is_residual else None
+        self.run_attention = self.run_mlp = call
+
+    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
+        x_BSD = x_BSD + self.run_attention(self._attend, x_BSD, context)
+        y_BSD = self.run_mlp(self._dense, x_BSD) if self.moe is None else self._mixture(self.mlp_norm(x_BSD), context)
+        return x_BSD + dropout(y_BSD, self.dropout, context.keys_BS, stream(self.layer, Purpose.MLP_OUTPUT_DROPOUT))
+
+    def _attend(self, x_BSD: Tensor, context: Context) -> Tensor:
+        y_BSD = self.attn(self.attn_norm(x_BSD), context)
+        return dropout(y_BSD, self.dropout, context.keys_BS, stream(self.layer, Purpose.ATTENTION_OUTPUT_DROPOUT))
+
+    def _dense(self, x_BSD: Tensor) -> Tensor:
+        return self.mlp(self.mlp_norm(x_BSD))
+
+    def _mixture(self, h_BSD: Tensor, context: Context) -> Tensor:
+        keys_T = context.keys_BS.flatten() if context.keys_BS is not None else None
+        y_BSD = self.moe(h_BSD.flatten(0, 1), keys_T).view_as(h_BSD)
+        if self.coefficient is None:
+            return y_BSD
+        c_BS2 = F.softmax(self.coefficient(h_BSD), dim=-1)
+        return y_BSD * c_BS2[..., :1] + self.run_mlp(self.mlp, h_BSD) * c_BS2[..., 1:]

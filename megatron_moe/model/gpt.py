@@ -1,0 +1,72 @@
+"""GPT with Mixture-of-Experts layers: embedding -> blocks -> norm -> logits.
+
+Plain modules that know nothing of ranks. Layers live in a ModuleDict keyed by global layer number (from 1, as in
+--expert-interval), and embedding and head may be absent: a pipeline stage is the model minus the other layers, and
+parameter names never change.
+"""
+# B batch, S sequence, D hidden, V padded vocabulary (the columns here, under tensor parallelism)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_moe.config.model import ModelConfig
+from megatron_moe.config.moe import MoEConfig
+from megatron_moe.model.attention import Context
+from megatron_moe.model.block import Block
+from megatron_moe.model.loss import token_losses
+from megatron_moe.model.norm import build_norm
+from megatron_moe.utils.random import Purpose, dropout, stream
+
+
+class GPT(nn.Module):
+    """tokens [B, S] int64 -> losses or logits. `vocab_size` is the tokenizer's; rows beyond it are padding.
+
+    `project` (hidden, weight -> logits) and `token_losses` (logits, labels, vocab_size -> losses) are swapped by tensor
+    parallelism, under which the logits are this rank's columns only.
+    """
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig, vocab_size: int):
+        super().__init__()
+        D, rows = config.hidden_size, config.padded_vocab_size(vocab_size)
+        self.config, self.moe_config, self.vocab_size = config, moe, vocab_size
+        self.embedding: nn.Embedding | None = nn.Embedding(rows, D)
+        learned = config.position_embedding_type == "learned_absolute"
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, D) if learned else None
+        experts = moe.experts_per_layer(config.num_layers)
+        self.layers = nn.ModuleDict({str(i): Block(i, n, config, moe) for i, n in enumerate(experts, start=1)})
+        self.norm: nn.Module | None = build_norm(config)
+        self.head = None if config.is_tied else nn.Linear(D, rows, bias=False)
+        self.project: Callable[[Tensor, Tensor], Tensor] = F.linear
+        self.token_losses: Callable[[Tensor, Tensor, int], Tensor] = token_losses
+
+    def forward(
+        self,
+        x: Tensor,
+        positions_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        segments_BS: Tensor | None = None,
+        keys_BS: Tensor | None = None,
+    ) -> Tensor:
+        """x: tokens, or the hidden states of the stage before. Returns losses [B, S] with labels, else logits [B, S, V]."""
+        context = Context(positions_BS, segments_BS, keys_BS)
+        h_BSD = self._embed(x, context) if self.embedding is not None else x
+        for block in self.layers.values():
+            h_BSD = block(h_BSD, context)
+        if self.norm is None:
+            return h_BSD
+        logits_BSV = self.project(self.norm(h_BSD), self.output_weight)
+        return logits_BSV if labels_BS is None else self.token_losses(logits_BSV, labels_BS, self.vocab_size)
+
+    def _embed(self, tokens_BS: Tensor, context: Context) -> Tensor:
+        h_BSD = self.embedding(tokens_BS)
+        if self.position_embedding is not None:
+            h_BSD = h_BSD + self.position_embedding(context.positions_BS)
+        return dropout(h_BSD, self.config.hidden_dropout, context.keys_BS, stream(0, Purpose.EMBEDDING_DROPOUT))
+
+    @property
+    def output_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight

@@ -1,0 +1,59 @@
+"""Initial weights: a function of (seed, parameter name), so the same under every layout.
+
+Every parameter is drawn from a generator of its own, seeded by its name; each expert of a stack from one seeded by the name
+and the global number of the expert. A rank draws what it holds and nothing else decides the numbers.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megatron_moe.utils.compat import local_slices
+from megatron_moe.utils.random import named_generator
+
+_EXPERT_STACK = re.compile(r"\.experts\.(w1|w_gate|w2|b1|b_gate|b2)$")
+_RESIDUAL_OUTPUT = re.compile(r"(out_proj|fc2)\.weight$|\.experts\.w2$")
+
+
+@torch.no_grad()
+def initialize_parameters(model: nn.Module, seed: int, std: float, num_layers: int, identical_experts: bool = False) -> None:
+    """Fill every parameter in place, sharded or not, on whatever device.
+
+    Norms 1, biases 0, matrices N(0, std); those that write to the residual stream std / sqrt(2 num_layers) (GPT-2). The
+    numbers are drawn on the CPU in float32, one whole matrix (or expert) at a time: memory stays near the largest of them.
+    """
+    for name, p in model.named_parameters():
+        local = p.to_local() if isinstance(p, DTensor) else p
+        slices = local_slices(p) if isinstance(p, DTensor) else tuple(slice(0, n) for n in p.shape)
+        if local.numel() == 0:
+            continue
+        scale = std * (2 * num_layers) ** -0.5 if _RESIDUAL_OUTPUT.search(name) else std
+        if _EXPERT_STACK.search(name):
+            for i, expert in enumerate(range(slices[0].start, slices[0].stop)):
+                key = name if identical_experts else f"{name}/{expert}"
+                local[i].copy_(_draw(name, key, tuple(p.shape[1:]), seed, scale)[slices[1:]])
+        else:
+            local.copy_(_draw(name, name, tuple(p.shape), seed, scale)[slices])
+
+
+def _draw(name: str, key: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
+    if "norm" in name.rsplit(".", 2)[-2] and name.endswith("weight"):
+        return torch.ones(shape)
+    if name.endswith("bias") or re.search(r"\.b\w+$", name):
+        return torch.zeros(shape)
+    return torch.empty(shape).normal_(0.0, std, generator=named_generator(seed, key))
+
+
+def build_on_meta(build, dtype: torch.dtype) -> nn.Module:
+    """`build()` without memory: shapes only, to be sharded first and filled where each shard lives."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return build()
+    finally:
+        torch.set_default_dtype(before)

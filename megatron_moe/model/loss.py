@@ -1,0 +1,24 @@
+"""Next-token loss over a padded vocabulary."""
+# V padded vocabulary
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mask_padding(logits: Tensor, vocab_size: int, first_column: int = 0) -> Tensor:
+    """-inf in the columns of tokens that do not exist; `first_column` is the token of column 0 (a shard of the vocabulary)."""
+    real = max(min(vocab_size - first_column, logits.shape[-1]), 0)
+    if real == logits.shape[-1]:
+        return logits
+    column_V = torch.arange(logits.shape[-1], device=logits.device)
+    return logits.masked_fill(column_V >= real, float("-inf"))
+
+
+def token_losses(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int) -> Tensor:
+    """-log softmax(logits)[label] in nats, [B, S], float32 or wider. Padding columns have probability zero."""
+    wide = torch.promote_types(logits_BSV.dtype, torch.float32)
+    logits = mask_padding(logits_BSV.to(wide), vocab_size)
+    return F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten(), reduction="none").view_as(labels_BS)

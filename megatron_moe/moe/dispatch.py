@@ -1,0 +1,175 @@
+"""Token dispatch: bring each routed row to the rank that owns its expert, and the results back.
+
+A dispatcher is an object handed to the layer; all of them have one interface and one row order:
+
+  plan(ids_TK) -> plan                                    counts, splits, order: no gradient, never recomputed
+  dispatch(x_TD, ids_TK, weights_TK, plan=None) -> rows_RD, offsets_e, row_weights_R, plan
+  combine(rows_RD, plan) -> y_TD                          plain sum of a token's rows
+
+Rows arrive sorted by (expert, source rank, token, choice); offsets_e (int32) are the ends of the experts' rows. ids of -1
+(dropped) make no row.
+
+Worked example, 4 experts on 2 ranks, k = 1: rank 0 routes tokens a b c to experts 2 0 2, rank 1 routes d e to 0 3.
+Rank 0 owns experts 0 and 1 and receives [b, d], offsets [2, 2]; rank 1 receives [a, c, e], offsets [2, 3].
+"""
+# T tokens here, K experts per token, A assignments (T*K), R rows to compute here, E experts, e experts here, P ranks
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_moe.moe.routing import count_assignments
+from megatron_moe.utils.compat import all_gather_rows, all_to_all_rows, reduce_scatter_rows
+
+
+@dataclass
+class LocalPlan:
+    """Which assignment fills each row."""
+
+    slot_R: Tensor  # int64: token * K + choice
+    offsets_E: Tensor  # int32
+    num_tokens: int
+    k: int
+
+    @property
+    def token_R(self) -> Tensor:
+        return self.slot_R // self.k
+
+
+class LocalDispatcher:
+    """All experts live here."""
+
+    name = "local"
+
+    def __init__(self, num_experts: int):
+        self.num_experts = num_experts
+
+    def plan(self, ids_TK: Tensor) -> LocalPlan:
+        counts_E = count_assignments(ids_TK, self.num_experts)
+        num_rows = int(counts_E.sum()) if ids_TK.numel() else 0
+        # dropped assignments are sorted to the end, behind the last expert, and cut off
+        order_A = torch.where(ids_TK < 0, self.num_experts, ids_TK).reshape(-1).argsort(stable=True)
+        return LocalPlan(order_A[:num_rows], counts_E.cumsum(0).to(torch.int32), *ids_TK.shape)
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: LocalPlan | None = None):
+        plan = plan or self.plan(ids_TK)
+        rows_RD = x_TD.index_select(0, plan.token_R)
+        return rows_RD, plan.offsets_E, weights_TK.reshape(-1).index_select(0, plan.slot_R), plan
+
+    def combine(self, rows_RD: Tensor, plan: LocalPlan) -> Tensor:
+        return _sum_rows(rows_RD, plan.token_R, plan.num_tokens)
+
+
+def _sum_rows(rows_RD: Tensor, token_R: Tensor, num_tokens: int) -> Tensor:
+    """A token's rows are added in at least float32: k roundings to bf16 would not be those of one process."""
+    wide = torch.promote_types(rows_RD.dtype, torch.float32)
+    y_TD = torch.zeros(num_tokens, rows_RD.shape[1], dtype=wide, device=rows_RD.device)
+    return y_TD.index_add(0, token_R, rows_RD.to(wide)).to(rows_RD.dtype)
+
+
+@dataclass
+class AllToAllPlan:
+    """The local order, how many rows go to and come from each rank, and the order that groups what came by expert."""
+
+    local: LocalPlan
+    send_P: list[int]
+    receive_P: list[int]
+    arrival_R: Tensor  # row r of the experts is the arrival_R[r]-th row received
+    offsets_e: Tensor
+
+
+class AllToAllDispatcher(LocalDispatcher):
+    """Experts are split over the ranks of `group`; rows are exchanged with exact, unequal sizes: nothing is padded or dropped."""
+
+    name = "alltoall"
+
+    def __init__(self, num_experts: int, group: dist.ProcessGroup):
+        super().__init__(num_experts)
+        self.group, self.ranks = group, dist.get_world_size(group)
+
+    def plan(self, ids_TK: Tensor) -> AllToAllPlan:
+        local = super().plan(ids_TK)
+        send_Pe = torch.diff(local.offsets_E.long(), prepend=local.offsets_E.new_zeros(1).long()).view(self.ranks, -1)
+        receive_Pe = torch.empty_like(send_Pe)
+        dist.all_to_all_single(receive_Pe, send_Pe.contiguous(), group=self.group)
+        # the one host sync of the layer: collectives want their sizes on the host
+        send_P, receive_P = torch.stack([send_Pe.sum(1), receive_Pe.sum(1)]).tolist()
+        # rows arrive source by source; a stable sort by expert keeps (source, token) order within each expert
+        experts_here = send_Pe.shape[1]
+        expert_R = torch.arange(experts_here, device=ids_TK.device).repeat(self.ranks)
+        expert_R = expert_R.repeat_interleave(receive_Pe.flatten(), output_size=sum(receive_P))
+        return AllToAllPlan(local, send_P, receive_P, expert_R.argsort(stable=True), receive_Pe.sum(0).cumsum(0).to(torch.int32))
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: AllToAllPlan | None = None):
+        plan = plan or self.plan(ids_TK)
+        rows_AD, _, weights_A, _ = super().dispatch(x_TD, ids_TK, weights_TK, plan.local)
+        rows_RD = all_to_all_rows(rows_AD, plan.receive_P, plan.send_P, self.group).index_select(0, plan.arrival_R)
+        weights_R = all_to_all_rows(weights_A, plan.receive_P, plan.send_P, self.group).index_select(0, plan.arrival_R)
+        return rows_RD, plan.offsets_e, weights_R, plan
+
+    def combine(self, rows_RD: Tensor, plan: AllToAllPlan) -> Tensor:
+        back_R = torch.empty_like(plan.arrival_R)
+        back_R[plan.arrival_R] = torch.arange(back_R.numel(), device=back_R.device)
+        rows_AD = all_to_all_rows(rows_RD.index_select(0, back_R), plan.send_P, plan.receive_P, self.group)
+        return super().combine(rows_AD, plan.local)
+
+
+@dataclass
+class AllGatherPlan:
+    """Rows of the gathered tokens that this rank's experts take."""
+
+    local: LocalPlan  # over the gathered tokens, of the experts here
+    tokens_here: int
+    padded_tokens: int  # per rank: every rank contributes as many as the longest
+
+
+class AllGatherDispatcher(LocalDispatcher):
+    """Every rank gathers all tokens of the group and takes the rows of its own experts; results are reduce-scattered.
+
+    Moves P*T rows whatever k is: the right choice when k reaches the number of ranks, and one collective instead of three.
+    """
+
+    name = "allgather"
+
+    def __init__(self, num_experts: int, group: dist.ProcessGroup):
+        super().__init__(num_experts)
+        self.group, self.ranks = group, dist.get_world_size(group)
+        self.experts_here = num_experts // self.ranks
+        self.first_expert = dist.get_rank(group) * self.experts_here
+
+    def plan(self, ids_TK: Tensor) -> AllGatherPlan:
+        longest = torch.tensor(ids_TK.shape[0], device=ids_TK.device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX, group=self.group)
+        padded = int(longest)
+        gathered = all_gather_rows(_pad_rows(ids_TK, padded, -1), self.group)
+        here = (gathered >= self.first_expert) & (gathered < self.first_expert + self.experts_here)
+        local = LocalDispatcher(self.experts_here).plan(torch.where(here, gathered - self.first_expert, -1))
+        return AllGatherPlan(local, ids_TK.shape[0], padded)
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: AllGatherPlan | None = None):
+        plan = plan or self.plan(ids_TK)
+        x_GD = all_gather_rows(_pad_rows(x_TD, plan.padded_tokens), self.group)
+        weights_GK = all_gather_rows(_pad_rows(weights_TK, plan.padded_tokens), self.group)
+        rows_RD, offsets_e, weights_R, _ = super().dispatch(x_GD, ids_TK, weights_GK, plan.local)
+        return rows_RD, offsets_e, weights_R, plan
+
+    def combine(self, rows_RD: Tensor, plan: AllGatherPlan) -> Tensor:
+        y_GD = super().combine(rows_RD, plan.local)
+        return reduce_scatter_rows(y_GD, self.group)[: plan.tokens_here]
+
+
+def _pad_rows(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[0]), value=value)
+
+
+def build_dispatcher(kind: str, num_experts: int, k: int, group: dist.ProcessGroup | None) -> LocalDispatcher:
+    """kind: auto, alltoall or allgather; one rank always dispatches locally."""
+    if group is None or dist.get_world_size(group) == 1:
+        return LocalDispatcher(num_experts)
+    if kind == "auto":
+        kind = "allgather" if k >= dist.get_world_size(group) else "alltoall"
+    return {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}[kind](num_experts, group)

@@ -1,0 +1,25 @@
+"""The router's linear layer: float32 whatever the rest computes in."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_moe.utils.dtensor import local_weight
+
+
+class Gate(nn.Module):
+    """logits_TE = x_TD W_ED^T, no bias. float32 (float64 in parity tests): bf16 has 8 significant bits, so close scores
+    would tie and the choice of experts would depend on rounding."""
+
+    def __init__(self, hidden_size: int, num_experts: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        nn.init.normal_(self.weight, std=hidden_size**-0.5)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        weight_ED = local_weight(self.weight)
+        dtype = torch.promote_types(weight_ED.dtype, torch.float32)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(x_TD.to(dtype), weight_ED.to(dtype))

@@ -1,0 +1,46 @@
+"""The global gradient norm over parameters that live on different meshes, and clipping by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[nn.Parameter], stage_ranks: int) -> Tensor:
+    """sqrt(sum of squares over the distinct elements of all gradients), the same 0-dim tensor on every rank.
+
+    Each local square is weighted by 1 / (ranks of the stage that hold the same element), then one all-reduce over the world
+    adds everything up; so dense parameters and experts of any degree count once each. (torch's get_total_norm refuses two
+    meshes.) All gradients 1 give sqrt(number of parameters) under every layout.
+    """
+    total: Tensor | None = None
+    for p in parameters:
+        if p.grad is None:
+            continue
+        grad, distinct = p.grad, 1
+        if isinstance(grad, DTensor):
+            for axis, placement in enumerate(grad.placements):
+                assert not isinstance(placement, Partial), f"gradient not reduced yet: {grad.placements}"
+                if not placement.is_replicate():  # Shard, and the strided shard of FSDP over EP or TP
+                    distinct *= grad.device_mesh.size(axis)
+            grad = grad.to_local()
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        square = grad.to(wide).square().sum() * (distinct / stage_ranks)
+        total = square if total is None else total + square
+    assert total is not None, "no parameter has a gradient"
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.sqrt()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients by min(1, max_norm / norm); no host sync."""
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
+    torch._foreach_mul_(grads, scale.to(grads[0].dtype))

@@ -1,0 +1,47 @@
+"""The recipe: a plain model becomes a parallel one. The order is the content."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.model.gpt import GPT
+from megatron_moe.model.init import build_on_meta, initialize_parameters
+from megatron_moe.moe.layer import moe_layers
+from megatron_moe.mpu.mesh import ParallelMesh, build_mesh
+from megatron_moe.parallel.expert import apply_expert_parallel, share_microbatch_counts
+from megatron_moe.parallel.recompute import apply_recompute
+from megatron_moe.parallel.tensor import apply_tensor_parallel
+from megatron_moe.parallel.zero import apply_zero
+
+
+def parallelize(model: GPT, mesh: ParallelMesh, config: RunConfig) -> None:
+    """Apply every parallelism of `config` in place, on a model without memory (meta device) or with it."""
+    apply_expert_parallel(model, mesh, config.moe.moe_token_dispatcher)  # edits parameters by name: before anything wraps them
+    if mesh.size("tp") > 1:
+        apply_tensor_parallel(model, mesh.dense["tp"])
+    share_microbatch_counts(model, mesh.group("tp"))
+    if config.training.recompute:
+        apply_recompute(model, config.training.recompute)  # inside the FSDP units: recomputation needs their parameters gathered
+    apply_zero(model, mesh, config.training.bf16)  # last: wraps whatever the blocks have become, and replaces the parameters
+
+
+def build_parallel_mesh(config: RunConfig, device_type: str) -> ParallelMesh:
+    """Collective: the process groups of this run."""
+    experts = {n for n in config.moe.experts_per_layer(config.model.num_layers) if n > 1}
+    degrees = {config.moe.expert_parallel_degree(n) for n in experts}
+    return build_mesh(device_type, config.parallel.tensor_model_parallel_size, degrees, config.parallel.zero_stage)
+
+
+def build_parallel_model(config: RunConfig, vocab_size: int, mesh: ParallelMesh, device: torch.device) -> GPT:
+    """The sharded model with its initial weights; no rank ever holds more than its shards and one whole matrix."""
+    dtype = torch.float64 if config.training.params_dtype == "float64" else torch.float32
+    model = build_on_meta(lambda: GPT(config.model, config.moe, vocab_size), dtype)
+    for moe in moe_layers(model):
+        moe.experts.use_reference = config.training.moe_grouped_gemm == "reference"
+    parallelize(model, mesh, config)
+    model.to_empty(device=device)
+    initialize_parameters(
+        model, config.training.seed, config.model.init_method_std, config.model.num_layers, config.moe.moe_identical_expert_init
+    )
+    return model

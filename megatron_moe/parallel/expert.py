@@ -1,0 +1,49 @@
+"""Expert parallelism: whole experts on their owners, tokens brought to them."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from megatron_moe.model.gpt import GPT
+from megatron_moe.moe.dispatch import build_dispatcher
+from megatron_moe.moe.layer import MoELayer, moe_layers
+from megatron_moe.mpu.mesh import ParallelMesh
+
+
+def apply_expert_parallel(model: GPT, mesh: ParallelMesh, dispatcher: str) -> None:
+    """Shard the stacks of each MoE layer by expert and swap its dispatcher.
+
+    Always, also at degree 1: the experts' own mesh spans the tensor-parallel ranks too, which see other tokens, and the sum of
+    their gradients comes from there.
+    """
+    for moe in moe_layers(model):
+        ep = expert_degree(model, moe)
+        for name, p in list(moe.experts.named_parameters()):
+            whole = distribute_tensor(p.data, mesh.experts[ep]["ep", "etp"], expert_placements(name), src_data_rank=None)
+            moe.experts.register_parameter(name, nn.Parameter(whole))
+        moe.dispatcher = build_dispatcher(dispatcher, moe.num_experts, moe.config.topk, mesh.expert_group(ep))
+
+
+def expert_placements(name: str) -> list[Shard]:
+    """(ep, etp): experts by number; the inner width over etp (w1 and w_gate [E, D, F], w2 [E, F, D], b1 [E, F])."""
+    inner = {"w1": 2, "w_gate": 2, "w2": 1, "b1": 1, "b_gate": 1}.get(name, 1)
+    return [Shard(0), Shard(inner)]
+
+
+def expert_degree(model: GPT, moe: MoELayer) -> int:
+    return model.moe_config.expert_parallel_degree(moe.num_experts)
+
+
+def share_microbatch_counts(model: GPT, group: dist.ProcessGroup) -> None:
+    """A microbatch is spread over the ranks of `group` (cp x tp): routing counts of the balance loss are summed over it."""
+
+    def sum_counts(counts_E: Tensor) -> Tensor:
+        counts_E = counts_E.clone()
+        dist.all_reduce(counts_E, group=group)
+        return counts_E
+
+    if dist.get_world_size(group) > 1:
+        for moe in moe_layers(model):
+            moe.sum_counts = sum_counts

@@ -1,0 +1,179 @@
+"""Tensor parallelism: a plan over plain modules, and the three places that need more than a plan.
+
+Attention and MLP are torch's column/row styles. The MoE layer sees a slice of the tokens, so that tensor-parallel ranks
+are further data ranks for router and experts. The vocabulary is split in embedding, projection and cross-entropy: logits of
+the full vocabulary exist on no rank.
+"""
+# B batch, S sequence, D hidden, V padded vocabulary, v columns here, T tokens, t tokens of this rank's slice
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
+
+from megatron_moe.model.gpt import GPT
+from megatron_moe.model.loss import mask_padding
+from megatron_moe.moe.layer import MoELayer
+
+BLOCK_PLAN = {
+    # DTensor in: the gradients of q, k and v are summed locally before the one reduction
+    "attn": PrepareModuleInput(input_layouts=(Replicate(), None), desired_input_layouts=(Replicate(), None)),
+    "attn.q_proj": ColwiseParallel(),
+    "attn.k_proj": ColwiseParallel(),
+    "attn.v_proj": ColwiseParallel(),
+    "attn.out_proj": RowwiseParallel(),
+    "mlp": PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),)),
+    "mlp.fc1": ColwiseParallel(),
+    "mlp.fc_gate": ColwiseParallel(),
+    "mlp.fc2": RowwiseParallel(),
+}
+
+
+def apply_tensor_parallel(model: GPT, mesh: DeviceMesh) -> None:
+    """Shard the dense parameters over the 1-D mesh `mesh`; norms, coefficients and positions stay whole on every rank."""
+    for block in model.layers.values():
+        plan = {name: style for name, style in BLOCK_PLAN.items() if _has(block, name)}
+        parallelize_module(block, mesh, plan)
+        block.attn.core.first_head = mesh.get_local_rank() * (model.config.num_attention_heads // mesh.size())
+        if block.moe is not None:
+            replicate_parameter(block.moe.gate, "weight", mesh)
+            slice_tokens(block.moe, mesh.get_group())
+    if model.embedding is not None:
+        parallelize_module(model, mesh, {"embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())})
+    if model.head is not None:
+        model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.data, mesh, [Shard(0)], src_data_rank=None))
+    model.project = VocabParallelProjection(mesh)
+    model.token_losses = VocabParallelLosses(mesh.get_group())
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if module is None:
+            return False
+    return True
+
+
+def replicate_parameter(module: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """Declare a parameter replicated over `mesh`; `local_weight` then declares its gradient partial (each rank, own tokens)."""
+    whole = getattr(module, name).data
+    module.register_parameter(name, nn.Parameter(distribute_tensor(whole, mesh, [Replicate()], src_data_rank=None)))
+
+
+# ---------------------------------------------------------------- tokens of the MoE layer
+
+
+def slice_tokens(moe: MoELayer, group: dist.ProcessGroup) -> None:
+    """Hooks: the layer computes on this rank's slice of the (equal) tokens of the group, its output is whole again."""
+
+    tokens: list[int] = []  # of the forward under way: the hook after needs what the hook before saw
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x_TD, keys_T = (*args, None)[:2]
+        tokens[:] = [x_TD.shape[0]]
+        return _Slice.apply(x_TD, group), None if keys_T is None else keys_T[_bounds(keys_T.shape[0], group)]
+
+    def after(_: nn.Module, args: tuple[Any, ...], y_tD: Tensor) -> Tensor:
+        return _Gather.apply(y_tD, tokens[0], group)
+
+    moe.register_forward_pre_hook(before)
+    moe.register_forward_hook(after)
+
+
+def _bounds(tokens: int, group: dist.ProcessGroup) -> slice:
+    """This rank's tokens: equal slices, the last ones shorter or empty when they do not divide."""
+    each = -(-tokens // dist.get_world_size(group))
+    first = min(dist.get_rank(group) * each, tokens)
+    return slice(first, min(first + each, tokens))
+
+
+def _all_gather_tokens(x_tD: Tensor, tokens: int, group: dist.ProcessGroup) -> Tensor:
+    ranks = dist.get_world_size(group)
+    each = -(-tokens // ranks)
+    padded = torch.nn.functional.pad(x_tD, (0, 0, 0, each - x_tD.shape[0])).contiguous()
+    out = padded.new_empty(each * ranks, x_tD.shape[1])
+    dist.all_gather_into_tensor(out, padded, group=group)
+    return out[:tokens]
+
+
+class _Slice(torch.autograd.Function):
+    """Whole -> own slice; backward gathers the slices. No sum: every rank held the same tokens, and each gradient comes once."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ctx.tokens = group, x_TD.shape[0]
+        return x_TD[_bounds(x_TD.shape[0], group)].clone()
+
+    @staticmethod
+    def backward(ctx, grad_tD: Tensor):
+        return _all_gather_tokens(grad_tD, ctx.tokens, ctx.group), None
+
+
+class _Gather(torch.autograd.Function):
+    """Own slice -> whole; backward takes the own slice of the gradient, which is the same on every rank."""
+
+    @staticmethod
+    def forward(ctx, y_tD: Tensor, tokens: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ctx.tokens = group, tokens
+        return _all_gather_tokens(y_tD, tokens, group)
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor):
+        return grad_TD[_bounds(ctx.tokens, ctx.group)].clone(), None, None
+
+
+# ---------------------------------------------------------------- vocabulary
+
+
+class VocabParallelProjection:
+    """hidden [B, S, D] (the same on every rank), weight [V, D] sharded by rows -> this rank's logits [B, S, v]."""
+
+    def __init__(self, mesh: DeviceMesh):
+        self.mesh = mesh
+
+    def __call__(self, hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+        hidden = DTensor.from_local(hidden_BSD, self.mesh, [Replicate()], run_check=False)  # its gradient is summed over ranks
+        return torch.nn.functional.linear(hidden, weight_VD).to_local()
+
+
+class VocabParallelLosses:
+    """Cross-entropy from logits whose columns are spread over the group (Megatron-LM, arXiv 1909.08053, section 3)."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+
+    def __call__(self, logits_BSv: Tensor, labels_BS: Tensor, vocab_size: int) -> Tensor:
+        first = dist.get_rank(self.group) * logits_BSv.shape[-1]
+        wide = torch.promote_types(logits_BSv.dtype, torch.float32)
+        logits = mask_padding(logits_BSv.to(wide), vocab_size, first)
+        return _VocabParallelCrossEntropy.apply(logits, labels_BS - first, self.group)
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Three small reductions over the vocabulary ranks: maximum, sum of exponentials, the label's logit."""
+
+    @staticmethod
+    def forward(ctx, logits_BSv: Tensor, label_BS: Tensor, group: dist.ProcessGroup) -> Tensor:
+        # a rank whose columns are all padding has -inf everywhere: the maximum over ranks is finite
+        largest_BS = logits_BSv.amax(-1)
+        dist.all_reduce(largest_BS, dist.ReduceOp.MAX, group=group)
+        shifted = logits_BSv - largest_BS[..., None]
+        here_BS = (label_BS >= 0) & (label_BS < logits_BSv.shape[-1])
+        index_BS1 = label_BS.clamp(0, logits_BSv.shape[-1] - 1)[..., None]
+        exp = shifted.exp()
+        both = torch.stack([exp.sum(-1), torch.where(here_BS, shifted.gather(-1, index_BS1).squeeze(-1), 0.0)])
+        dist.all_reduce(both, group=group)
+        ctx.save_for_backward(exp / both[0][..., None], here_BS, index_BS1)
+        return both[0].log() - both[1]
+
+    @staticmethod
+    def backward(ctx, grad_BS: Tensor):
+        probs, here_BS, index_BS1 = ctx.saved_tensors
+        grad = probs.scatter_add(-1, index_BS1, -here_BS[..., None].to(probs.dtype))
+        return grad * grad_BS[..., None], None, None

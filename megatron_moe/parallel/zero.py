@@ -1,0 +1,58 @@
+"""ZeRO through FSDP2. Also at size 1: FSDP is what sums the partial gradients of router and experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from megatron_moe.model.gpt import GPT
+from megatron_moe.mpu.mesh import ParallelMesh
+from megatron_moe.parallel.expert import expert_degree
+
+# A dim of each stack that neither EP (0) nor ETP cuts, for layers with fewer experts than ranks to shard them over.
+_SPARE_DIM = {"w1": 1, "w_gate": 1, "w2": 2, "b1": 0, "b_gate": 0, "b2": 0}
+
+
+def apply_zero(model: GPT, mesh: ParallelMesh, bf16: bool) -> None:
+    """Wrap experts over their own data mesh, then blocks, then the model.
+
+    Stages: 0 replicate; 1 and 2 shard, parameters stay gathered between forward and backward; 3 gathers them again.
+    (1 and 2 differ in when gradients are reduced: `sync_gradients`.) Gradients are summed, never averaged: the loss
+    carries the one division, so expert and dense gradients need no factor of their own.
+    """
+    reshard = mesh.zero_stage == 3
+    # fp32 parameters and gradients, bf16 compute, fp32 reduction
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    for block in model.layers.values():
+        if block.moe is not None:
+            if bf16:  # a unit of its own, so that the router keeps float32
+                fully_shard(
+                    block.moe.gate, mesh=mesh.data, reshard_after_forward=reshard, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False)
+                )
+            ep = expert_degree(model, block.moe)
+            kind: dict[str, Any] = {"mesh": mesh.expert_data(ep), "reshard_after_forward": reshard, "mp_policy": policy}
+            if block.moe.num_experts // ep % mesh.expert_data_size(ep):
+                kind["shard_placement_fn"] = _spare_dims(block.moe.experts, mesh.expert_data_size(ep))
+            fully_shard(block.moe.experts, **kind)
+        fully_shard(block, mesh=mesh.data, reshard_after_forward=reshard, mp_policy=policy)
+    fully_shard(model, mesh=mesh.data, reshard_after_forward=False, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it sums
+
+
+def _spare_dims(experts: nn.Module, ranks: int):
+    """torch shards other dims than the first only when they divide; where they do not, some ranks hold no expert."""
+    dims = {id(p): _SPARE_DIM[name] for name, p in experts.named_parameters()}
+    return lambda p: Shard(dims[id(p)] if p.shape[dims[id(p)]] % ranks == 0 else 0)
+
+
+def sync_gradients(model: nn.Module, zero_stage: int, is_last_microbatch: bool) -> None:
+    """Before each microbatch: stages 0 and 1 reduce whole gradients once per step, 2 and 3 after every microbatch."""
+    model.set_requires_gradient_sync(is_last_microbatch or zero_stage >= 2)
+    model.set_is_last_backward(is_last_microbatch)

@@ -1,0 +1,81 @@
+"""One optimizer step: microbatches, one division, norm, clip, update."""
+# B batch, S sequence
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_moe.data.batch import Batch
+from megatron_moe.model.gpt import GPT
+from megatron_moe.moe.layer import moe_layers
+from megatron_moe.mpu.mesh import ParallelMesh
+from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
+from megatron_moe.parallel.zero import sync_gradients
+from megatron_moe.utils.random import token_keys
+
+
+@dataclass
+class StepResult:
+    """Device tensors: nothing waits for them until somebody logs."""
+
+    lm_loss: Tensor  # token-weighted over the global batch
+    grad_norm: Tensor
+
+
+def count_loss_tokens(microbatches: Sequence[Batch], mesh: ParallelMesh) -> Tensor:
+    """Unmasked tokens of the whole global batch: the one divisor of the step, known before its first forward."""
+    count = torch.stack([b.loss_mask.sum(dtype=torch.float64) for b in microbatches]).sum()
+    dist.all_reduce(count, group=mesh.group("dp"))
+    return count.clamp_min(1.0)
+
+
+def forward_backward(
+    model: GPT, microbatches: Sequence[Batch], divisor: Tensor, mesh: ParallelMesh, seed: int, iteration: int
+) -> Tensor:
+    """Gradients of sum(token losses) / divisor; returns this rank's share of that sum.
+
+    One rule for every parameter: gradients are summed over microbatches and ranks, and divided once, here. `divisor` is an
+    argument because another front door divides by something else. Token randomness is a function of (seed, iteration, sample).
+    """
+    tokens_in_step = sum(b.tokens.numel() for b in microbatches) * mesh.size("dp")
+    for moe in moe_layers(model):
+        moe.loss_weight = 1.0 / tokens_in_step
+        moe.stats.reset()
+    total = torch.zeros((), dtype=torch.float64, device=divisor.device)
+    for i, batch in enumerate(microbatches):
+        sync_gradients(model, mesh.zero_stage, i == len(microbatches) - 1)
+        keys_BS = token_keys(seed, iteration, batch.sample_ids, batch.tokens.shape[1])
+        losses_BS = model(batch.tokens, batch.position_ids, batch.labels, batch.segment_ids, keys_BS)
+        loss = (losses_BS * batch.loss_mask).sum() / divisor.to(losses_BS.dtype)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def train_step(
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    microbatches: Sequence[Batch],
+    mesh: ParallelMesh,
+    learning_rate: float,
+    clip_grad: float,
+    seed: int,
+    iteration: int,
+) -> StepResult:
+    """Forward and backward of all microbatches, clip, update. Collective."""
+    lm_loss = forward_backward(model, microbatches, count_loss_tokens(microbatches, mesh), mesh, seed, iteration)
+    dist.all_reduce(lm_loss, group=mesh.group("dp"))
+    parameters = list(model.parameters())
+    norm = gradient_norm(parameters, mesh.stage_ranks)
+    if clip_grad > 0:
+        clip_gradients(parameters, norm, clip_grad)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(lm_loss, norm)

@@ -1,0 +1,32 @@
+"""What differs between torch 2.11 and newer, or is not public yet, in one place. tests/utils/test_compat.py holds it."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+
+
+def local_slices(p: DTensor) -> tuple[slice, ...]:
+    """Where this rank's shard lies in the whole tensor."""
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return tuple(slice(o, o + n) for o, n in zip(offset, shape))
+
+
+def all_to_all_rows(x: Tensor, receive: list[int], send: list[int], group: torch.distributed.ProcessGroup) -> Tensor:
+    """Rows [sum(send), ...] -> rows [sum(receive), ...]; the backward is the reverse exchange."""
+    return funcol.wait_tensor(funcol.all_to_all_single_autograd(x, receive, send, group))
+
+
+def all_gather_rows(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """[n, ...] -> [ranks * n, ...]; the backward is a reduce-scatter that sums."""
+    return funcol.wait_tensor(funcol.all_gather_tensor_autograd(x.contiguous(), 0, group))
+
+
+def reduce_scatter_rows(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """[ranks * n, ...] -> the sum of everyone's n rows for this rank; the backward is an all-gather."""
+    return funcol.wait_tensor(funcol.reduce_scatter_tensor_autograd(x.contiguous(), "sum", 0, group))
