@@ -1,5 +1,7 @@
 from typing import NamedTuple
 from torch import Tensor
+
+
 class Batch(NamedTuple):
     tokens: Tensor
     labels: Tensor

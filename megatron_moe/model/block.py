@@ -36,16 +36,17 @@ class Block(nn.Module):
         self.run_attention = self.run_mlp = call
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
-        x_BSD = x_BSD + self.run_attention(self._attend, x_BSD, context)
-        y_BSD = self.run_mlp(self._dense, x_BSD) if self.moe is None else self._mixture(self.mlp_norm(x_BSD), context)
-        return x_BSD + dropout(y_BSD, self.dropout, context.keys_BS, stream(self.layer, Purpose.MLP_OUTPUT_DROPOUT))
+        x_BSD = self.run_attention(self._attend, x_BSD, context)
+        if self.moe is None:
+            return self.run_mlp(self._feed_forward, x_BSD, context)
+        return x_BSD + self._dropout(self._mixture(self.mlp_norm(x_BSD), context), context, Purpose.MLP_OUTPUT_DROPOUT)
 
     def _attend(self, x_BSD: Tensor, context: Context) -> Tensor:
         y_BSD = self.attn(self.attn_norm(x_BSD), context)
-        return dropout(y_BSD, self.dropout, context.keys_BS, stream(self.layer, Purpose.ATTENTION_OUTPUT_DROPOUT))
+        return x_BSD + self._dropout(y_BSD, context, Purpose.ATTENTION_OUTPUT_DROPOUT)
 
-    def _dense(self, x_BSD: Tensor) -> Tensor:
-        return self.mlp(self.mlp_norm(x_BSD))
+    def _feed_forward(self, x_BSD: Tensor, context: Context) -> Tensor:
+        return x_BSD + self._dropout(self.mlp(self.mlp_norm(x_BSD)), context, Purpose.MLP_OUTPUT_DROPOUT)
 
     def _mixture(self, h_BSD: Tensor, context: Context) -> Tensor:
         keys_T = context.keys_BS.flatten() if context.keys_BS is not None else None
@@ -53,4 +54,10 @@ class Block(nn.Module):
         if self.coefficient is None:
             return y_BSD
         c_BS2 = F.softmax(self.coefficient(h_BSD), dim=-1)
-        return y_BSD * c_BS2[..., :1] + self.run_mlp(self.mlp, h_BSD) * c_BS2[..., 1:]
+        return self.run_mlp(self._add_dense, y_BSD * c_BS2[..., :1], h_BSD, c_BS2[..., 1:])
+
+    def _add_dense(self, y_BSD: Tensor, h_BSD: Tensor, share_BS1: Tensor) -> Tensor:
+        return y_BSD + self.mlp(h_BSD) * share_BS1
+
+    def _dropout(self, y_BSD: Tensor, context: Context, purpose: Purpose) -> Tensor:
+        return dropout(y_BSD, self.dropout, context.keys_BS, stream(self.layer, purpose))

@@ -12,7 +12,9 @@ from megatron_moe.model.gpt import GPT
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
     # No random state is kept: every draw comes from the counter hash and is replayed by construction.
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    # early_stop=False: stopping at the last saved tensor leaves the all-reduce of a row-parallel layer launched and never
+    # waited for, one leaked collective per layer and microbatch; running to the end, the residual addition waits for it.
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, early_stop=False)
 
 
 def apply_recompute(model: GPT, granularity: str) -> None:

@@ -34,9 +34,7 @@ def count_loss_tokens(microbatches: Sequence[Batch], mesh: ParallelMesh) -> Tens
     return count.clamp_min(1.0)
 
 
-def forward_backward(
-    model: GPT, microbatches: Sequence[Batch], divisor: Tensor, mesh: ParallelMesh, seed: int, iteration: int
-) -> Tensor:
+def forward_backward(model: GPT, microbatches: Sequence[Batch], divisor: Tensor, mesh: ParallelMesh, seed: int, iteration: int) -> Tensor:
     """Gradients of sum(token losses) / divisor; returns this rank's share of that sum.
 
     One rule for every parameter: gradients are summed over microbatches and ranks, and divided once, here. `divisor` is an
