@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,17 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """One layer's step over the whole global batch, as written to metrics.jsonl."""
+    """One layer's step over the whole global batch."""
 
     layer: int
-    load_max_over_mean: float
-    load_min_over_mean: float
-    dead_experts: int
-    dropped_fraction: float
-    router_entropy: float  # mean entropy of the gate's probabilities, in units of log(E): 1 is uniform
+    tokens_per_expert: list[float]  # assignments, before dropping
+    dropped_fraction: float  # of the assignments
+    router_entropy: float  # mean entropy of the gate's probabilities over log(E): 1 is uniform, 0 decided
     aux_loss: float  # unscaled load-balancing loss: 1 is balanced
     z_loss: float
-    expert_load: list[float]  # share of the assignments per expert, before dropping
 
 
 class RoutingStats:
@@ -54,17 +52,12 @@ class RoutingStats:
 def summarise(layer: int, vector: Tensor) -> LayerLoad:
     """`vector` of RoutingStats summed over all ranks -> numbers."""
     counts, (tokens, dropped, entropy, aux, z) = vector[: -RoutingStats.SCALARS], vector[-RoutingStats.SCALARS :].tolist()
-    total, tokens = max(float(counts.sum()), 1.0), max(tokens, 1.0)
-    share = (counts / total).tolist()
-    mean = 1.0 / len(share)
+    tokens = max(tokens, 1.0)
     return LayerLoad(
         layer=layer,
-        load_max_over_mean=max(share) / mean,
-        load_min_over_mean=min(share) / mean,
-        dead_experts=int((counts == 0).sum()),
-        dropped_fraction=dropped / total,
-        router_entropy=entropy / tokens / float(torch.tensor(float(len(share))).log()),
+        tokens_per_expert=counts.tolist(),
+        dropped_fraction=dropped / max(float(counts.sum()), 1.0),
+        router_entropy=entropy / tokens / math.log(len(counts)),
         aux_loss=aux / tokens,
         z_loss=z / tokens,
-        expert_load=[round(s, 6) for s in share],
     )

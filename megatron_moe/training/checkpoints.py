@@ -1,0 +1,81 @@
+"""What a training checkpoint holds, and how a run goes on from one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import megatron_moe
+from megatron_moe.checkpoint.find import find_checkpoint
+from megatron_moe.checkpoint.load import load_tensors
+from megatron_moe.checkpoint.manager import CheckpointManager
+from megatron_moe.checkpoint.state import materialise_optimizer_state, model_state, optimizer_state
+from megatron_moe.model.gpt import GPT
+from megatron_moe.training.distributed import World
+from megatron_moe.training.preflight import Prepared
+
+
+@dataclass
+class Progress:
+    """Where a run is. Data order, schedule and randomness are functions of it, so nothing else needs to be kept."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+
+    def advance(self, samples: int, tokens: int) -> None:
+        self.iteration += 1
+        self.consumed_samples += samples
+        self.consumed_tokens += tokens
+
+
+def save(manager: CheckpointManager, prepared: Prepared, model: GPT, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    """Collective. Publishes the whole state of the run, or nothing."""
+    tensors = model_state(model)
+    if not prepared.run.checkpoint.no_save_optim:
+        tensors |= optimizer_state(model, optimizer)
+    manager.save(progress.iteration, tensors, describe(prepared, progress))
+
+
+def describe(prepared: Prepared, progress: Progress) -> dict[str, Any]:
+    """The JSON beside the tensors."""
+    return {
+        "versions": {"megatron_moe": megatron_moe.__version__, "torch": torch.__version__},
+        "progress": dataclasses.asdict(progress),
+        "architecture": prepared.architecture,
+        "vocab_size": prepared.vocab_size,
+        "eod": prepared.eod,
+        "tokenizer": prepared.tokenizer,
+        "config": prepared.run.to_dict(),
+    }
+
+
+def resume(prepared: Prepared, model: GPT, optimizer: torch.optim.Optimizer, world: World) -> tuple[Progress, str, list[str]] | None:
+    """Load --load into model and optimizer, whatever layout wrote it. None for a fresh start. Collective.
+
+    Returns the progress, the directory, and notes on checkpoints that were passed over.
+    """
+    c = prepared.run.checkpoint
+    if not c.load or not has_checkpoints(c.load):
+        return None
+    found = find_checkpoint(c.load, c.ckpt_step, c.ckpt_verify, world.cpu_group)
+    tensors = model_state(model)
+    complete = ["model."]
+    if not (c.finetune or c.no_load_optim):
+        materialise_optimizer_state(model, optimizer)
+        tensors |= optimizer_state(model, optimizer)
+        complete.append("optimizer.")
+    load_tensors(found.path, tensors, complete, world.cpu_group)
+    progress = Progress() if c.finetune else Progress(**found.meta["progress"])
+    return progress, str(found.path), found.notes
+
+
+def has_checkpoints(directory: str) -> bool:
+    from pathlib import Path
+
+    from megatron_moe.checkpoint.files import iterations_in
+
+    return Path(directory).is_dir() and bool(iterations_in(Path(directory)))

@@ -1,0 +1,46 @@
+"""Start and end of torch.distributed: the same for one process and many, CPU and CUDA."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe.config.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+    cpu_group: dist.ProcessGroup  # gloo on every device: checkpoints and small agreements stay off the compute stream
+
+
+def init_distributed(config: ParallelConfig) -> World:
+    """Process group of this run: torchrun's, or a world of one without it. Raises ValueError for a backend that is not there."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    use_cuda = torch.cuda.is_available() and config.distributed_backend != "gloo"
+    if config.distributed_backend == "nccl" and not use_cuda:
+        raise ValueError("--distributed-backend nccl needs CUDA, and torch sees no GPU here; use auto or gloo")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == str(size) and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine: listen to no other
+    options = {"timeout": timedelta(minutes=config.distributed_timeout_minutes)}
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, device_id=device if use_cuda else None, **options)
+    else:  # started by plain python
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
+    cpu_group = dist.new_group(backend="gloo", **options) if use_cuda else dist.group.WORLD
+    return World(dist.get_rank(), dist.get_world_size(), device, cpu_group)
+
+
+def end_distributed() -> None:
+    dist.destroy_process_group()

@@ -1,0 +1,283 @@
+"""A whole run: set up -> loop -> last evaluation and checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe import mpu
+from megatron_moe.checkpoint.manager import CheckpointManager
+from megatron_moe.data.batch import Batch, make_batch
+from megatron_moe.data.loader import SplitDatasets, build_datasets, build_loader
+from megatron_moe.metrics.throughput import Throughput, peak_memory_bytes, tflops_per_device
+from megatron_moe.metrics.tracker import Tracker, build_tracker, moe_layer_record
+from megatron_moe.model.flops import flops_per_token, parameter_counts
+from megatron_moe.model.gpt import GPT
+from megatron_moe.moe.layer import moe_layers
+from megatron_moe.moe.metrics import LayerLoad, summarise
+from megatron_moe.optimizer.groups import build_optimizer
+from megatron_moe.optimizer.schedule import LearningRateSchedule, build_schedule
+from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
+from megatron_moe.training.checkpoints import Progress, describe, resume, save
+from megatron_moe.training.distributed import World, end_distributed, init_distributed
+from megatron_moe.training.evaluate import evaluate
+from megatron_moe.training.preflight import Prepared
+from megatron_moe.training.signals import Stopper
+from megatron_moe.training.step import StepResult, train_step
+from megatron_moe.utils.logging import logger, setup_logging
+
+
+@dataclass
+class Run:
+    """All that the loop works with."""
+
+    prepared: Prepared
+    world: World
+    mesh: mpu.ParallelMesh
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    schedule: LearningRateSchedule
+    datasets: SplitDatasets
+    tracker: Tracker
+    stopper: Stopper
+    manager: CheckpointManager | None
+    progress: Progress
+    total_iterations: int
+
+    @property
+    def config(self):
+        return self.prepared.run
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.config.global_batch_size(self.world.size)
+
+
+def pretrain(prepared: Prepared, warnings: list[str], command: list[str]) -> None:
+    """Train as configured. Every rank calls it; collective from here on."""
+    setup_logging()
+    for warning in warnings:
+        logger.warning(warning)
+    world = init_distributed(prepared.run.parallel)
+    try:
+        run = set_up(prepared, world, command)
+        train(run)
+        run.stopper.close()
+        run.tracker.close()
+        if world.rank == 0:
+            print(next_commands(run), flush=True)
+    finally:
+        mpu.set_default_mesh(None)
+        end_distributed()
+
+
+def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
+    """Meshes, model, optimizer, data, checkpoint: in the order in which they need each other."""
+    config = prepared.run
+    if config.training.deterministic_mode:
+        torch.use_deterministic_algorithms(True)
+    total = config.train_iterations(world.size)
+    schedule = build_schedule(config.optimizer, config.training, config.global_batch_size(world.size), total)
+    mesh = build_parallel_mesh(config, world.device.type)
+    mpu.set_default_mesh(mesh)
+    model = build_parallel_model(config, prepared.vocab_size, mesh, world.device)
+    optimizer = build_optimizer(model, config.optimizer)  # after FSDP, which replaces the parameters
+    if world.rank == 0 and config.checkpoint.save:
+        write_config(Path(config.checkpoint.save), prepared, command)
+    dist.barrier(group=world.cpu_group)
+    tracker = build_tracker(config.logging, config.checkpoint.save, world.rank, total, config.global_batch_size(world.size))
+    manager = CheckpointManager(config.checkpoint.save, world.cpu_group, config.checkpoint.keep_last) if config.checkpoint.save else None
+    report_start(prepared, world, mesh, model, tracker, total)
+    progress = Progress()
+    if (resumed := resume(prepared, model, optimizer, world)) is not None:
+        progress, path, notes = resumed
+        for note in notes:
+            logger.warning(note)
+            tracker.event("alert", reason=note)
+        tracker.event("load", iteration=progress.iteration, path=path)
+    datasets = build_datasets(config.data, config.training.seq_length, config.training.seed, prepared.vocab_size)
+    stopper = Stopper(config.training, world.cpu_group)
+    return Run(prepared, world, mesh, model, optimizer, schedule, datasets, tracker, stopper, manager, progress, total)
+
+
+def train(run: Run) -> None:
+    """load -> while there are steps left: step, log, evaluate, save, stop."""
+    config, progress = run.config, run.progress
+    batches, throughput = loader_of(run), Throughput()
+    samples, tokens = run.global_batch_size, run.global_batch_size * config.training.seq_length
+    reason = "done" if progress.iteration >= run.total_iterations else None
+    evaluated = progress.iteration if run_evaluation(run) else -1
+    throughput.restart()
+    while reason is None:
+        microbatches = [next(batches).to(run.world.device) for _ in range(config.num_microbatches(run.world.size))]
+        # the rate of the step after which this much is consumed: the first step does not run at zero
+        rate = run.schedule.at(progress.iteration + 1, progress.consumed_samples + samples, progress.consumed_tokens + tokens)
+        seed, clip = config.training.seed, config.optimizer.clip_grad
+        result = train_step(run.model, run.optimizer, microbatches, run.mesh, rate, clip, seed, progress.iteration)
+        progress.advance(samples, tokens)
+        throughput.add(tokens)
+        i = progress.iteration
+        reason = run.stopper.reason(i) or ("done" if i >= run.total_iterations else None)
+        if i % config.logging.log_interval == 0 or reason or i == 1:
+            log_step(run, result, rate, throughput)
+        with throughput.excluded():
+            if config.training.eval_interval and i % config.training.eval_interval == 0 and reason in (None, "done"):
+                evaluated = i if run_evaluation(run) else evaluated
+            if run.manager and config.checkpoint.save_interval and i % config.checkpoint.save_interval == 0 and reason is None:
+                save_checkpoint(run, result)
+    if reason == "done" and evaluated != progress.iteration:
+        run_evaluation(run)
+    if reason == "done" and run.datasets.test is not None:
+        run_evaluation(run, "test")
+    if run.manager and progress.iteration:
+        save_checkpoint(run)
+    run.tracker.event("stop", iteration=progress.iteration, reason=reason)
+
+
+def loader_of(run: Run) -> Iterator[Batch]:
+    """Training micro-batches of this rank, from where the run is, without end."""
+    c = run.config
+    return iter(
+        build_loader(
+            run.datasets.train, run.progress.consumed_samples, c.training.micro_batch_size, run.mesh.rank("dp"), run.mesh.size("dp"),
+            c.num_microbatches(run.world.size), c.data.num_workers, collate_of(run),
+        )
+    )  # fmt: skip
+
+
+def collate_of(run: Run):
+    d = run.config.data
+    return partial(
+        make_batch, eod=run.prepared.eod, reset_position_ids=d.reset_position_ids,
+        reset_attention_mask=d.reset_attention_mask, eod_mask_loss=d.eod_mask_loss,
+    )  # fmt: skip
+
+
+def run_evaluation(run: Run, split: str = "valid") -> bool:
+    """Evaluate on the first --eval-iters global batches of the split, the same every time; at most one pass over it."""
+    c, dataset = run.config, getattr(run.datasets, split)
+    if not c.training.eval_iters or dataset is None:
+        return False
+    dp, micro = run.mesh.size("dp"), c.training.micro_batch_size
+    num_micro = min(c.training.eval_iters * c.num_microbatches(run.world.size), len(dataset) // (micro * dp))
+    if num_micro == 0:
+        logger.warning("no %s evaluation: %d samples are fewer than one micro-batch per rank (%d)", split, len(dataset), micro * dp)
+        return False
+    batches = build_loader(dataset, 0, micro, run.mesh.rank("dp"), dp, 1, 0, collate_of(run), num_steps=num_micro)
+    result = evaluate(run.model, batches, run.mesh, run.world.device, lambda: run.stopper.agreed() is not None)
+    if result is None:
+        return False
+    run.tracker.log_eval(iteration=run.progress.iteration, split=split, lm_loss=result.lm_loss, tokens=result.tokens)
+    return True
+
+
+def expert_loads(run: Run) -> list[LayerLoad]:
+    """The last step of every MoE layer, over the whole global batch. Collective; one reduction for all layers."""
+    layers = moe_layers(run.model)
+    if not layers:
+        return []
+    vectors = [moe.stats.vector(run.world.device) for moe in layers]
+    together = torch.cat(vectors)
+    dist.all_reduce(together)
+    return [summarise(moe.layer, v) for moe, v in zip(layers, together.cpu().split([len(v) for v in vectors]))]
+
+
+def log_step(run: Run, result: StepResult, rate: float, throughput: Throughput) -> None:
+    """The one place of a step where the host waits for the device."""
+    loads = expert_loads(run)
+    lm_loss, norm = float(result.lm_loss), float(result.grad_norm)
+    window = throughput.restart()
+    c = run.config
+    flops = flops_per_token(c.model, c.moe, c.training.seq_length, run.prepared.vocab_size)
+    mean = lambda values: sum(values) / len(loads) if loads else 0.0  # noqa: E731
+    run.tracker.log_train(
+        iteration=run.progress.iteration, consumed_samples=run.progress.consumed_samples, consumed_tokens=run.progress.consumed_tokens,
+        lm_loss=lm_loss, grad_norm=norm, learning_rate=rate,
+        moe_aux_loss=mean(load.aux_loss for load in loads), moe_z_loss=mean(load.z_loss for load in loads),
+        iteration_time_ms=window.iteration_time_ms, tokens_per_second=window.tokens_per_second,
+        tflops_per_device=tflops_per_device(flops, window.tokens_per_second, run.world.size),
+        peak_memory_bytes=peak_memory_bytes(run.world.device.type),
+        moe=[moe_layer_record(load.layer, load.tokens_per_expert, load.dropped_fraction, load.router_entropy) for load in loads],
+    )  # fmt: skip
+    stop_if_not_finite(run, lm_loss, norm)
+
+
+def stop_if_not_finite(run: Run, lm_loss: float, norm: float) -> None:
+    """Both numbers are equal on all ranks, so all raise together; nothing that is not finite is ever saved."""
+    if not (abs(lm_loss) < float("inf") and norm < float("inf")):
+        run.tracker.event("stop", iteration=run.progress.iteration, reason="loss or gradient norm is not finite")
+        raise FloatingPointError(
+            f"iteration {run.progress.iteration}: loss {lm_loss}, gradient norm {norm}; the last checkpoint is intact. "
+            f"Lower --lr, lengthen the warm-up, or add --moe-router-z-loss-coeff 1e-3, and resume from it"
+        )
+
+
+def save_checkpoint(run: Run, result: StepResult | None = None) -> None:
+    if result is not None:
+        stop_if_not_finite(run, float(result.lm_loss), float(result.grad_norm))
+    assert run.manager is not None
+    save(run.manager, run.prepared, run.model, run.optimizer, run.progress)
+    run.tracker.event("save", iteration=run.progress.iteration, path=run.config.checkpoint.save)
+
+
+def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model: GPT, tracker: Tracker, total: int) -> None:
+    """What is about to run: sizes, layout, dispatchers."""
+    c = prepared.run
+    counts = parameter_counts(c.model, c.moe, prepared.vocab_size)
+    batch = c.global_batch_size(world.size)
+    step_tokens = batch * c.training.seq_length
+    flops = flops_per_token(c.model, c.moe, c.training.seq_length, prepared.vocab_size) * step_tokens
+    built = sum(p.numel() for p in model.parameters())
+    assert built == counts.total, f"parameters: built {built}, counted {counts.total}"
+    experts = [n for n in c.moe.experts_per_layer(c.model.num_layers) if n > 1]
+    logger.info("%s parameters, %s active per token; %.3g FLOPs per step", f"{counts.total:,}", f"{counts.active:,}", flops)
+    logger.info(
+        "%d rank(s) on %s: dp %d, tp %d, ZeRO %d, %s", world.size, world.device.type, mesh.size("dp"), mesh.size("tp"), mesh.zero_stage,
+        ", ".join(f"ep {ep}" for ep in sorted(mesh.experts)) or "no experts",
+    )  # fmt: skip
+    for moe in moe_layers(model):
+        logger.info("layer %d: %d experts, expert-parallel %d, %s dispatch", moe.layer, moe.num_experts,
+                    c.moe.expert_parallel_degree(moe.num_experts), moe.dispatcher.name)  # fmt: skip
+    logger.info("%d iterations of %d sequences (%d tokens), %d microbatch(es) per rank", total, batch, step_tokens,
+                c.num_microbatches(world.size))  # fmt: skip
+    tracker.event(
+        "start", parameters=counts.total, active_parameters=counts.active, flops_per_step=flops, world_size=world.size,
+        data_parallel=mesh.size("dp"), tensor_parallel=mesh.size("tp"), expert_parallel=sorted(mesh.experts),
+        zero_stage=mesh.zero_stage, experts=experts, train_iterations=total, global_batch_size=batch,
+    )  # fmt: skip
+
+
+def write_config(directory: Path, prepared: Prepared, command: list[str]) -> None:
+    """config.json of the run directory: the resolved configuration, versions and the command line."""
+    directory.mkdir(parents=True, exist_ok=True)
+    content = describe(prepared, Progress()) | {"command": command, "world_size": int(os.environ.get("WORLD_SIZE", "1"))}
+    del content["progress"]
+    temporary = directory / ".config.json.tmp"
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, directory / "config.json")
+
+
+def next_commands(run: Run) -> str:
+    """The last words of a run: what to type next, exactly."""
+    c = run.config
+    if not c.checkpoint.save:
+        return (
+            "Done. Next, keep what you train and read what you have:\n"
+            "  python pretrain_gpt_moe.py --preset tiny --mock-data --train-iters 20 --save runs/tiny --load runs/tiny\n"
+            "  torchrun --nproc-per-node 2 pretrain_gpt_moe.py --preset tiny --mock-data --train-iters 20 --moe-expert-parallel-size 2\n"
+            "  bash scripts/quickstart.sh        # real text: tokenizer, data, training, plot, sample"
+        )
+    save_dir = c.checkpoint.save
+    return (
+        f"Done. Everything is in {save_dir}. Next:\n"
+        f"  python tools/plot_run.py --run {save_dir}\n"
+        f"  python tools/generate_text.py --load {save_dir} --prompt 'def main'\n"
+        f"  add --load {save_dir} and a larger --train-iters to the same command to train on"
+    )

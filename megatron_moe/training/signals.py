@@ -1,0 +1,58 @@
+"""Why a run stops before its end: a signal, its time, or --exit-interval. All ranks stop at the same step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe.config.training import TrainingConfig
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopper:
+    """Asked after every step and inside evaluation; the ranks agree by one small reduction, if there is anything to agree on.
+
+    A first signal is only remembered; a second one ends the process at once.
+    """
+
+    def __init__(self, config: TrainingConfig, group: dist.ProcessGroup):
+        self.config, self.group, self.start = config, group, time.monotonic()
+        self.received = 0
+        if config.exit_signal_handler:
+            self._previous = {s: signal.signal(s, self._remember) for s in SIGNALS}
+
+    def _remember(self, number: int, frame: object) -> None:
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = number
+
+    def agreed(self) -> str | None:
+        """Signal or time: the reason, equal on every rank, or None."""
+        c = self.config
+        if not c.exit_signal_handler and c.exit_duration_in_mins is None:
+            return None
+        late = c.exit_duration_in_mins is not None and time.monotonic() - self.start >= 60 * c.exit_duration_in_mins
+        flags = torch.tensor([self.received, int(late)])
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        number, late = flags.tolist()
+        if number:
+            return f"signal {signal.Signals(number).name}"
+        return f"--exit-duration-in-mins {c.exit_duration_in_mins:g} is over" if late else None
+
+    def reason(self, iteration: int) -> str | None:
+        """After a step: why to save and stop now, or None to go on."""
+        interval = self.config.exit_interval
+        if interval and iteration % interval == 0:
+            return f"--exit-interval {interval}"
+        return self.agreed()
+
+    def close(self) -> None:
+        if self.config.exit_signal_handler:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
