@@ -23,6 +23,7 @@ from megatron_moe.config.flags import (
 from megatron_moe.config.leftovers import LEFTOVERS, NOT_YET
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.config.run import GROUPS, RunConfig
+from megatron_moe.config.training import DECAY_LENGTHS, RUN_LENGTHS, WARMUP_LENGTHS
 
 DESCRIPTION = """\
 Pretrain a GPT with Mixture-of-Experts layers. Start with
@@ -69,45 +70,56 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "pretrain_gpt_moe.
     values: dict[str, Any] = {}
     if preset is not None:
         if preset in PRESETS:
-            values |= PRESETS[preset]
+            values = dict(PRESETS[preset])
         else:
             problems.append(f"--preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
     if config_file is not None:
-        from_file, more = _read_yaml(config_file)
+        from_file, more = _read_yaml(config_file, problems)
         others += more
-        values |= convert_all(classes, from_file, problems)
-    values |= convert_all(classes, given, problems)
+        values = _overridden(values, convert_all(classes, from_file, problems))
+    values = _overridden(values, convert_all(classes, given, problems))
     try:
         run = RunConfig.from_values(values)
     except ConfigError as error:
         problems += error.problems
     if problems:
         raise ConfigError(problems)
-    warnings = [f"--{n} has no effect: {LEFTOVERS[n][1]}" for n in others if n in LEFTOVERS]
+    warnings = [*run.warnings(), *(f"--{n} has no effect: {LEFTOVERS[n][1]}" for n in others if n in LEFTOVERS)]
     not_yet = [f"--{n}: {NOT_YET[n][1]} is not built yet; leave the flag out" for n in others if n in NOT_YET]
     return Parsed(run, warnings, not_yet)
 
 
-def _read_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
+def _overridden(weaker: dict[str, Any], stronger: dict[str, Any]) -> dict[str, Any]:
+    """Later sources win, also over the same length in another unit: --lr-warmup-tokens replaces a preset's lr_warmup_fraction."""
+    replaced = {n for lengths in (RUN_LENGTHS, DECAY_LENGTHS, WARMUP_LENGTHS) if stronger.keys() & set(lengths) for n in lengths}
+    return {n: v for n, v in weaker.items() if n not in replaced} | stronger
+
+
+def _read_yaml(path: str, problems: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Settings of a YAML file by field name; leftovers apart. Aliases work as on the command line."""
+    if not path:
+        problems.append("--config wants a value")
+        return {}, []
     import yaml
 
     try:
         with open(path, encoding="utf-8") as f:
             loaded = yaml.safe_load(f) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError([f"--config {path}: cannot be read: {error}"]) from None
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8
+        problems.append(f"--config {path}: cannot be read: {error}")
+        return {}, []
     if not isinstance(loaded, dict):
-        raise ConfigError([f"--config {path}: wants NAME: VALUE lines, not {type(loaded).__name__}"])
+        problems.append(f"--config {path}: wants NAME: VALUE lines, not {type(loaded).__name__}")
+        return {}, []
     positive = {o[2:]: s for g in GROUPS.values() for s in fields_of(g) for o in s.options}
     negative = {o[2:]: s for g in GROUPS.values() for s in fields_of(g) if s.kind is bool for o in s.negative_options}
-    values, others, problems = {}, [], []
+    values, others = {}, []
     for key, value in loaded.items():
         name = str(key).replace("_", "-")
         if name in positive:
             values[positive[name].name] = value
         elif name in negative:
-            values[negative[name].name] = not value
+            values[negative[name].name] = not value if isinstance(value, bool) else value
         elif name in LEFTOVERS or name in NOT_YET:
             others.append(name)
         else:
@@ -115,8 +127,6 @@ def _read_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
 
             near = difflib.get_close_matches(name, [*positive, *negative], 1)
             problems.append(f"--config {path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    if problems:
-        raise ConfigError(problems)
     return values, others
 
 

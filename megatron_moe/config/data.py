@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -94,7 +95,7 @@ def split_shares(text: str) -> tuple[float, float, float]:
         parts = [float(p) for p in text.replace("/", ",").split(",") if p.strip()]
     except ValueError:
         parts = []
-    if not 1 <= len(parts) <= 3 or min(parts, default=-1) < 0 or sum(parts) == 0:
+    if not 1 <= len(parts) <= 3 or min(parts) < 0 or not 0 < sum(parts) < math.inf:
         raise ValueError(f"--split wants up to three numbers, none below zero, such as 969,30,1, not {text!r}")
     parts += [0.0] * (3 - len(parts))
     return tuple(p / sum(parts) for p in parts)  # type: ignore[return-value]
@@ -111,6 +112,6 @@ def blend_of(words: tuple[str, ...]) -> list[tuple[float, str]]:
     except ValueError:
         raise ValueError(f"wants pairs WEIGHT PREFIX, and a weight is not a number: {' '.join(words)}") from None
     total = sum(w for w, _ in pairs)
-    if pairs and (min(w for w, _ in pairs) < 0 or total <= 0):
-        raise ValueError(f"weights must not be negative nor all zero: {[w for w, _ in pairs]}")
+    if pairs and (min(w for w, _ in pairs) < 0 or not 0 < total < math.inf):
+        raise ValueError(f"weights must be finite, not negative and not all zero: {[w for w, _ in pairs]}")
     return [(w / total, p) for w, p in pairs]

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import re
 import types
 import typing
@@ -75,7 +76,9 @@ class FieldSpec:
 
     @property
     def negative_options(self) -> list[str]:
-        return ["--no-" + self.option[2:], *("--" + n for n in self.info.negative)]
+        name = self.option[2:]
+        opposite = name.removeprefix("no-") if name.startswith("no-") else f"no-{name}"
+        return [f"--{opposite}", *("--" + n for n in self.info.negative)]
 
     def problems(self, value: Any) -> Iterator[str]:
         """Bounds and choices of a value that already has the right type."""
@@ -86,12 +89,15 @@ class FieldSpec:
                 near = difflib.get_close_matches(str(v), [str(c) for c in self.choices], 1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 yield f"{self.option} must be one of {', '.join(map(str, self.choices))}, not {v!r}{hint}"
+            if isinstance(v, float) and not math.isfinite(v):
+                yield f"{self.option} must be a finite number, not {v}"
+                continue
             if self.info.minimum is not None and v < self.info.minimum:
-                yield f"{self.option} must be at least {self.info.minimum:g}, not {v:g}"
+                yield f"{self.option} must be at least {self.info.minimum}, not {v}"
             if self.info.maximum is not None and v > self.info.maximum:
-                yield f"{self.option} must be at most {self.info.maximum:g}, not {v:g}"
+                yield f"{self.option} must be at most {self.info.maximum}, not {v}"
             if self.info.above is not None and not v > self.info.above:
-                yield f"{self.option} must be greater than {self.info.above:g}, not {v:g}"
+                yield f"{self.option} must be greater than {self.info.above}, not {v}"
 
 
 def fields_of(cls: type) -> list[FieldSpec]:
@@ -170,7 +176,7 @@ def convert(spec: FieldSpec, raw: Any) -> Any:
     """Text from the command line, or a value from YAML/JSON, to the field's type. Raises ValueError."""
     if raw is None and spec.optional:
         return None
-    if raw == _MISSING or (spec.many and raw == [] and not spec.optional):
+    if raw is None or raw == _MISSING or (spec.many and raw == [] and not spec.optional):
         raise ValueError(f"{spec.option} wants a value")
     if spec.info.parse:
         words = [str(w) for w in raw] if isinstance(raw, list | tuple) else [str(raw)]
@@ -204,7 +210,7 @@ def _scalar(spec: FieldSpec, raw: Any) -> Any:
         if number != int(number):
             raise error
         return int(raw) if re.fullmatch(r"[+-]?\d+", str(raw)) else int(number)
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, TypeError):
         raise error from None
 
 
@@ -221,11 +227,21 @@ def int_list(words: list[str]) -> tuple[int, ...]:
     return numbers
 
 
+_NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf$|-nan$", re.IGNORECASE)
+
+
 def read_options(parser: argparse.ArgumentParser, argv: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """Options that were given (dest -> text) and the problems found; unknown flags get a near miss."""
-    namespace, rest = parser.parse_known_args(normalise(argv))
-    known = [s for a in parser._actions for s in a.option_strings]
-    problems = []
+    actions = {s: a for a in parser._actions for s in a.option_strings}
+    known, words, problems = list(actions), [], []
+    for word in normalise(argv):
+        name, equals, _ = word.partition("=")
+        if equals and name in actions and actions[name].nargs == 0:  # argparse would end the program here
+            problems.append(f"{name} is a switch and takes no value, not {word!r}")
+            word = name
+        words.append(word)
+    parser._negative_number_matcher = _NEGATIVE_NUMBER  # argparse takes -1e-3 and -inf for flags
+    namespace, rest = parser.parse_known_args(words)
     for word in rest:
         if re.match(r"--?[A-Za-z]", word):
             name = word.partition("=")[0]

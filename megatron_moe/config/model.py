@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -89,4 +90,5 @@ class ModelConfig:
 
 def divisors(n: int) -> list[int]:
     """Divisors of n, ascending, for error messages that name the legal values."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, min(math.isqrt(n), 10**6) + 1) if n % d == 0]  # bounded: a mistyped number must not hang
+    return sorted({*small, *(n // d for d in small)})

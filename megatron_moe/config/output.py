@@ -28,8 +28,6 @@ class CheckpointConfig:
         checked(self)
 
     def problems(self) -> Iterator[str]:
-        if self.save_interval and not self.save:
-            yield f"--save-interval ({self.save_interval}) needs --save DIR"
         if self.ckpt_step is not None and not self.load:
             yield f"--ckpt-step ({self.ckpt_step}) needs --load DIR"
 

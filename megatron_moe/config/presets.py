@@ -10,7 +10,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "seq_length": 128, "max_position_embeddings": 128,
         "num_experts": (4, 8), "mlp_type": "residual", "topk": 1, "moe_token_dropping": False, "moe_loss_coeff": 0.01,
         "hidden_dropout": 0.0, "attention_dropout": 0.0, "micro_batch_size": 4, "global_batch_size": 8, "train_iters": 100,
-        "lr": 3e-3, "min_lr": 3e-4, "lr_decay_style": "cosine", "lr_warmup_iters": 5, "weight_decay": 0.1, "adam_beta2": 0.95,
+        "lr": 3e-3, "min_lr": 3e-4, "lr_decay_style": "cosine", "lr_warmup_fraction": 0.05, "weight_decay": 0.1, "adam_beta2": 0.95,
         "log_interval": 5, "eval_interval": 50, "eval_iters": 4, "num_workers": 0,
     },
 }  # fmt: skip

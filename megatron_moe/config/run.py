@@ -99,6 +99,14 @@ class RunConfig:
         except ValueError as error:
             yield str(error)
 
+    def warnings(self) -> Iterator[str]:
+        """What is allowed but probably not meant."""
+        if self.checkpoint.save_interval and not self.checkpoint.save:
+            yield f"--save-interval ({self.checkpoint.save_interval}) has no effect without --save DIR"
+        experts = self.moe.num_experts
+        if experts[0] > experts[-1]:
+            yield f"--num-experts falls with depth ({' '.join(map(str, experts))}): published pyramids grow, later layers gain more"
+
     # ------------------------------------------------------------ what a world size adds
 
     def data_parallel_size(self, world_size: int) -> int:
@@ -120,8 +128,10 @@ class RunConfig:
         dp, micro = self.data_parallel_size(world_size), self.training.micro_batch_size
         batch = self.global_batch_size(world_size)
         if batch % (micro * dp):
+            unit = micro * dp
+            below = batch // unit * unit
             yield (f"--global-batch-size ({batch}) must be divisible by --micro-batch-size ({micro}) x data-parallel size ({dp}) = "
-                   f"{micro * dp}; use {max(batch // (micro * dp), 1) * micro * dp} or {(batch // (micro * dp) + 1) * micro * dp}")  # fmt: skip
+                   f"{unit}; use {f'{below} or ' if below else ''}{below + unit}")  # fmt: skip
         try:
             degrees = {self.moe.expert_parallel_degree(n) for n in self.moe.experts_per_layer(self.model.num_layers) if n > 1}
         except ValueError:

@@ -57,6 +57,12 @@ class TrainingConfig:
         return self.recompute_granularity or ("full" if self.recompute_activations else None)
 
 
+# The same quantity in several units: one source of settings gives it in one unit, a stronger source replaces it as a whole.
+RUN_LENGTHS = ("train_iters", "train_samples", "train_tokens")
+DECAY_LENGTHS = ("lr_decay_iters", "lr_decay_samples", "lr_decay_tokens")
+WARMUP_LENGTHS = ("lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens")
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Optimizer and schedule."""
@@ -87,9 +93,9 @@ class OptimizerConfig:
     def problems(self) -> Iterator[str]:
         if self.min_lr > self.lr:
             yield f"--min-lr ({self.min_lr:g}) must not exceed --lr ({self.lr:g})"
-        given = [n for n in ("lr_decay_iters", "lr_decay_samples", "lr_decay_tokens") if getattr(self, n) is not None]
+        given = [n for n in DECAY_LENGTHS if getattr(self, n) is not None]
         if len(given) > 1:
             yield f"give the decay in one unit only, not {' and '.join('--' + n.replace('_', '-') for n in given)}"
-        warmups = [n for n in ("lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens") if getattr(self, n)]
+        warmups = [n for n in WARMUP_LENGTHS if getattr(self, n)]
         if len(warmups) > 1:
             yield f"give the warm-up in one unit only, not {' and '.join('--' + n.replace('_', '-') for n in warmups)}"

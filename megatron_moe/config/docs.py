@@ -1,0 +1,106 @@
+"""Writes docs/flags.md from the config classes, so that the page cannot disagree with the command line.
+
+python -m megatron_moe.config.docs > docs/flags.md
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+
+from megatron_moe.config.flags import FieldSpec, fields_of
+from megatron_moe.config.leftovers import LEFTOVERS, NOT_YET
+from megatron_moe.config.presets import PRESETS
+from megatron_moe.config.run import GROUPS
+
+HEAD = """\
+# Flags
+
+<!-- Generated: python -m megatron_moe.config.docs > docs/flags.md -->
+
+Every setting of `pretrain_gpt_moe.py`, under the spelling of Megatron-LM or Megatron-DeepSpeed where they have it.
+Dashes and underscores are the same in flag names. A YAML file given by `--config FILE.yaml` uses the same names without the
+leading dashes. Precedence, lowest first: defaults, `--preset NAME`, `--config FILE.yaml`, command line.
+"""
+
+
+def flags_page() -> str:
+    return "\n".join([HEAD, *_settings(), *_presets(), *_other_flags()])
+
+
+def _settings() -> Iterator[str]:
+    for cls in GROUPS.values():
+        title, _, text = (cls.__doc__ or cls.__name__).strip().partition("\n")
+        yield f"## {title.rstrip('.')}\n"
+        if text.strip():
+            yield " ".join(text.split()) + "\n"
+        specs = [s for s in fields_of(cls) if not s.info.hidden]
+        yield from _table(("flag", "value", "default", "meaning"), map(_setting_row, specs))
+
+
+def _setting_row(spec: FieldSpec) -> tuple[str, ...]:
+    # The spelling that changes the default comes first, as in --help.
+    options = [*spec.options, *spec.negative_options] if spec.kind is bool else spec.options
+    if spec.kind is bool and spec.default:
+        options = [*spec.negative_options, *spec.options]
+    meaning = spec.info.help + (f" (**not built yet**: {spec.info.not_yet})" if spec.info.not_yet else "")
+    return " ".join(f"`{o}`" for o in options), _value_of(spec), _default_of(spec), meaning
+
+
+def _value_of(spec: FieldSpec) -> str:
+    if spec.kind is bool:
+        return "switch"
+    what = " ".join(f"`{c}`" for c in spec.choices) or {int: "whole number", float: "number", str: "text"}[spec.kind]
+    if spec.many or spec.info.parse:
+        what += ", one or more"
+    info = spec.info
+    limits = (("at least", info.minimum), ("at most", info.maximum), ("above", info.above))
+    return ", ".join([what, *(f"{word} {limit:g}" for word, limit in limits if limit is not None)])
+
+
+def _default_of(spec: FieldSpec) -> str:
+    if spec.kind is bool:
+        return "on" if spec.default else "off"
+    if spec.default is None or spec.default == ():
+        return ""
+    return f"`{_plain(spec.default)}`"
+
+
+def _presets() -> Iterator[str]:
+    yield "## Presets\n"
+    yield "A named set of flags to start from.\n"
+    for name, values in PRESETS.items():
+        yield f"`--preset {name}` is the same as\n"
+        yield "```\n" + "\n".join(_preset_line(field, value) for field, value in values.items()) + "\n```\n"
+
+
+def _preset_line(field: str, value: object) -> str:
+    option = field.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {_plain(value)}"
+
+
+def _other_flags() -> Iterator[str]:
+    yield "## Not built yet\n"
+    yield "These are understood, and refused when they are used to train.\n"
+    yield from _table(("flag", "feature"), ((f"`--{name}`", what) for name, (_, what) in NOT_YET.items()))
+    yield "## Accepted without effect\n"
+    yield "Upstream launch scripts pass these. They are accepted with a warning.\n"
+    yield from _table(("flag", "why it has no effect"), ((f"`--{name}`", why) for name, (_, why) in LEFTOVERS.items()))
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+    yield ""
+
+
+def _plain(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(flags_page())

@@ -1,0 +1,92 @@
+"""Which ranks form which group: pure tables, no torch, no communication. The same on every rank.
+
+Ranks are laid out as (pp, dp, cp, tp), tp fastest: rank = ((p * dp + d) * cp + c) * tp + t, Megatron's order.
+Worked example, world 8, tp 2, pp 2 (so dp 2):
+    tp [0,1] [2,3] [4,5] [6,7]    dp [0,2] [1,3] [4,6] [5,7]    pp [0,4] [1,5] [2,6] [3,7]
+
+Experts live on the same ranks folded another way. EP: ranks that together hold all experts of a layer once.
+EDP (expert data parallel): ranks that hold the same experts.
+"""
+
+from __future__ import annotations
+
+from megatron_moe.config.model import divisors
+
+Groups = list[list[int]]
+
+
+def dense_groups(world: int, tp: int = 1, pp: int = 1, cp: int = 1) -> dict[str, Groups]:
+    """Groups of each axis, keyed pp, dp, cp, tp; groups and the ranks inside them ascend."""
+    dp = _data_parallel_size(world, tp, pp, cp)
+    sizes = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
+    groups, stride = {}, world
+    for axis, size in sizes.items():
+        stride //= size
+        groups[axis] = [[first + i * stride for i in range(size)] for first in range(world) if first // stride % size == 0]
+    return groups
+
+
+def expert_groups(
+    world: int,
+    ep: int,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    etp: int = 1,
+    expert_tensor_parallel: bool = False,
+    data_before_expert: bool = False,
+) -> tuple[Groups, Groups]:
+    """(EP groups, EDP groups), DeepSpeed's two ways.
+
+    Without expert tensor parallelism a stage is cut into blocks of `ep` consecutive ranks, which may span TP ranks, so that
+    EP may exceed DP; `data_before_expert` makes the EDP ranks the consecutive ones instead. With it, every TP rank holds its
+    slice of each expert, and EP groups are cut out of the DP groups.
+    """
+    if ep < 1:
+        raise ValueError(f"the expert-parallel degree must be at least 1, not {ep}")
+    if expert_tensor_parallel:
+        if etp not in (1, tp):
+            raise ValueError(f"--expert-tensor-parallel-size ({etp}) must equal --tensor-model-parallel-size ({tp}), or leave it out")
+        pools = dense_groups(world, tp, pp)["dp"]
+        what = "data-parallel size"
+    else:
+        if etp != 1:
+            raise ValueError(
+                f"--expert-tensor-parallel-size ({etp}) must be 1 without --enable-expert-tensor-parallelism; give both or neither"
+            )
+        _data_parallel_size(world, tp, pp, 1)
+        stage = world // pp
+        pools = [list(range(first, first + stage)) for first in range(0, world, stage)]
+        what = "number of ranks of a pipeline stage"
+    size = len(pools[0])
+    if size % ep:
+        raise ValueError(
+            f"the {what} ({size}) must be divisible by --moe-expert-parallel-size ({ep}); use one of {_one_of(size)} "
+            f"or start another number of ranks"
+        )
+    consecutive, strided = [], []
+    block = size // ep if data_before_expert else ep
+    for pool in pools:
+        consecutive += [pool[i : i + block] for i in range(0, size, block)]
+        strided += [pool[i::block] for i in range(block)]
+    return (strided, consecutive) if data_before_expert else (consecutive, strided)
+
+
+def _data_parallel_size(world: int, tp: int, pp: int, cp: int) -> int:
+    flags = {
+        "--tensor-model-parallel-size": tp, "--pipeline-model-parallel-size": pp, "--context-parallel-size": cp,
+    }  # fmt: skip
+    for name, size in flags.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, not {size}")
+    if world % (tp * pp * cp):
+        given = " x ".join(f"{name} ({size})" for name, size in flags.items() if size > 1)
+        raise ValueError(
+            f"the number of ranks ({world}) must be divisible by {given} = {tp * pp * cp}; make the product one of "
+            f"{_one_of(world)} or start another number of ranks"
+        )
+    return world // (tp * pp * cp)
+
+
+def _one_of(n: int) -> str:
+    return ", ".join(map(str, divisors(n)))

@@ -1,0 +1,102 @@
+"""Which parameters are decayed, and that the optimizer is the one that the flags ask for."""
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_moe.config.training import OptimizerConfig
+from megatron_moe.optimizer.groups import build_optimizer, weight_decay_groups
+
+
+class Experts(nn.Module):
+    """Parameters stacked over 4 experts, under the names of the real layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.ones(4, 8, 16))
+        self.b1 = nn.Parameter(torch.ones(4, 16))
+        self.w2 = nn.Parameter(torch.ones(4, 16, 8))
+        self.b2 = nn.Parameter(torch.ones(4, 8))
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(32, 8)
+        self.attn_norm = nn.LayerNorm(8)
+        self.mlp_norm = nn.RMSNorm(8)
+        self.mlp = nn.Linear(8, 8)
+        self.moe = nn.Module()
+        self.moe.gate = nn.Linear(8, 4, bias=False)
+        self.moe.experts = Experts()
+        self.coefficient = nn.Linear(8, 2)
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+
+
+def names_by_group(model, weight_decay=0.1):
+    of = {id(p): n for n, p in model.named_parameters()}
+    return {g["name"]: {of[id(p)] for p in g["params"]} for g in weight_decay_groups(model, weight_decay)}
+
+
+def test_matrices_decay_and_vectors_do_not():
+    assert names_by_group(Layer()) == {
+        "decay": {"embedding.weight", "mlp.weight", "moe.gate.weight", "moe.experts.w1", "moe.experts.w2", "coefficient.weight"},
+        "no_decay": {
+            "attn_norm.weight", "attn_norm.bias", "mlp_norm.weight", "mlp.bias", "moe.experts.b1", "moe.experts.b2",
+            "coefficient.bias", "temperature",
+        },
+    }  # fmt: skip
+
+
+def test_experts_in_a_module_list_are_judged_one_by_one():
+    model = nn.Module()
+    model.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    assert names_by_group(model) == {
+        "decay": {"experts.0.weight", "experts.1.weight"},
+        "no_decay": {"experts.0.bias", "experts.1.bias"},
+    }
+
+
+def test_only_the_matrices_shrink_when_there_is_no_gradient():
+    model = Layer()
+    optimizer = build_optimizer(model, OptimizerConfig(lr=0.5, weight_decay=0.1))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        factor = 0.95 if name in names_by_group(model)["decay"] else 1.0  # AdamW: weight *= 1 - lr * decay
+        torch.testing.assert_close(p.detach(), before[name] * factor)
+
+
+def test_frozen_parameters_are_left_out_and_empty_groups_too():
+    model = nn.Linear(4, 4)
+    model.bias.requires_grad_(False)
+    assert [g["name"] for g in weight_decay_groups(model, 0.1)] == ["decay"]
+
+
+def test_a_tied_weight_is_optimized_once():
+    model = nn.Module()
+    model.embedding, model.head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+    model.head.weight = model.embedding.weight
+    assert sum(len(g["params"]) for g in weight_decay_groups(model, 0.1)) == 1
+
+
+def test_adam_settings_come_from_the_flags():
+    optimizer = build_optimizer(nn.Linear(4, 4), OptimizerConfig(lr=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_eps=1e-5))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults["betas"] == (0.8, 0.95)
+    assert optimizer.defaults["eps"] == 1e-5
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert optimizer.defaults["foreach"]
+
+
+def test_sgd_takes_its_momentum_from_the_flags():
+    optimizer = build_optimizer(nn.Linear(4, 4), OptimizerConfig(optimizer="sgd", sgd_momentum=0.7))
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.defaults["momentum"] == 0.7
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        build_optimizer(nn.GELU(), OptimizerConfig())

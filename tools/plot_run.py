@@ -1,0 +1,313 @@
+"""Curves and expert load of one or several runs, from their metrics.jsonl.
+
+  python tools/plot_run.py --run runs/a                     writes runs/a/plot.png
+  python tools/plot_run.py --run runs/a runs/b --output ab.png
+  python tools/plot_run.py --run runs/a --show-table        the last expert load as text, no image
+
+Resumed runs show what the final weights have seen: later records win over earlier ones of the same iteration.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_moe.config.flags import checked, flag, parse_tool
+from megatron_moe.metrics.reader import read_records, valid_history
+
+COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f"]
+MAPS_PER_ROW = 4
+FULL_BLOCKS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # eighths of a character cell, from empty to full
+ASCII_BLOCKS = " .:-=+*#@"
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """Plot."""
+
+    run: tuple[str, ...] = flag((), "run directories, or metrics.jsonl files", metavar="DIR")
+    output: str | None = flag(None, "image to write; plot.png in the first run directory when not given", metavar="PNG")
+    show_table: bool = flag(False, "print the last expert load of each MoE layer as text; an image only with --output")
+
+    def __post_init__(self) -> None:
+        checked(self)
+
+    def problems(self) -> Iterator[str]:
+        if not self.run:
+            yield "--run DIR is missing: the directory given to --save"
+        for run in self.run:
+            if not metrics_file(run).is_file():
+                yield f"--run {run}: there is no {metrics_file(run)}; give the directory of --save, or the file of --metrics-path"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The records of one run that can be drawn, in order of iteration."""
+
+    name: str
+    train: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+
+    @property
+    def has_tokens(self) -> bool:
+        return all(r.get("consumed_tokens") for r in self.train)
+
+    @property
+    def layers(self) -> list[int]:
+        """MoE layers whose load was recorded."""
+        return sorted({m["layer"] for r in self.train for m in r.get("moe") or () if m.get("expert_load")})
+
+
+def metrics_file(run: str) -> Path:
+    return Path(run) / "metrics.jsonl" if not Path(run).is_file() else Path(run)
+
+
+def load_run(path: str) -> Run:
+    history = valid_history(read_records(metrics_file(path)))
+    train = [r for r in history if r["event"] == "train"]
+    if not train:
+        raise ValueError(f"{metrics_file(path)} holds no training record yet; wait for the first --log-interval")
+    file = metrics_file(path)
+    name = file.parent.resolve().name if file.name == "metrics.jsonl" else file.stem
+    return Run(name, train, [r for r in history if r["event"] == "eval"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse_tool(PlotConfig, "tools/plot_run.py", argv)
+    try:
+        runs = [load_run(path) for path in config.run]
+        if config.show_table:
+            print("\n".join(line for run in runs for line in load_table(run)))
+        if config.output or not config.show_table:
+            output = Path(config.output) if config.output else metrics_file(config.run[0]).parent / "plot.png"
+            draw(runs, output)
+            print(f"wrote {output}")
+    except (ValueError, OSError) as error:
+        print(f"tools/plot_run.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ---------------------------------------------------------------- text
+
+
+def load_table(run: Run) -> list[str]:
+    """Lines of a table: one character per expert, half height is the mean load, full height twice the mean or more."""
+    last = run.train[-1]
+    layers = [m for m in last.get("moe") or () if m.get("expert_load")]
+    if not layers:
+        return [f"{run.name}: no expert load was recorded; the run is dense"]
+    blocks = FULL_BLOCKS if _can_print(FULL_BLOCKS) else ASCII_BLOCKS
+    lines = [
+        f"{run.name}: expert load at iteration {last['iteration']} (one character per expert; "
+        f"{blocks[4]!r} is the mean, {blocks[8]!r} twice the mean or more)",
+        "layer  experts  max/mean  dead  dropped  load",
+    ]
+    for m in sorted(layers, key=lambda m: m["layer"]):
+        bars = "".join(block_of(share * len(m["expert_load"]), blocks) for share in m["expert_load"])
+        lines.append(
+            f"{m['layer']:5d}  {len(m['expert_load']):7d}  {m['load_max_over_mean'] or 0:8.2f}  {m['dead_experts']:4d}  "
+            f"{100 * (m['dropped_fraction'] or 0):6.1f}%  [{bars}]"
+        )
+    return lines
+
+
+def block_of(load_over_mean: float, blocks: str) -> str:
+    """Blank only for an expert without a single token."""
+    if load_over_mean <= 0:
+        return blocks[0]
+    return blocks[min(max(round(load_over_mean * 4), 1), 8)]
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- image
+
+
+def draw(runs: list[Run], output: Path) -> None:
+    """Curves of all runs on top, then the heat maps of each run."""
+    plt = _pyplot()
+    columns = min(MAPS_PER_ROW, max(len(run.layers) for run in runs))
+    map_rows = sum(-(-len(run.layers) // columns) for run in runs if run.layers)
+    heights = [7.2, 2.6 * map_rows + 0.4] if map_rows else [7.2]
+    figure = plt.figure(figsize=(16, sum(heights) + 0.4), dpi=100, layout="constrained")
+    figure.suptitle("   ".join(f"{run.name}: iteration {run.train[-1]['iteration']:,}" for run in runs), fontsize=13)
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_curves(parts[0].subplots(2, 2), runs)
+    if map_rows:
+        _draw_heat_maps(parts[1], runs, map_rows, columns)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("plotting needs matplotlib: pip install 'megatron_moe[plot]', or use --show-table") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    return plt
+
+
+def _draw_curves(axes: Any, runs: list[Run]) -> None:
+    (loss, rate), (norm, balance) = axes
+    _draw_loss(loss, runs)
+    has_experts = any(run.layers for run in runs)
+    has_drops = any(_worst(r, "dropped_fraction") for run in runs for r in run.train)
+    for run, colour in zip(runs, COLOURS * len(runs)):
+        x = [r["iteration"] for r in run.train]
+        rate.plot(x, _column(run.train, "learning_rate"), color=colour)
+        norm.plot(x, _column(run.train, "grad_norm"), color=colour, lw=1.2)
+        if not has_experts:
+            balance.plot(x, _column(run.train, "tokens_per_second"), color=colour)
+        elif run.layers:
+            balance.plot(x, [_worst(r, "load_max_over_mean") for r in run.train], color=colour, label=f"{run.name}: load / mean")
+    for axis, title, unit in (
+        (rate, "Learning rate", ""),
+        (norm, "Gradient norm before clipping", "L2 norm"),
+        (balance, *(("Busiest expert of the worst MoE layer", "load / mean") if has_experts else ("Throughput", "tokens / s"))),
+    ):
+        axis.set(title=title, xlabel="iteration", ylabel=unit)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    _log_axis(norm, "y")
+    balance.set_ylim(bottom=0)
+    if has_experts:
+        balance.axhline(1, color="black", lw=0.8, ls="--")  # perfect balance
+    if has_drops:
+        _draw_drops(balance.twinx(), balance, runs)
+
+
+def _draw_loss(axis: Any, runs: list[Run]) -> None:
+    by_tokens = all(run.has_tokens for run in runs)
+    for run, colour in zip(runs, COLOURS * len(runs)):
+        x_of = {r["iteration"]: r["consumed_tokens"] if by_tokens else r["iteration"] for r in run.train}
+        prefix = f"{run.name}, " if len(runs) > 1 else ""
+        axis.plot(list(x_of.values()), _column(run.train, "lm_loss"), color=colour, lw=1.2, alpha=0.8, label=f"{prefix}training")
+        for split, marker in zip(dict.fromkeys(r["split"] for r in run.evals), "oD^s"):
+            records = [r for r in run.evals if r["split"] == split]
+            x = [_interpolated(x_of, r["iteration"]) for r in records]
+            face = colour if len(runs) > 1 else "black"
+            axis.plot(x, _column(records, "lm_loss"), marker, color=face, ms=6, mec="white", zorder=3, label=f"{prefix}{split}")
+    axis.set(title="Language-model loss", xlabel="tokens (log scale)" if by_tokens else "iteration (log scale)", ylabel="nats / token")
+    _log_axis(axis, "x")
+    axis.legend(loc="upper right", fontsize=9)
+
+
+def _log_axis(axis: Any, which: str) -> None:
+    """Logarithmic with ticks at 1, 2, 5 x 10^n, written 200 k, 5 M, 0.5."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+
+    axis.set(**{f"{which}scale": "log"})
+    ticks = axis.xaxis if which == "x" else axis.yaxis
+    ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ticks.set_minor_formatter(NullFormatter())
+    ticks.set_major_formatter(EngFormatter() if which == "x" else FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _draw_drops(axis: Any, below: Any, runs: list[Run]) -> None:
+    """Dropped tokens on the right-hand scale of the balance panel."""
+    for run, colour in zip(runs, COLOURS * len(runs)):
+        if not run.layers:
+            continue
+        share = [100 * (_worst(r, "dropped_fraction") or 0) for r in run.train]
+        axis.plot([r["iteration"] for r in run.train], share, color=colour, ls=":", label=f"{run.name}: dropped")
+    axis.set_ylabel("dropped tokens of the worst layer (%)")
+    axis.set_ylim(bottom=0)
+    axis.spines["right"].set_visible(True)
+    axis.grid(False)
+    below.set_title("Busiest expert (line) and dropped tokens (dotted), worst MoE layer")
+    lines = [line for line in below.get_lines() + axis.get_lines() if not line.get_label().startswith("_")]
+    below.legend(lines, [line.get_label() for line in lines], loc="upper right", fontsize=9)
+
+
+def _draw_heat_maps(figure: Any, runs: list[Run], rows: int, columns: int) -> None:
+    """One map per MoE layer, all on one colour scale; each run starts a new row."""
+    from matplotlib.colors import TwoSlopeNorm
+
+    axes = figure.subplots(rows, columns, squeeze=False)
+    peak = max(max(loads) for run in runs for layer in run.layers for _, loads in _loads(run, layer))
+    norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=min(max(peak, 2.0), 8.0))
+    free = iter(axes.flat)
+    mesh = None
+    for run in runs:
+        for layer in run.layers:
+            mesh = _draw_heat_map(next(free), _loads(run, layer), norm)
+            mesh.axes.set_title((f"{run.name}, " if len(runs) > 1 else "") + f"layer {layer}")
+        for _ in range(-len(run.layers) % columns):
+            next(free).set_axis_off()
+    figure.suptitle("Expert load / mean load of each MoE layer (1 is balanced, 0 is a dead expert)", fontsize=12)
+    bar = figure.colorbar(mesh, ax=axes, label="load / mean", extend="max" if peak > 8 else "neither", fraction=0.02, pad=0.01, aspect=25)
+    ticks = [t for t in (0, 0.5, 1, 2, 3, 4, 6, 8) if t <= norm.vmax]
+    bar.set_ticks(ticks, labels=[f"{t:g}" for t in ticks])
+
+
+def _draw_heat_map(axis: Any, loads: list[tuple[int, list[float]]], norm: Any) -> Any:
+    iterations, by_time = zip(*loads)
+    num_experts = len(by_time[0])
+    borders = [e - 0.5 for e in range(num_experts + 1)]
+    mesh = axis.pcolormesh(_edges(list(iterations)), borders, list(zip(*by_time)), norm=norm, cmap="RdBu_r")
+    step = -(-num_experts // 8)
+    axis.set(xlabel="iteration", ylabel="expert", yticks=range(0, num_experts, step))
+    axis.invert_yaxis()
+    axis.grid(False)
+    return mesh
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def _column(records: list[dict[str, Any]], key: str) -> list[float]:
+    """NaN where a value was not finite (null) or is missing: a gap in the curve."""
+    return [float("nan") if r.get(key) is None else r[key] for r in records]
+
+
+def _worst(record: dict[str, Any], key: str) -> float | None:
+    return max((m[key] for m in record.get("moe") or () if m.get(key) is not None), default=None)
+
+
+def _loads(run: Run, layer: int) -> list[tuple[int, list[float]]]:
+    """(iteration, load / mean of each expert) of one layer over time."""
+    found = [(r["iteration"], m["expert_load"]) for r in run.train for m in r.get("moe") or () if m["layer"] == layer]
+    found = [(i, shares) for i, shares in found if shares]
+    num_experts = len(found[-1][1])
+    return [(i, [(s or 0.0) * num_experts for s in shares]) for i, shares in found if len(shares) == num_experts]
+
+
+def _edges(centres: list[int]) -> list[float]:
+    """Cell borders half way between neighbours: (10, 20, 40) -> (5, 15, 30, 50)."""
+    if len(centres) == 1:
+        return [centres[0] - 0.5, centres[0] + 0.5]
+    inner = [(a + b) / 2 for a, b in pairwise(centres)]
+    return [centres[0] - (inner[0] - centres[0]), *inner, centres[-1] + (centres[-1] - inner[-1])]
+
+
+def _interpolated(x_of: dict[int, float], iteration: int) -> float:
+    """Tokens at an iteration that may lie between two logged ones; evaluations know their iteration only."""
+    before = max((i for i in x_of if i <= iteration), default=None)
+    after = min((i for i in x_of if i >= iteration), default=None)
+    if before is None or after is None:
+        near = before if after is None else after
+        return x_of[near] * iteration / near
+    if before == after:
+        return x_of[before]
+    return x_of[before] + (x_of[after] - x_of[before]) * (iteration - before) / (after - before)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
