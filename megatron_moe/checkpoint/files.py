@@ -96,6 +96,8 @@ def read_manifest(path: Path) -> Manifest:
     manifest = Manifest(**{name: content[name] for name in Manifest.__dataclass_fields__})
     if iteration_name(manifest.iteration) != path.name:
         raise CheckpointError(f"{where}: belongs to {iteration_name(manifest.iteration)}, the directory was renamed")
+    if outside := [name for name in manifest.files if Path(name).name != name]:
+        raise CheckpointError(f"{where}: refers to {outside[0]!r}, outside the checkpoint directory")
     return manifest
 
 
