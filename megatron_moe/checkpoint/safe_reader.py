@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -52,8 +52,8 @@ class SafeReader(FileSystemReader):
     """`FileSystemReader` with a metadata pickle that can only make metadata."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = self._get_metadata_path(kwargs.get("rank"))
-        with self.fs.create_stream(path, "rb") as file:
+        path = Path(self.path) / ".metadata"
+        with open(path, "rb") as file:
             try:
                 metadata = _MetadataUnpickler(file).load()
             except CheckpointError:
@@ -68,7 +68,7 @@ class SafeReader(FileSystemReader):
         return metadata
 
 
-def _check_file_names(path: Any, metadata: Metadata) -> None:
+def _check_file_names(path: Path, metadata: Metadata) -> None:
     """Tensors come from files in the checkpoint directory and from nowhere else."""
     for info in (metadata.storage_data or {}).values():
         if PurePath(info.relative_path).name != info.relative_path:
