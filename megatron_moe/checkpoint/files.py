@@ -1,0 +1,209 @@
+"""A run directory on disk: names, manifest, checksums, tracker. Nothing here imports torch.
+
+DIR/latest_checkpointed_iteration.txt   "100": a hint for people and scripts, never trusted
+DIR/iter_0000100/manifest.json          what the checkpoint holds and the checksum of every file
+DIR/iter_0000100/.metadata, __0_0.distcp, __1_0.distcp, ...   written by torch.distributed.checkpoint
+DIR/iter_0000100.tmp-1a2b3c4d/          a save that has not ended; left behind only when the process was killed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+_BLOCK = 1 << 20  # bytes read at a time
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read. The message is the same on every rank."""
+
+
+# ---------------------------------------------------------------- names
+
+
+def iteration_name(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+def iterations_in(directory: Path) -> list[int]:
+    """Iterations that have a directory, ascending. Whether they are intact is another question."""
+    if not directory.is_dir():
+        return []
+    names = [re.fullmatch(r"iter_(\d{7,})", entry.name) for entry in directory.iterdir() if entry.is_dir()]
+    return sorted(int(match[1]) for match in names if match)
+
+
+def temporary_name(name: str, purpose: str = "tmp") -> str:
+    return f"{name}.{purpose}-{uuid.uuid4().hex[:8]}"
+
+
+def leftovers_in(directory: Path) -> list[Path]:
+    """What an interrupted save, or an interrupted deletion, left behind."""
+    if not directory.is_dir():
+        return []
+    pattern = re.compile(rf"(iter_\d{{7,}}|{re.escape(TRACKER)})\.tmp-(del-)?[0-9a-f]{{8}}")
+    return sorted(entry for entry in directory.iterdir() if pattern.fullmatch(entry.name))
+
+
+# ---------------------------------------------------------------- manifest
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json; `meta` is the caller's."""
+
+    iteration: int
+    world_size: int
+    tensors: dict[str, dict[str, Any]]  # name -> {"shape": [4, 2], "dtype": "float32"}
+    files: dict[str, dict[str, int]]  # name -> {"size": bytes, "crc32": number}
+    meta: dict[str, Any]
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Into the checkpoint directory `path`, and onto the disk."""
+    content = {"format_version": FORMAT_VERSION, **vars(manifest)}
+    content["crc32"] = _self_checksum(content)
+    write_through(path / MANIFEST, _readable(content))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint directory `path`; CheckpointError names the file and what is wrong with it."""
+    where = f"{path.name}/{MANIFEST}"
+    try:
+        content = json.loads((path / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{where}: missing, so this is not a checkpoint or not a complete one") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{where}: cut off or damaged ({error})") from None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise CheckpointError(f"{where}: not a checkpoint manifest")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"{where}: format {version} is newer than the {FORMAT_VERSION} this version reads; update megatron_moe")
+    if content.pop("crc32", None) != _self_checksum(content):
+        raise CheckpointError(f"{where}: its content does not match its own CRC-32")
+    manifest = Manifest(**{name: content[name] for name in Manifest.__dataclass_fields__})
+    if iteration_name(manifest.iteration) != path.name:
+        raise CheckpointError(f"{where}: belongs to {iteration_name(manifest.iteration)}, the directory was renamed")
+    if outside := [name for name in manifest.files if Path(name).name != name]:
+        raise CheckpointError(f"{where}: refers to {outside[0]!r}, outside the checkpoint directory")
+    return manifest
+
+
+def _readable(content: dict[str, Any]) -> str:
+    """JSON with one line per tensor and per file."""
+    blocks = []
+    for key, value in json.loads(json.dumps(content)).items():
+        lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) if isinstance(value, dict) else ""
+        blocks.append(f" {json.dumps(key)}: " + (f"{{\n{lines}\n }}" if lines else json.dumps(value)))
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
+
+
+def _self_checksum(content: dict[str, Any]) -> int:
+    """CRC-32 of everything else in the manifest, in one spelling: sorted, no spaces, as it reads back from JSON."""
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True, separators=(",", ":"))
+    return zlib.crc32(text.encode())
+
+
+# ---------------------------------------------------------------- checksums
+
+
+def describe_file(path: Path) -> dict[str, int]:
+    return {"size": path.stat().st_size, "crc32": crc32(path)}
+
+
+def crc32(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def file_problems(path: Path, files: dict[str, dict[str, int]], verify: str, names: Iterable[str] | None = None) -> list[str]:
+    """Compare files with their manifest entries. `verify`: "size" looks at the length, "crc" reads everything, "off" nothing."""
+    assert verify in ("crc", "size", "off"), verify
+    problems = []
+    for name in [] if verify == "off" else files if names is None else names:
+        where, expected = f"{path.name}/{name}", files[name]
+        try:
+            size = (path / name).stat().st_size
+            if size != expected["size"]:
+                problems.append(f"{where}: size mismatch ({size} bytes found, {expected['size']} expected)")
+            elif verify == "crc" and (found := crc32(path / name)) != expected["crc32"]:
+                problems.append(f"{where}: CRC-32 mismatch ({found:08x} found, {expected['crc32']:08x} expected)")
+        except FileNotFoundError:
+            problems.append(f"{where}: missing ({expected['size']} bytes expected)")
+        except OSError as error:
+            problems.append(f"{where}: cannot be read ({error})")
+    return problems
+
+
+def problems_in(path: Path, verify: str) -> list[str]:
+    """Everything that is wrong with one checkpoint, by one process."""
+    try:
+        return file_problems(path, read_manifest(path).files, verify)
+    except CheckpointError as error:
+        return [str(error)]
+
+
+# ---------------------------------------------------------------- tracker
+
+
+def write_tracker(directory: Path, iteration: int) -> None:
+    """Replaced as a whole: a reader sees the old number or the new one."""
+    temporary = directory / temporary_name(TRACKER)
+    write_through(temporary, str(iteration))
+    os.replace(temporary, directory / TRACKER)
+    sync_directory(directory)
+
+
+def tracker_note(directory: Path, newest: int) -> str | None:
+    """A sentence when the tracker does not name the newest directory."""
+    try:
+        text = (directory / TRACKER).read_text(errors="replace").strip()
+    except OSError:
+        return f"{TRACKER} is missing; the directories count"
+    return (
+        None
+        if text == str(newest)
+        else f"{TRACKER} says {text[:40]!r}, the newest directory is {iteration_name(newest)}; directories count"
+    )
+
+
+# ---------------------------------------------------------------- safe steps
+
+
+def write_through(path: Path, text: str) -> None:
+    """Write a small file and wait until the disk has it."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the disk knows the names in this directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_directory(path: Path) -> None:
+    """Rename, then delete: a half-deleted checkpoint never carries the name of a whole one."""
+    doomed = path.with_name(temporary_name(path.name, "tmp-del"))
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)

@@ -1,0 +1,215 @@
+"""Write checkpoints that either exist completely or not at all.
+
+One save, step by step; a process may be killed between any two of them:
+
+1. rank 0 makes `iter_0000100.tmp-1a2b3c4d/` and tells every rank its name, or why that failed;
+2. every rank writes its shards there (torch.distributed.checkpoint) and reads them back for a checksum;
+3. all ranks report; when one has failed the directory is removed and all raise the same error;
+4. rank 0 writes manifest.json, then renames the directory to `iter_0000100`: from here on it exists;
+5. the tracker file is replaced, and only then are older checkpoints deleted.
+
+Every `ranks.first` and `ranks.all` is a point where all ranks meet, so no rank waits for one that has failed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_moe.checkpoint.files import (
+    CheckpointError,
+    Manifest,
+    describe_file,
+    iteration_name,
+    iterations_in,
+    leftovers_in,
+    problems_in,
+    read_manifest,
+    remove_directory,
+    sync_directory,
+    temporary_name,
+    write_manifest,
+    write_tracker,
+)
+from megatron_moe.checkpoint.load import describe, explain
+from megatron_moe.checkpoint.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+HEADROOM = 1 << 20  # bytes beyond the tensors: zip headers, .metadata, manifest
+# What torch's zip writer says when a write comes back short.
+DISK_SIGNS = ("No space left", "Disk quota", "unexpected pos", "file write failed")
+
+
+class CheckpointManager:
+    """Saves into one run directory, on behalf of all ranks of a process group (a gloo group if there is one).
+
+    Every method is called by all ranks. A second job that saves into the same directory would have its unfinished saves swept.
+    """
+
+    def __init__(self, directory: str | Path, process_group=None, keep_last: int | None = None):
+        assert keep_last is None or keep_last >= 1, f"{keep_last=}"
+        self.directory = Path(directory)
+        self.keep_last = keep_last
+        self.ranks = Ranks(process_group)
+        self.sweep()
+
+    def sweep(self) -> list[Path]:
+        """Delete what killed saves have left behind; returns it."""
+        return self.ranks.first("sweeping unfinished saves", self._sweep)
+
+    def save(self, iteration: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> Path:
+        """Write one checkpoint; returns its directory, or raises the same CheckpointError on every rank.
+
+        `tensors` is this rank's flat dict of Tensor and DTensor. Names equal on two ranks are the same tensor.
+        An intact checkpoint of this iteration with the same tensors is kept as it is: resuming and stopping at once
+        asks for that. With other tensors it is an error; a damaged one is moved out of the way.
+        """
+        final = self.directory / iteration_name(iteration)
+        content = self._content(tensors)
+        if self.ranks.first(f"saving {final.name}", lambda: self._is_saved(final, content)):
+            return final
+        building = self.ranks.first(f"saving {final.name}", lambda: self._begin(final, tensors_size(content), meta))
+        try:
+            self.ranks.all(f"saving {final.name}", lambda: _check_visible(building))
+            self.ranks.all(f"saving {final.name}", lambda: self._write(building, tensors, tensors_size(content)))
+            written = self.ranks.all(f"checking {final.name}", lambda: self._written(building))
+            files = {name: entry for part in written for name, entry in part.items()}
+            manifest = Manifest(iteration, self.ranks.size, content, files, meta)
+            self.ranks.first(f"saving {final.name}", lambda: self._commit(building, final, manifest))
+        except CheckpointError:
+            if self.ranks.rank == 0:
+                shutil.rmtree(building, ignore_errors=True)
+            raise
+        self.ranks.first("deleting older checkpoints", lambda: self._prune(iteration))
+        return final
+
+    # ------------------------------------------------------------ steps; those without "every rank" run on rank 0
+
+    def _sweep(self) -> list[Path]:
+        swept = leftovers_in(self.directory)
+        for path in swept:
+            log.warning("removing %s, left behind by a save that was interrupted", path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return swept
+
+    def _content(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+        """Every rank: global shape and dtype of the tensors of all ranks, each name once."""
+
+        def mine() -> dict[str, dict[str, Any]]:
+            for name, tensor in tensors.items():
+                if not isinstance(tensor, Tensor):
+                    raise CheckpointError(
+                        f"{name} is a {type(tensor).__name__}; a checkpoint holds tensors, everything else goes into meta"
+                    )
+            return describe(tensors)
+
+        content: dict[str, dict[str, Any]] = {}
+        for rank, part in enumerate(self.ranks.all("collecting the tensors", mine)):
+            for name, entry in part.items():
+                if content.setdefault(name, entry) != entry:  # every rank has the same parts, so all raise
+                    raise CheckpointError(f"{name} is {entry} on rank {rank} and {content[name]} on a lower rank")
+        return content
+
+    def _is_saved(self, final: Path, content: dict[str, dict[str, Any]]) -> bool:
+        """Whether this checkpoint is there already. Frees the name when what is there is damaged."""
+        if not final.exists():
+            return False
+        if problems := problems_in(final, "crc"):
+            aside = final.with_name(temporary_name(final.name, "damaged"))
+            log.warning("%s; moved to %s to save this iteration again", problems[0], aside.name)
+            os.rename(final, aside)
+            return False
+        if read_manifest(final).tensors != content:
+            raise CheckpointError(f"{final} holds a checkpoint of other tensors and is not overwritten; save into another directory")
+        log.warning("%s exists and is intact: kept, not written again; to replace it, delete it or save into another directory", final)
+        return True
+
+    def _begin(self, final: Path, size: int, meta: dict[str, Any]) -> Path:
+        """Check what can be checked early, and make the directory to write into."""
+        json.dumps(meta)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(self.directory).free < size:
+            raise CheckpointError(disk_message(self.directory, size))
+        building = self.directory / temporary_name(final.name)
+        building.mkdir()
+        return building
+
+    def _write(self, building: Path, tensors: Mapping[str, Tensor], size: int) -> None:
+        """Every rank: write the shards."""
+        # thread_count=1: with more, a write that failed in a thread is reported as a success.
+        writer = FileSystemWriter(building, single_file_per_rank=True, sync_files=True, thread_count=1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            try:
+                dcp.save(dict(tensors), storage_writer=writer, process_group=self.ranks.group, no_dist=not self.ranks.is_distributed)
+            except CheckpointException as error:
+                causes = [cause for cause, _ in error.failures.values()]
+                text = explain(error)
+                raise CheckpointError(
+                    f"{disk_message(self.directory, size)} ({text})" if any(map(is_disk_error, causes)) else text
+                ) from error
+
+    def _written(self, building: Path) -> dict[str, dict[str, int]]:
+        """Every rank: size and checksum of the files it wrote. Rank 0 also wrote `.metadata`."""
+        names = sorted(path.name for path in building.glob(f"__{self.ranks.rank}_*"))
+        names += [".metadata"] if self.ranks.rank == 0 else []
+        return {name: describe_file(building / name) for name in names}
+
+    def _commit(self, building: Path, final: Path, manifest: Manifest) -> None:
+        write_manifest(building, manifest)
+        sync_directory(building)
+        os.rename(building, final)
+        sync_directory(self.directory)
+        write_tracker(self.directory, manifest.iteration)
+
+    def _prune(self, committed: int) -> None:
+        """Keep the one just written and the newest intact others. What is damaged does not count and is left for a person."""
+        if self.keep_last is None:
+            return
+        others = [self.directory / iteration_name(i) for i in iterations_in(self.directory) if i != committed]
+        intact = [path for path in others if not problems_in(path, "size")]
+        for path in intact[: max(len(intact) - (self.keep_last - 1), 0)]:
+            try:
+                remove_directory(path)
+            except OSError as error:  # the new checkpoint is safe; a full disk will be noticed at the next save
+                log.warning("cannot delete %s: %s", path, error)
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def tensors_size(content: dict[str, dict[str, Any]]) -> int:
+    """Bytes on disk: every tensor once, however many ranks hold a copy."""
+    return HEADROOM + sum(math.prod(entry["shape"]) * getattr(torch, entry["dtype"]).itemsize for entry in content.values())
+
+
+def _check_visible(building: Path) -> None:
+    if not building.is_dir():
+        raise CheckpointError(f"{building} was made by rank 0 and is not there; --save must be on a file system that all ranks share")
+
+
+def is_disk_error(error: BaseException) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in str(error) for sign in DISK_SIGNS)
+
+
+def disk_message(directory: Path, size: int) -> str:
+    free = shutil.disk_usage(directory).free
+    return (
+        f"the disk of {directory} is full: {free / 1e9:.3f} GB free, the checkpoint needs {size / 1e9:.3f} GB; "
+        "delete older checkpoints, or let --keep-last do it"
+    )

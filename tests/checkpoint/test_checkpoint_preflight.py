@@ -1,0 +1,122 @@
+"""--load and --save are checked before torch is imported, and the check leaves nothing behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_moe.checkpoint.compare import architecture_differences
+from megatron_moe.checkpoint.files import Manifest, write_manifest
+from megatron_moe.checkpoint.preflight import checkpoint_problems
+from megatron_moe.config.output import CheckpointConfig
+from megatron_moe.config.run import RunConfig
+
+ARCHITECTURE = RunConfig().architecture(vocab_size=1000)
+
+
+def add_checkpoint(directory, iteration, **changes):
+    path = directory / f"iter_{iteration:07d}"
+    path.mkdir(parents=True)
+    write_manifest(path, Manifest(iteration, 1, {}, {}, {"architecture": ARCHITECTURE | changes}))
+    return path
+
+
+def problems(**flags):
+    return checkpoint_problems(CheckpointConfig(**{name: str(v) if isinstance(v, Path) else v for name, v in flags.items()}), ARCHITECTURE)
+
+
+def test_nothing_to_check_is_no_problem(tmp_path):
+    assert problems() == []
+    assert problems(save=tmp_path / "new", load=tmp_path / "new") == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_load_without_a_checkpoint_is_a_problem_unless_it_is_the_save_directory(tmp_path):
+    (only,) = problems(load=tmp_path)
+    assert only.startswith(f"--load {tmp_path}: there is no checkpoint in it")
+    (only,) = problems(load=tmp_path / "typo", save=tmp_path)
+    assert only == f"--load {tmp_path}/typo: there is no such directory; only the directory of --save may be new"
+    assert problems(load=f"{tmp_path}/./", save=tmp_path) == []
+
+
+def test_load_of_one_iteration_directory_gets_the_right_flags(tmp_path):
+    (only,) = problems(load=add_checkpoint(tmp_path, 100))
+    assert only.endswith(f"this is one checkpoint; give --load {tmp_path} --ckpt-step 100")
+
+
+def test_same_architecture_is_no_problem(tmp_path):
+    add_checkpoint(tmp_path, 10)
+    assert problems(load=tmp_path) == problems(load=tmp_path, ckpt_step=10) == []
+
+
+def test_another_architecture_names_the_fields(tmp_path):
+    add_checkpoint(tmp_path, 10, hidden_size=512, experts_per_layer=[4, 8])
+    (only,) = problems(load=tmp_path)
+    lines = only.splitlines()
+    assert lines[0] == f"--load {tmp_path}: iter_0000010 is of another architecture"
+    assert [line.split() for line in lines[1:3]] == [["flag", "checkpoint", "now"], ["--hidden-size", "512", "768"]]
+    assert lines[3].split()[:3] == ["--num-experts", "4", "8"]
+
+
+def test_the_step_that_was_asked_for_is_the_one_compared(tmp_path):
+    add_checkpoint(tmp_path, 10, hidden_size=512)
+    add_checkpoint(tmp_path, 20)
+    assert problems(load=tmp_path) == []
+    assert "iter_0000010 is of another architecture" in problems(load=tmp_path, ckpt_step=10)[0]
+
+
+def test_absent_step_lists_those_that_exist(tmp_path):
+    add_checkpoint(tmp_path, 10)
+    add_checkpoint(tmp_path, 20)
+    assert problems(load=tmp_path, ckpt_step=15) == [f"--ckpt-step 15: {tmp_path} has iterations 10, 20"]
+    assert problems(load=tmp_path / "new", save=tmp_path / "new", ckpt_step=15) == [f"--ckpt-step 15: {tmp_path}/new has no checkpoint"]
+
+
+def test_only_unreadable_checkpoints_are_a_problem_even_in_the_save_directory(tmp_path):
+    (add_checkpoint(tmp_path, 10) / "manifest.json").write_text("{")
+    (only,) = problems(load=tmp_path, save=tmp_path)
+    assert "no checkpoint can be read: iter_0000010/manifest.json: cut off or damaged" in only
+
+
+def test_save_that_cannot_be_created_or_written_is_a_problem(tmp_path):
+    (tmp_path / "file").write_text("")
+    (only,) = problems(save=tmp_path / "file" / "run")
+    assert only == f"--save {tmp_path}/file/run: cannot write there (Not a directory); choose another directory"
+    assert problems(save="/proc/no/run")[0].startswith("--save /proc/no/run: cannot write there")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_save_without_permission_is_a_problem(tmp_path):
+    tmp_path.chmod(0o500)
+    assert "Permission denied" in problems(save=tmp_path)[0]
+
+
+def test_trying_out_save_leaves_nothing_behind(tmp_path):
+    assert problems(save=tmp_path / "a" / "b" / "c") == []
+    assert os.listdir(tmp_path) == []
+    assert problems(save=tmp_path) == []
+    assert tmp_path.exists()
+
+
+def test_all_problems_are_reported_together(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert len(problems(load=tmp_path / "typo", save=tmp_path / "file")) == 2
+
+
+def test_equal_architectures_after_json_are_equal():
+    assert architecture_differences({"a": [1, 2]}, {"a": (1, 2)}) == []
+    assert architecture_differences({}, {}) == []
+
+
+def test_fields_of_one_side_only_and_long_tables():
+    table = architecture_differences({"old_field": 1}, {"new_field": True})
+    assert [line.split() for line in table[1:]] == [["--new-field", "-", "True"], ["--old-field", "1", "-"]]
+    assert architecture_differences({}, {f"f{i}": i for i in range(13)})[-1] == "... and 3 more"
+
+
+def test_preflight_does_not_import_torch():
+    code = "import sys, megatron_moe.checkpoint.preflight; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
