@@ -280,23 +280,41 @@ def checked(config: Any) -> None:
         raise ConfigError(problems)
 
 
-def parse_tool(cls: type, prog: str, argv: Iterable[str] | None = None) -> Any:
-    """The command line of a tool: one config class, all mistakes at once, exit code 2."""
+def parse_tool(groups: type | tuple[type, ...], prog: str, argv: Iterable[str] | None = None) -> Any:
+    """The command line of a tool: all mistakes at once, exit code 2.
+
+    One config class gives its instance, several give a tuple of instances. The help text is that of the first one's file.
+    """
     import sys
 
+    classes = groups if isinstance(groups, tuple) else (groups,)
     parser = argparse.ArgumentParser(prog=prog, usage=f"{prog} FLAGS", allow_abbrev=False, formatter_class=HelpFormatter,
-                                     description=(sys.modules[cls.__module__].__doc__ or "").strip() or None)  # fmt: skip
-    add_config_group(parser, cls)
+                                     description=(sys.modules[classes[0].__module__].__doc__ or "").strip() or None)  # fmt: skip
+    for cls in classes:
+        add_config_group(parser, cls)
     raw, problems = read_options(parser, sys.argv[1:] if argv is None else argv)
-    values = convert_all([cls], raw, problems)
-    try:
-        if not problems:
-            return cls(**values)
-        problems += bound_problems(cls, values)
-    except ConfigError as error:
-        problems += error.problems
-    print(format_problems(prog, problems), file=sys.stderr)
-    raise SystemExit(2)
+    values = convert_all(classes, raw, problems)
+    configs = _build_groups(classes, values, problems)
+    if problems:
+        print(format_problems(prog, problems), file=sys.stderr)
+        raise SystemExit(2)
+    return configs if isinstance(groups, tuple) else configs[0]
+
+
+def _build_groups(classes: tuple[type, ...], values: dict[str, Any], problems: list[str]) -> tuple[Any, ...]:
+    """Instances of all classes; mistakes are appended to `problems`."""
+    complete = not problems  # a flag that could not be read would make the others look wrong too
+    configs = []
+    for cls in classes:
+        own = {s.name: values[s.name] for s in fields_of(cls) if s.name in values}
+        try:
+            if complete:
+                configs.append(cls(**own))
+            else:
+                problems += bound_problems(cls, own)
+        except ConfigError as error:
+            problems += error.problems
+    return tuple(configs)
 
 
 def format_problems(prog: str, problems: Iterable[str]) -> str:

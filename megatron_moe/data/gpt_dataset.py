@@ -1,0 +1,157 @@
+"""Samples of a GPT: windows of seq_length + 1 tokens over documents laid end to end, in an order shuffled every epoch.
+
+Sequences lie in the .bin one after another (checked when it is opened), so window k of a split that begins at token b is
+the tokens [b + k*S, b + k*S + S + 1): a slice, and no index has to be built. One token overlaps, because the last label of a
+window is the first input of the next.
+
+Worked example: documents of 5, 3 and 4 tokens, S = 4. Tokens 0..11 give (12 - 1) // 4 = 2 windows, [0..4] and [4..8];
+the 3 tokens after them are never read.
+
+Sample i of any i >= 0 is window order(seed, epoch)[i % n] with epoch = i // n. It depends on nothing else: not on how many
+samples a run wants, nor on ranks, workers or batch sizes, so a run can be prolonged or moved to another layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+
+from megatron_moe.config.data import split_shares
+from megatron_moe.data.indexed_dataset import IndexedDataset
+from megatron_moe.utils.atomic import atomic_write
+
+logger = logging.getLogger(__name__)
+
+# Below this many windows an order takes milliseconds to draw, and a file per epoch would only litter the folder.
+CACHE_FROM = 1 << 18
+
+
+def split_ranges(split: str, count: int) -> list[int]:
+    """Boundaries [0, b1, b2, b3] of training, validation and test among `count` sequences, rounded as Megatron does.
+
+    '969,30,1' of 1000 -> [0, 969, 999, 1000]. Every share is rounded half to even; what that adds up to beyond `count`
+    is then taken from all three boundaries.
+    """
+    bounds = [0]
+    for share in split_shares(split):
+        bounds.append(bounds[-1] + round(share * float(count)))
+    excess = bounds[-1] - count
+    # NOTE: Megatron's first boundary can fall to -1 here (0,1,1 of 3); ours stops at 0.
+    return [0] + [max(b - excess, 0) for b in bounds[1:]]
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """A permutation of range(count), uint32[count] (uint64 from 2**32 on).
+
+    Sorting raw PCG64 words rather than Generator.permutation: numpy promises that the raw stream never changes, and a new
+    numpy must not reorder the data of a run that is being resumed.
+    """
+    words = np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(count)
+    return np.argsort(words, kind="stable").astype(np.uint32 if count < 2**32 else np.uint64)
+
+
+class GPTDataset:
+    """Windows over the sequences [first, last) of an indexed dataset.
+
+    Item i: {"text": int64[seq_length + 1], "sample_id": i}, for any i >= 0. `len` is the number of windows in one epoch.
+    Raises ValueError when the sequences hold too few tokens for one window.
+    """
+
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        document_range: tuple[int, int],
+        seq_length: int,
+        seed: int,
+        split_name: str,
+        cache_path: str | Path | None = None,
+        shuffle: bool = True,
+    ):
+        first, last = document_range
+        assert 0 <= first <= last <= len(indexed), f"{document_range} of {len(indexed)}"
+        self.indexed, self.document_range, self.seq_length = indexed, (first, last), seq_length
+        self.seed, self.split_name, self.shuffle = seed, split_name, shuffle
+        self.first_token = indexed.start_of(first)
+        self.num_tokens = indexed.start_of(last) - self.first_token
+        self._count = self._count_windows()
+        self._cache = Path(cache_path) if cache_path else Path(indexed.prefix).parent / "index-cache"
+        self._orders: dict[int, np.ndarray] = {}
+
+    def _count_windows(self) -> int:
+        count = (self.num_tokens - 1) // self.seq_length
+        if count < 1:
+            first, last = self.document_range
+            raise ValueError(
+                f"the {self.split_name} split of {self.indexed.prefix} has {self.num_tokens} tokens in {last - first} documents, and "
+                f"one sample takes --seq-length + 1 = {self.seq_length + 1}; shorten --seq-length, change --split, or add data"
+            )
+        return count
+
+    def __getstate__(self) -> dict:
+        # Orders are memory maps: a spawned data worker loads its own instead of being sent them.
+        return {**self.__dict__, "_orders": {}}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict:
+        if index < 0:
+            raise IndexError(f"sample {index}: samples are counted from 0, without end")
+        epoch, position = divmod(int(index), self._count)
+        window = int(self._order(epoch)[position]) if self.shuffle else position
+        tokens = self.indexed.read(self.first_token + window * self.seq_length, self.seq_length + 1)
+        return {"text": tokens.astype(np.int64), "sample_id": int(index)}
+
+    # ------------------------------------------------------------ the order of an epoch
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The permutation of an epoch. Two are kept: batches at the end of an epoch reach into the next."""
+        if epoch not in self._orders:
+            self._orders = {e: order for e, order in self._orders.items() if abs(e - epoch) == 1}
+            while len(self._orders) > 1:
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = self._load_order(epoch) if self._count >= CACHE_FROM else epoch_order(self.seed, epoch, self._count)
+        return self._orders[epoch]
+
+    def _load_order(self, epoch: int) -> np.ndarray:
+        """The order from the cache if it is there and sound, else drawn and left there for others."""
+        path = self._cache_file(epoch)
+        try:
+            return _checked_order(np.load(path, mmap_mode="r", allow_pickle=False), self._count)
+        except FileNotFoundError:
+            pass
+        except (ValueError, OSError, EOFError) as error:
+            logger.warning("rebuilding the index cache %s: %s", path, error)
+        order = epoch_order(self.seed, epoch, self._count)
+        self._store(path, order)
+        return order
+
+    def _cache_file(self, epoch: int) -> Path:
+        """A name that differs as soon as anything differs that the order depends on, the data's .idx included."""
+        if not hasattr(self, "_digest"):
+            self._digest = self.indexed.digest()  # reads the .idx once more: only for datasets that use the cache
+        key = [self._digest, self.seq_length, self.document_range, self.seed, epoch]
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+        return self._cache / f"{Path(self.indexed.prefix).name}-{self.split_name}-epoch{epoch}-{name}.npy"
+
+    def _store(self, path: Path, order: np.ndarray) -> None:
+        try:
+            os.makedirs(self._cache, exist_ok=True)
+            with atomic_write(path) as file:
+                np.save(file, order, allow_pickle=False)
+        except OSError as error:
+            logger.warning("no index cache in %s (%s): orders stay in memory; --data-cache-path moves it", self._cache, error.strerror)
+
+
+def _checked_order(order: np.ndarray, count: int) -> np.ndarray:
+    """Cheap proof that a cached file is a permutation of range(count): shape, type, range and sum."""
+    if order.shape != (count,) or order.dtype != (np.uint32 if count < 2**32 else np.uint64):
+        raise ValueError(f"it holds {order.dtype}{list(order.shape)} where {count} positions are wanted")
+    if int(order.max()) >= count or int(order.sum(dtype=np.uint64)) != count * (count - 1) // 2:
+        raise ValueError(f"it is not a permutation of {count} positions")
+    return order
