@@ -21,4 +21,5 @@ def token_losses(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int) -> Tens
     """-log softmax(logits)[label] in nats, [B, S], float32 or wider. Padding columns have probability zero."""
     wide = torch.promote_types(logits_BSV.dtype, torch.float32)
     logits = mask_padding(logits_BSV.to(wide), vocab_size)
-    return F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten(), reduction="none").view_as(labels_BS)
+    losses_T = F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten(), reduction="none")
+    return losses_T.view_as(labels_BS).clone()  # FSDP hooks the model's output, and warns about views

@@ -56,3 +56,11 @@ def sync_gradients(model: nn.Module, zero_stage: int, is_last_microbatch: bool) 
     """Before each microbatch: stages 0 and 1 reduce whole gradients once per step, 2 and 3 after every microbatch."""
     model.set_requires_gradient_sync(is_last_microbatch or zero_stage >= 2)
     model.set_is_last_backward(is_last_microbatch)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered parameters after a forward without backward. Until then `model.parameters()` are the gathered ones, which
+    neither the optimizer nor a checkpoint knows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -12,7 +12,7 @@ import megatron_moe
 from megatron_moe.checkpoint.find import find_checkpoint
 from megatron_moe.checkpoint.load import load_tensors
 from megatron_moe.checkpoint.manager import CheckpointManager
-from megatron_moe.checkpoint.state import materialise_optimizer_state, model_state, optimizer_state
+from megatron_moe.checkpoint.state import model_state, optimizer_state
 from megatron_moe.model.gpt import GPT
 from megatron_moe.training.distributed import World
 from megatron_moe.training.preflight import Prepared
@@ -65,7 +65,6 @@ def resume(prepared: Prepared, model: GPT, optimizer: torch.optim.Optimizer, wor
     tensors = model_state(model)
     complete = ["model."]
     if not (c.finetune or c.no_load_optim):
-        materialise_optimizer_state(model, optimizer)
         tensors |= optimizer_state(model, optimizer)
         complete.append("optimizer.")
     load_tensors(found.path, tensors, complete, world.cpu_group)

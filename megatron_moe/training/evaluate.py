@@ -12,6 +12,7 @@ from megatron_moe.data.batch import Batch
 from megatron_moe.model.gpt import GPT
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.mpu.mesh import ParallelMesh
+from megatron_moe.parallel.zero import reshard
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def evaluate(
                 return None
     finally:
         model.train()
+        reshard(model)
         for moe in moe_layers(model):
             moe.stats.reset()
     dist.all_reduce(sums, group=mesh.group("dp"))
