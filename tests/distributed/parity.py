@@ -35,6 +35,7 @@ COMMON = (
     # eps 1e-5: with 1e-8 Adam turns the rounding noise of near-zero gradients into full steps
     "--lr 1e-2 --adam-eps 1e-5 --moe-loss-coeff 0.5 --moe-router-z-loss-coeff 0.1"
 )
+FP32 = "--adam-eps 1e-3"  # the same trap at float32's level of noise
 FP64 = "--params-dtype float64 --moe-grouped-gemm reference"
 MODELS = {
     # two expert-parallel degrees (2 and 4 under EP 4), residual, top-2 with sampled second expert, grouped queries, biases, tied
