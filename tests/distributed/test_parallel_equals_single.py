@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from distributed import parity
 from distributed_pool import run_distributed
+
+from distributed import parity
 
 pytestmark = pytest.mark.distributed
 

@@ -7,9 +7,10 @@ from unittest import mock
 
 import pytest
 import torch
-from distributed import parity
 from distributed_pool import run_distributed
 from torch.distributed.tensor import DTensor
+
+from distributed import parity
 
 pytestmark = pytest.mark.distributed
 
@@ -96,7 +97,7 @@ TP_EP = "--tensor-model-parallel-size 2 --moe-expert-parallel-size 2"
 @pytest.mark.parametrize(
     ("fault", "flags", "seen_in", "at_least"),
     [
-        ("fsdp_averages", "--moe-expert-parallel-size 2", "gradient layers.3.moe.experts.w1", 0.4),
+        ("fsdp_averages", "--moe-expert-parallel-size 2", "gradient layers.1.mlp.fc1.weight", 0.4),
         ("router_gradient_not_partial", TP_EP, "gradient layers.3.moe.gate.weight", 0.05),
         ("counts_not_shared", TP_EP, "gradient layers.3.moe.gate.weight", 1e-3),
         ("gather_backward_sums", TP_EP, "gradient layers.3.moe.experts.w1", 0.4),
