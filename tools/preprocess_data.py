@@ -210,6 +210,12 @@ def tokenize(batches: Iterable[Batch], tokenizer_config: TokenizerConfig, config
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
+    except BaseException:
+        # NOTE: a pool that breaks while it is starting another worker forgets that one, and Python's exit would wait for it
+        # for ever. What the workers are doing is not wanted any more in any case.
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
