@@ -288,6 +288,6 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path):
 
 def _command(pid):
     try:
-        return _command(int(pid))  # empty for one that has ended and waits to be reaped
+        return Path(f"/proc/{pid}/cmdline").read_bytes()  # empty for one that has ended and waits to be reaped
     except FileNotFoundError:
         return b""
