@@ -218,16 +218,16 @@ def start(folder, *flags):
     return subprocess.Popen([*command, *flags], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def worker_pids(parent):
-    """Processes that the pool of `parent` has spawned; waits for them."""
+def worker_pids(parent, count):
+    """Processes that the pool of `parent` has spawned; waits until there are `count`."""
     for _ in range(300):
         with open(f"/proc/{parent}/task/{parent}/children") as file:
             children = file.read().split()
         pids = [int(pid) for pid in children if b"spawn_main" in _command(int(pid))]
-        if pids:
+        if len(pids) == count:
             return pids
         time.sleep(0.1)
-    raise AssertionError("no worker was started")
+    raise AssertionError(f"{count} workers did not start")
 
 
 def test_standard_input_is_read(tmp_path):
@@ -253,7 +253,7 @@ def feed(process, lines):
 def test_a_killed_worker_does_not_hang_and_nothing_is_published(tmp_path):
     process = start(tmp_path, "--input", "-", "--workers", "2")
     feed(process, 3 * preprocess_data.BATCH_PIECES)
-    os.kill(worker_pids(process.pid)[0], signal.SIGKILL)
+    os.kill(worker_pids(process.pid, 2)[0], signal.SIGKILL)
     _, err = process.communicate(b'{"text": "more"}\n' * 50_000, timeout=60)
     assert process.returncode == 1 and b"a worker process died" in err and b"Traceback" not in err, err
     assert os.listdir(tmp_path) == []
@@ -265,7 +265,7 @@ def test_a_killed_worker_does_not_hang_and_nothing_is_published(tmp_path):
 def test_an_interrupted_run_cleans_up(number, code, tmp_path):
     process = start(tmp_path, "--input", "-", "--workers", "1")
     feed(process, 3 * preprocess_data.BATCH_PIECES)
-    (worker,) = worker_pids(process.pid)
+    worker_pids(process.pid, 1)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code and b"Traceback" not in err, err
@@ -277,7 +277,7 @@ def test_an_interrupted_run_cleans_up(number, code, tmp_path):
 def test_workers_do_not_outlive_a_killed_parent(tmp_path):
     process = start(tmp_path, "--input", "-", "--workers", "2")
     feed(process, 3 * preprocess_data.BATCH_PIECES)
-    workers = worker_pids(process.pid)
+    workers = worker_pids(process.pid, 2)
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 20
