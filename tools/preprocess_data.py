@@ -203,6 +203,9 @@ def tokenize(batches: Iterable[Batch], tokenizer_config: TokenizerConfig, config
     # spawn: the same on every system, and no state or threads are inherited
     pool = ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn"), start_worker, (tokenizer_config, config))
     try:
+        # All workers start before there is work: while a pool starts one, it does not take the death of another well.
+        for started in [pool.submit(os.getpid) for _ in range(config.workers)]:
+            started.result()
         under_way: deque = deque()
         for batch in batches:
             under_way.append(pool.submit(encode_in_worker, batch))
@@ -210,6 +213,12 @@ def tokenize(batches: Iterable[Batch], tokenizer_config: TokenizerConfig, config
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
+    except BaseException:
+        # NOTE: a pool that breaks while it is starting a worker forgets that one, and Python's exit would wait for it for
+        # ever. What the workers are doing is not wanted any more in any case.
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -158,8 +158,8 @@ def highest_token(indexed: IndexedDataset) -> int:
     if indexed.num_tokens <= SCANNED_TOKENS:
         return int(indexed.read(0, indexed.num_tokens).max())
     piece = SCANNED_TOKENS // SCANNED_PIECES
-    stride = (indexed.num_tokens - piece) // (SCANNED_PIECES - 1)
-    return max(int(indexed.read(k * stride, piece).max()) for k in range(SCANNED_PIECES))
+    last = indexed.num_tokens - piece
+    return max(int(indexed.read(k * last // (SCANNED_PIECES - 1), piece).max()) for k in range(SCANNED_PIECES))
 
 
 # ---------------------------------------------------------------- reading

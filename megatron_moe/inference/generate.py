@@ -1,0 +1,133 @@
+"""Prompts -> continuations: one pass over the prompts fills the cache, then each pass adds a token to every row."""
+# B prompts, S tokens of this pass, D hidden, V padded vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from megatron_moe.config.sampling import SamplingConfig
+from megatron_moe.inference.kv_cache import cached_attention
+from megatron_moe.inference.sampling import sample
+from megatron_moe.model.gpt import GPT
+from megatron_moe.model.loss import mask_padding
+
+Prompts = list[list[int]]
+
+
+def generate(
+    model: GPT,
+    prompts: Prompts,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    eod: int | None = None,
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, without the end of document: fewer than `max_new_tokens` mean that it came."""
+    return collect(stream(model, prompts, max_new_tokens, sampling, eod, generator), len(prompts))
+
+
+def collect(steps: Iterator[list[int | None]], num_prompts: int) -> list[list[int]]:
+    """The steps of `stream`, put together by prompt."""
+    texts: list[list[int]] = [[] for _ in range(num_prompts)]
+    for step in steps:
+        for text, token in zip(texts, step):
+            if token is not None:
+                text.append(token)
+    return texts
+
+
+@torch.inference_mode()
+def stream(
+    model: GPT,
+    prompts: Prompts,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    eod: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[list[int | None]]:
+    """Yields the next token of every prompt, None where the document has ended; stops when all have.
+
+    An empty prompt starts from `eod`. Greedy tokens of a prompt do not depend on the others; draws do, as all come from one
+    `generator` (on the model's device). Between two steps the model belongs to this stream.
+    """
+    prompts = [start(prompt, eod) for prompt in prompts]
+    problems = prompt_problems(model, prompts, max_new_tokens)
+    if problems:
+        raise ValueError("\n".join(problems))
+    tokens_BS, lengths_B = padded(prompts, model.output_weight.device)
+    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+    last_B = lengths_B - 1
+    ended = [False] * len(prompts)
+    with evaluating(model), cached_attention(model, tokens_BS.shape[1] + max_new_tokens):
+        for step in range(max_new_tokens):
+            logits_BV = mask_padding(logits_at(model, tokens_BS, positions_BS, last_B), model.vocab_size)
+            next_B = sample(logits_BV, sampling, generator)
+            next_tokens = next_B.tolist()
+            ended = [done or token == eod for done, token in zip(ended, next_tokens)]
+            if all(ended):
+                return
+            yield [None if done else token for done, token in zip(ended, next_tokens)]
+            # rows that have ended go on unseen: they keep to their slots and, without dropping, touch nobody
+            tokens_BS, positions_BS, last_B = next_B[:, None], (lengths_B + step)[:, None], torch.zeros_like(lengths_B)
+
+
+def start(prompt: list[int], eod: int | None) -> list[int]:
+    """The prompt, or for an empty one the token after which documents begin."""
+    if not prompt and eod is None:
+        raise ValueError("an empty prompt starts from the end-of-document token, and without a tokenizer there is none; give a token")
+    return prompt or [eod]
+
+
+def prompt_problems(model: GPT, prompts: Prompts, max_new_tokens: int) -> list[str]:
+    """What keeps these prompts from being continued, one sentence each."""
+    if model.moe_config.moe_token_dropping and model.moe_config.has_experts:
+        return ["token dropping lets a token's fate depend on its neighbours; build the model with moe_token_dropping=False"]
+    config = model.config
+    problems = [] if prompts else ["there is no prompt to continue"]
+    if max_new_tokens < 1:
+        problems.append(f"the number of new tokens must be at least 1, not {max_new_tokens}")
+    limit = config.max_position_embeddings if config.position_embedding_type == "learned_absolute" else None
+    for number, prompt in enumerate(prompts, start=1):
+        wrong = [token for token in prompt if not 0 <= token < model.vocab_size]
+        if wrong:
+            problems.append(f"prompt {number} has the token {wrong[0]}, and the vocabulary goes from 0 to {model.vocab_size - 1}")
+        if limit is not None and len(prompt) + max_new_tokens > limit:
+            room = limit - len(prompt)
+            remedy = f"ask for {room} or fewer" if room > 0 else f"shorten the prompt to {max(limit - max_new_tokens, 0)} tokens or fewer"
+            problems.append(
+                f"prompt {number} has {len(prompt)} tokens; with {max_new_tokens} new ones that exceeds the {limit} learned positions "
+                f"of the model (max_position_embeddings); {remedy}"
+            )
+    return problems
+
+
+def padded(prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens [B, longest], padded on the right with token 0, and lengths [B]."""
+    lengths = [len(prompt) for prompt in prompts]
+    rows = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
+    return torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
+
+
+def logits_at(model: GPT, tokens_BS: Tensor, positions_BS: Tensor, index_B: Tensor) -> Tensor:
+    """Logits [B, V] of one token per row. Those of a whole prompt, [B, S, V], would be the largest tensor of all."""
+    project, row_B = model.project, torch.arange(len(index_B), device=index_B.device)
+    model.project = lambda h_BSD, weight_VD: project(h_BSD[row_B, index_B], weight_VD)
+    try:
+        return model(tokens_BS, positions_BS)
+    finally:
+        model.project = project
+
+
+@contextmanager
+def evaluating(model: GPT) -> Iterator[None]:
+    """Evaluation mode inside, the mode of before afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

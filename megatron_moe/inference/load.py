@@ -1,0 +1,101 @@
+"""A checkpoint of any layout -> a plain model in one process, and the tokenizer that belongs to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_moe.checkpoint.find import find_checkpoint
+from megatron_moe.checkpoint.load import load_tensors
+from megatron_moe.checkpoint.state import model_state
+from megatron_moe.config.data import TokenizerConfig
+from megatron_moe.config.run import RunConfig
+from megatron_moe.model.gpt import GPT
+from megatron_moe.model.init import build_on_meta
+from megatron_moe.moe.layer import moe_layers
+from megatron_moe.tokenizers import Tokenizer, build_tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode, and what a person should know about where it comes from."""
+
+    model: GPT
+    run: RunConfig  # as it was trained
+    vocab_size: int
+    eod: int | None  # end-of-document token; None without a tokenizer
+    tokenizer: Tokenizer | None
+    path: Path
+    notes: tuple[str, ...]
+
+
+def load_for_inference(
+    directory: str | Path,
+    step: int | None = None,
+    device: str | torch.device = "cpu",
+    tokenizer: TokenizerConfig | None = None,
+    verify: str = "crc",
+) -> Loaded:
+    """The newest checkpoint of a run directory, or that of `step`; a single iter_ directory works too.
+
+    Only the model's tensors are read. `tokenizer` overrides where the tokenizer's files are. Raises CheckpointError for a
+    checkpoint that cannot be read, ValueError for a tokenizer that does not belong to it.
+    """
+    found = find_checkpoint(*run_directory(directory, step), verify)
+    meta = found.meta
+    run, vocab_size = RunConfig.from_dict(meta["config"]), meta["vocab_size"]
+    restored = restore_tokenizer(meta["tokenizer"], tokenizer or TokenizerConfig(), run.model.vocab_size, vocab_size)
+    model = build_plain(run, vocab_size)
+    model.to_empty(device=device)
+    load_tensors(found.path, model_state(model))
+    eod = meta["eod"] if meta["eod"] >= 0 else restored.eod if restored else None
+    return Loaded(model.eval(), run, vocab_size, eod, restored, found.path, tuple(found.notes))
+
+
+def run_directory(directory: str | Path, step: int | None) -> tuple[Path, int | None]:
+    """runs/a/iter_0000100 -> (runs/a, 100)."""
+    path = Path(directory)
+    match = re.fullmatch(r"iter_(\d{7,})", path.name)
+    if match is None:
+        return path, step
+    if step not in (None, int(match[1])):
+        raise ValueError(f"{path} is the checkpoint of iteration {int(match[1])}, not of {step}; give the run directory {path.parent}")
+    return path.parent, int(match[1])
+
+
+def build_plain(run: RunConfig, vocab_size: int) -> GPT:
+    """The model of a run without memory and without parallelism. Dropless: a token's fate must not depend on its neighbours."""
+    moe = dataclasses.replace(run.moe, moe_token_dropping=False)
+    dtype = torch.float64 if run.training.params_dtype == "float64" else torch.float32
+    model = build_on_meta(lambda: GPT(run.model, moe, vocab_size), dtype)
+    for layer in moe_layers(model):
+        layer.experts.use_reference = run.training.moe_grouped_gemm == "reference"
+    return model
+
+
+def restore_tokenizer(saved: dict[str, Any], given: TokenizerConfig, null_size: int | None, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of training, from the files it had then or those that are `given` now. None when there was none.
+
+    saved: TokenizerConfig as a dict, with its fingerprint. null_size: see build_tokenizer.
+    """
+    fields = {field.name: saved.get(field.name) for field in dataclasses.fields(TokenizerConfig)}
+    fields |= {name: value for name, value in dataclasses.asdict(given).items() if value is not None}
+    config = TokenizerConfig(**fields)
+    if config.kind is None:
+        return None
+    tokenizer = build_tokenizer(config, null_size)
+    if saved["fingerprint"] not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            f"the {config.kind} has the fingerprint {tokenizer.fingerprint}, the one of training had {saved['fingerprint']}: another "
+            f"type, or its files have changed; point --tokenizer-model, or --vocab-file and --merge-file, to those of training"
+        )
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the {config.kind} has {tokenizer.vocab_size} tokens, the model only {vocab_size}; give the tokenizer of its training data"
+        )
+    return tokenizer

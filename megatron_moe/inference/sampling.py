@@ -1,0 +1,46 @@
+"""Logits -> next token. Pure functions; a filter sets the logits of what may not be drawn to -inf."""
+# B batch, V vocabulary
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_moe.config.sampling import SamplingConfig
+
+
+def sample(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator | None = None) -> Tensor:
+    """Next tokens [B]. Columns of tokens that do not exist are -inf already (model.loss.mask_padding)."""
+    if config.greedy:
+        return logits_BV.argmax(-1)
+    return torch.multinomial(filtered(logits_BV, config).softmax(-1), 1, generator=generator).squeeze(1)
+
+
+def filtered(logits_BV: Tensor, config: SamplingConfig) -> Tensor:
+    """Temperature, then top-k, then top-p of what top-k has left; float32 or wider."""
+    logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / config.temperature  # largest 0: no overflow, however cold
+    if 0 < config.top_k < logits_BV.shape[-1]:
+        logits_BV = keep_top_k(logits_BV, config.top_k)
+    if config.top_p < 1:
+        logits_BV = keep_top_p(logits_BV, config.top_p)
+    return logits_BV
+
+
+def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
+    """Exactly the k largest of each row, also when some are equal."""
+    values_BK, ids_BK = logits_BV.topk(k, dim=-1)
+    return torch.full_like(logits_BV, float("-inf")).scatter(-1, ids_BK, values_BK)
+
+
+def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
+    """The shortest head of the tokens, likeliest first, whose probabilities sum to p or more.
+
+    Example: probabilities 0.5 0.3 0.2 and p = 0.6 keep the first two: 0.5 does not reach p, 0.8 does.
+    """
+    sorted_BV, ids_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
+    probs_BV = sorted_BV.softmax(-1)
+    before_BV = probs_BV.cumsum(-1) - probs_BV
+    before_BV[:, 0] = 0  # exactly: the likeliest token always stays
+    kept_BV = sorted_BV.masked_fill(before_BV >= p, float("-inf"))
+    return torch.empty_like(logits_BV).scatter(-1, ids_BV, kept_BV)

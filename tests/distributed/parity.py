@@ -1,0 +1,182 @@
+"""The definition of right: a parallel layout trains the model that one process trains.
+
+`reference(model_flags)` trains a plain GPT - no mesh, no DTensor, no FSDP - on the whole batch in this process.
+`layout(flags)` trains the same model in a layout, on every rank of a pool. Both return losses and norms of every step, all
+gradients of the first, routing statistics, and the weights after the last. `worst` compares.
+"""
+# B sequences, S tokens each
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from megatron_moe.arguments import parse_args
+from megatron_moe.config.run import RunConfig
+from megatron_moe.data.batch import Batch
+from megatron_moe.model.gpt import GPT
+from megatron_moe.model.init import initialize_parameters
+from megatron_moe.moe.layer import moe_layers
+from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
+from megatron_moe.optimizer.groups import build_optimizer
+from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
+from megatron_moe.training.step import count_loss_tokens, forward_backward
+from megatron_moe.utils.random import token_keys
+
+VOCAB, SEQUENCES, LENGTH, STEPS = 60, 8, 15, 5  # 15 tokens: not divisible by any tensor-parallel degree
+SEED, CLIP = 7, 0.5
+
+COMMON = (
+    "--num-layers 3 --expert-interval 1 --hidden-size 32 --num-attention-heads 4 --seq-length 15 --max-position-embeddings 16 "
+    "--micro-batch-size 2 --global-batch-size 8 --mock-data --train-iters 5 --make-vocab-size-divisible-by 16 --hidden-dropout 0 --attention-dropout 0 "
+    # eps 1e-5: with 1e-8 Adam turns the rounding noise of near-zero gradients into full steps
+    "--lr 1e-2 --adam-eps 1e-5 --moe-loss-coeff 0.5 --moe-router-z-loss-coeff 0.1"
+)
+FP32 = "--adam-eps 1e-3"  # the same trap at float32's level of noise
+FP64 = "--params-dtype float64 --moe-grouped-gemm reference"
+MODELS = {
+    # two expert-parallel degrees (2 and 4 under EP 4), residual, top-2 with sampled second expert, grouped queries, biases, tied
+    "pyramid": "--num-experts 1 2 8 --mlp-type residual --topk 2 --num-key-value-heads 2 --disable-moe-token-dropping",
+    # the other half of every choice
+    "modern": "--num-experts 1 4 4 --topk 3 --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --disable-moe-token-dropping --ffn-hidden-size 48",
+    # dropout everywhere, top-1 with jitter
+    "noisy": "--num-experts 1 4 4 --topk 1 --hidden-dropout 0.2 --attention-dropout 0.2 --moe-noisy-gate-policy Jitter "
+    "--disable-moe-token-dropping",
+    # capacity with random token selection: per source rank and microbatch, so the same under every data/expert layout
+    "dropping": "--num-experts 1 4 4 --topk 1 --moe-train-capacity-factor 0.6 --moe-min-capacity 1",
+}
+
+
+def config(model: str, flags: str = "") -> RunConfig:
+    return parse_args(f"{COMMON} {MODELS[model]} {flags}".split()).run
+
+
+def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [B, S + 1], and a mask that leaves different numbers of tokens to every rank."""
+    generator = torch.Generator().manual_seed(100 + step)
+    tokens = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
+    mask = (torch.rand(SEQUENCES, LENGTH, generator=generator) > 0.3).float()
+    mask[0, :12] = 0
+    return tokens, mask
+
+
+def microbatches(step: int, rank: int, ranks: int, size: int) -> list[Batch]:
+    """Micro-batch m of rank r holds the samples (m * ranks + r) * size + [0, size), as the loader hands them out."""
+    tokens, mask = global_batch(step)
+    positions = torch.arange(LENGTH).expand(size, -1)
+    out = []
+    for m in range(SEQUENCES // (size * ranks)):
+        first = (m * ranks + rank) * size
+        s = slice(first, first + size)
+        out.append(Batch(tokens[s, :-1], tokens[s, 1:], mask[s], positions, None, torch.arange(first, first + size)))
+    return out
+
+
+def spread_gates(model: GPT) -> None:
+    """Top-k without near-ties: a tie may flip between two orders of summation, and is no fault of the layout."""
+    with torch.no_grad():
+        for moe in moe_layers(model):
+            moe.gate.weight.mul_(20.0)
+
+
+def whole(t: torch.Tensor) -> torch.Tensor:
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+
+
+@functools.cache
+def reference(model_name: str, flags: str = FP64) -> dict[str, torch.Tensor]:
+    """One process, nothing but the model and torch's optimizer."""
+    c = config(model_name, flags)
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if c.training.params_dtype == "float64" else torch.float32)
+    try:
+        model = GPT(c.model, c.moe, VOCAB)
+    finally:
+        torch.set_default_dtype(before)
+    initialize_parameters(model, c.training.seed, c.model.init_method_std, c.model.num_layers)
+    for moe in moe_layers(model):
+        moe.experts.use_reference = c.training.moe_grouped_gemm == "reference"
+        moe.loss_weight = 1.0 / (SEQUENCES * LENGTH)
+    spread_gates(model)
+    optimizer = build_optimizer(model, c.optimizer)
+    out: dict[str, torch.Tensor] = {}
+    for step in range(STEPS):
+        divisor, total = global_batch(step)[1].sum(), 0.0
+        for moe in moe_layers(model):
+            moe.stats.reset()
+        for b in microbatches(step, 0, 1, c.training.micro_batch_size):
+            keys = token_keys(SEED, step, b.sample_ids, LENGTH)
+            loss = (model(b.tokens, b.position_ids, b.labels, None, keys) * b.loss_mask).sum() / divisor
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP) if step else None
+        if norm is None:
+            out |= {f"gradient {n}": p.grad.clone() for n, p in model.named_parameters()}
+            out |= {f"routing {m.layer}": m.stats.vector(torch.device("cpu")) for m in moe_layers(model)}
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        out |= {f"loss {step}": torch.as_tensor(total).double(), f"norm {step}": norm.clone()}
+        optimizer.step()
+        optimizer.zero_grad()
+    return out | {f"weight {n}": whole(p) for n, p in model.named_parameters()}
+
+
+def layout(model_name: str, flags: str) -> dict[str, torch.Tensor] | None:
+    """The same on this rank of a layout; rank 0 returns the whole tensors."""
+    import warnings
+
+    warnings.filterwarnings("ignore", message="While redistributing")
+    c = config(model_name, flags)
+    mesh = build_parallel_mesh(c, "cpu")
+    model = build_parallel_model(c, VOCAB, mesh, torch.device("cpu"))
+    spread_gates(model)
+    optimizer = build_optimizer(model, c.optimizer)
+    rank, ranks, out = mesh.rank("dp"), mesh.size("dp"), {}
+    for step in range(STEPS):
+        batches = microbatches(step, rank, ranks, c.training.micro_batch_size)
+        loss = forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, SEED, step)
+        dist.all_reduce(loss, group=mesh.group("dp"))
+        norm = gradient_norm(model.parameters(), mesh.stage_ranks)
+        if step == 0:
+            out |= {f"gradient {n}": whole(p.grad) for n, p in model.named_parameters()}
+            for moe in moe_layers(model):
+                out[f"routing {moe.layer}"] = moe.stats.vector(torch.device("cpu"))
+                dist.all_reduce(out[f"routing {moe.layer}"])
+            out["ones"] = norm_of_ones(model, mesh.stage_ranks)
+        clip_gradients(model.parameters(), norm, CLIP)
+        out |= {f"loss {step}": loss, f"norm {step}": norm}
+        optimizer.step()
+        optimizer.zero_grad()
+    out |= {f"weight {n}": whole(p) for n, p in model.named_parameters()}
+    return out if dist.get_rank() == 0 else None
+
+
+def norm_of_ones(model: GPT, stage_ranks: int) -> torch.Tensor:
+    """The gradient norm if every element of every gradient were 1, over sqrt(number of parameters): must be 1."""
+    kept = [p.grad for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    norm = gradient_norm(model.parameters(), stage_ranks) / sum(p.numel() for p in model.parameters()) ** 0.5
+    for p, grad in zip(model.parameters(), kept):
+        p.grad = grad
+    return norm
+
+
+def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """max|a - b| / max|b| by entry; entries that are zero by symmetry (key biases) are measured against 1e-3."""
+    assert set(found) == set(expected) | {"ones"}, set(found) ^ set(expected)
+    result = {"ones": abs(float(found["ones"]) - 1.0)}
+    for name, b in expected.items():
+        a = found[name]
+        assert a.shape == b.shape, f"{name}: {tuple(a.shape)} != {tuple(b.shape)}"
+        result[name] = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-3))
+    return result
+
+
+def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+    name, error = max(errors(found, expected).items(), key=lambda item: item[1])
+    return error, name

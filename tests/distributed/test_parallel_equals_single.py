@@ -1,0 +1,51 @@
+"""Every layout trains the model that one process trains: loss, every gradient, norm, weights after five steps."""
+
+from __future__ import annotations
+
+import pytest
+from distributed_pool import run_distributed
+
+from distributed import parity
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS = [  # model, world size, flags
+    *(("pyramid", 1, f"--zero-stage {z}") for z in (0, 3)),
+    *(("pyramid", 2, f"--zero-stage {z}") for z in (0, 1, 2, 3)),
+    *(("pyramid", 2, f"--zero-stage {z} --moe-expert-parallel-size 2") for z in (0, 1, 2, 3)),
+    ("pyramid", 2, "--zero-stage 1 --moe-expert-parallel-size 2 --moe-token-dispatcher alltoall"),
+    *(("pyramid", 2, f"--zero-stage {z} --tensor-model-parallel-size 2") for z in (0, 1, 2, 3)),
+    ("pyramid", 2, "--zero-stage 1 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2"),
+    *(("pyramid", 4, f"--zero-stage {z} --moe-expert-parallel-size 4") for z in (0, 1, 2, 3)),  # degrees 2 and 4
+    *(("pyramid", 4, f"--zero-stage {z} --moe-expert-parallel-size 2") for z in (0, 3)),  # fewer local experts than edp ranks
+    *(("pyramid", 4, f"--zero-stage {z} --tensor-model-parallel-size 2 --moe-expert-parallel-size 4") for z in (0, 1, 2, 3)),
+    ("pyramid", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --moe-token-dispatcher alltoall"),
+    ("pyramid", 4, "--zero-stage 3 --moe-expert-parallel-size 4 --recompute-activations"),
+    ("pyramid", 4, "--zero-stage 2 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-activations"),
+    ("modern", 2, "--zero-stage 3 --moe-expert-parallel-size 2"),
+    ("modern", 4, "--zero-stage 1 --tensor-model-parallel-size 4 --moe-expert-parallel-size 4"),
+    ("modern", 4, "--zero-stage 2 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --recompute-granularity selective"),
+    ("noisy", 2, "--zero-stage 1 --tensor-model-parallel-size 2"),
+    ("noisy", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-activations"),
+    ("dropping", 2, "--zero-stage 1 --moe-expert-parallel-size 2"),
+    ("dropping", 4, "--zero-stage 3 --moe-expert-parallel-size 4"),
+]
+FAST = [
+    ("pyramid", 2, "--zero-stage 1 --moe-expert-parallel-size 2"),
+    ("pyramid", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4"),
+    ("modern", 4, "--zero-stage 2 --moe-expert-parallel-size 4"),
+]
+
+
+@pytest.mark.parametrize(("model", "world", "flags"), LAYOUTS, ids=lambda v: str(v).replace("--", "").replace(" ", "_"))
+def test_layout_equals_one_process_in_float64(model, world, flags):
+    found = run_distributed(parity.layout, world, model, f"{parity.FP64} {flags}")[0]
+    error, name = parity.worst(found, parity.reference(model))
+    assert error < 1e-10, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize(("model", "world", "flags"), FAST, ids=lambda v: str(v).replace("--", "").replace(" ", "_"))
+def test_layout_equals_one_process_in_float32_with_fast_kernels(model, world, flags):
+    found = run_distributed(parity.layout, world, model, f"{parity.FP32} {flags}")[0]
+    error, name = parity.worst(found, parity.reference(model, parity.FP32))
+    assert error < 1e-5, f"{name} is off by {error:.1e}"
