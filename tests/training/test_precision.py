@@ -29,18 +29,19 @@ def dtypes_of_a_step(flags: str) -> dict[str, set[str]]:
         # the weight is looked at before the forward: after it, stage 3 has put the sharded float32 one back
         module.register_forward_pre_hook(lambda m, a, name=name, weight=weight: note(name, getattr(m, weight)))
         module.register_forward_hook(lambda m, a, out, name=name: note(name, out))
-    reduce_scatter = dist.reduce_scatter_tensor
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # torch 2.13, 2.11
+    reduce_scatter = getattr(dist, name)
 
     def noted_reduce(output, input, *args, **kwargs):
         note("reduction", input)
         return reduce_scatter(output, input, *args, **kwargs)
 
-    dist.reduce_scatter_tensor = noted_reduce
+    setattr(dist, name, noted_reduce)
     try:
         batches = parity.microbatches(0, mesh.rank("dp"), mesh.size("dp"), 2)
         forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, 1, 0)
     finally:
-        dist.reduce_scatter_tensor = reduce_scatter
+        setattr(dist, name, reduce_scatter)
     note("gradients", *(p.grad for p in model.parameters()))
     optimizer.step()
     note("parameters", *model.parameters())
@@ -55,7 +56,8 @@ def test_bf16_computes_in_bf16_and_keeps_everything_else_in_float32():
             assert seen[what] == {"bfloat16"}, what
         for what in ("router", "gradients", "parameters", "moments"):
             assert seen[what] == {"float32"}, what
-        assert seen.get("reduction", {"float32"}) == {"float32"}
+        if "zero-stage 3" in flags:  # the other layout has one data rank: nothing to reduce
+            assert seen["reduction"] == {"float32"}
 
 
 def test_bf16_follows_float32():
