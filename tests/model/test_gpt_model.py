@@ -171,6 +171,16 @@ def test_initial_spread_is_std_and_smaller_where_the_residual_stream_is_written(
             assert abs(p.mean()) < 4 * p.std() / p.numel() ** 0.5, name
 
 
+@pytest.mark.parametrize("identical", [False, True])
+def test_a_layer_alone_is_initialised_expert_by_expert_too(identical):
+    """Its names have no prefix: experts.w1, and a gate without dots."""
+    layer = GPT(config(swiglu=True), experts(), VOCAB).layers["2"].moe
+    initialize_parameters(layer, 1, 0.02, 8, identical_experts=identical)
+    initialize_parameters(layer.gate, 1, 0.02, 8)
+    assert torch.equal(layer.experts.w1[0], layer.experts.w1[1]) == identical
+    assert layer.experts.w2.std().item() == pytest.approx(0.02 / 4, rel=0.1)
+
+
 def test_float64_starts_from_the_same_numbers_as_float32():
     wide, narrow = build(moe=experts()), build(moe=experts(), dtype=torch.float32)
     assert all(torch.equal(a, b.double()) for a, b in zip(wide.parameters(), narrow.parameters()))
