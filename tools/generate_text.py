@@ -153,15 +153,14 @@ def counted(steps: Iterator[list[int | None]], bar) -> Iterator[list[int | None]
         yield step
 
 
-def show(sample: Sample, total_prompts: int, total_samples: int, ids: bool, file: TextIO) -> None:
+def show(sample: Sample, total_prompts: int, total_samples: int, file: TextIO) -> None:
     """A rule with the numbers, then the text; on a terminal the continuation is bold."""
     which = f"prompt {sample.prompt_number} of {total_prompts}"
     if total_samples > 1:
         which += f", sample {sample.sample_number} of {total_samples}"
     bold, plain = ("\033[1m", "\033[0m") if file.isatty() else ("", "")
-    gap = " " if ids and sample.prompt and sample.continuation else ""
     print(f"--- {which}: {len(sample.continuation_ids)} new tokens, stopped by {sample.stopped_by}", file=file)
-    print(f"{sample.prompt}{gap}{bold}{sample.continuation}{plain}", file=file, flush=True)
+    print(f"{sample.prompt}{bold}{sample.continuation}{plain}", file=file, flush=True)
 
 
 def run(config: GenerateConfig, sampling: SamplingConfig, tokenizer: TokenizerConfig) -> None:
@@ -178,7 +177,7 @@ def run(config: GenerateConfig, sampling: SamplingConfig, tokenizer: TokenizerCo
     with ExitStack() as stack:
         output = None
         for sample in continuations(loaded, prompts, config, sampling):
-            show(sample, len(prompts), config.num_samples, loaded.tokenizer is None, sys.stdout)
+            show(sample, len(prompts), config.num_samples, sys.stdout)
             if config.output:
                 output = output or stack.enter_context(open(config.output, "w", encoding="utf-8"))
                 output.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")

@@ -10,7 +10,10 @@ from megatron_moe.config.flags import checked, flag
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Sampling. Filters apply in the order temperature, top-k, top-p."""
+    """Sampling.
+
+    Filters apply in the order temperature, top-k, top-p.
+    """
 
     greedy: bool = flag(False, "always take the likeliest token")
     temperature: float = flag(1.0, "divides the logits: below 1 prefers likely tokens, above 1 flattens")

@@ -19,10 +19,30 @@ def grouped_gemm(x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor, use_reference: 
     """
     if use_reference or not is_fast(x_RD, w_EDF):
         return reference.grouped_mm(x_RD, w_EDF, offsets_E)
-    return grouped_mm(x_RD, w_EDF, offs=offsets_E)
+    return _PackedGradient.apply(grouped_mm(_packed(x_RD), _packed(w_EDF), offs=offsets_E))
 
 
 def is_fast(x_RD: Tensor, w_EDF: Tensor) -> bool:
     """Whether torch's grouped_mm can multiply these."""
     aligned = all(width * x_RD.element_size() % 16 == 0 for width in w_EDF.shape[1:])
     return x_RD.dtype in _FAST_DTYPES and x_RD.dtype == w_EDF.dtype and aligned and x_RD.shape[0] > 0
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Strides of a fresh tensor: torch's kernel refuses expanded, transposed and unaligned ones, forward and backward.
+
+    contiguous() alone leaves the strides of dims of size 1 as they are, and the kernel checks those too.
+    """
+    return x.contiguous().view(-1).view(x.shape)
+
+
+class _PackedGradient(torch.autograd.Function):
+    """Identity whose gradient is packed: `y.sum().backward()` sends strides of 0."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _packed(grad)

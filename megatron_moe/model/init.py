@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from megatron_moe.utils.compat import local_slices
 from megatron_moe.utils.random import named_generator
 
-_EXPERT_STACK = re.compile(r"\.experts\.(w1|w_gate|w2|b1|b_gate|b2)$")
-_RESIDUAL_OUTPUT = re.compile(r"(out_proj|fc2)\.weight$|\.experts\.w2$")
+_EXPERT_STACK = re.compile(r"\bexperts\.(w1|w_gate|w2|b1|b_gate|b2)$")
+_RESIDUAL_OUTPUT = re.compile(r"(out_proj|fc2)\.weight$|\bexperts\.w2$")
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def initialize_parameters(model: nn.Module, seed: int, std: float, num_layers: i
 
 
 def _draw(name: str, key: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
-    if "norm" in name.rsplit(".", 2)[-2] and name.endswith("weight"):
+    if re.search(r"norm\.weight$", name):
         return torch.ones(shape)
     if name.endswith("bias") or re.search(r"\.b\w+$", name):
         return torch.zeros(shape)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from megatron_moe.config.moe import MoEConfig
@@ -42,7 +41,8 @@ class MoELayer(nn.Module):
     """x_TD -> y_TD, the sum over each token's experts of gate weight times expert output.
 
     `keys_T` (int64, utils.random.token_keys) are the source of all noise; without them there is none. `loss_weight` is
-    1 / tokens of the global batch, set once per step before the first forward; at 0 the auxiliary losses are only measured.
+    1 / tokens of the global batch, set once per step before the first forward; at 0, and in evaluation, the auxiliary losses are
+    only measured.
     """
 
     def __init__(self, layer: int, num_experts: int, hidden_size: int, ffn_size: int, moe: MoEConfig, swiglu=False, bias=True):
@@ -76,7 +76,7 @@ class MoELayer(nn.Module):
         balance_counts_E = counts_E if self.config.topk != 2 else count_assignments(ids_TK[:, :1], self.num_experts)
         aux = load_balancing_sum(probs_TE, self.sum_counts(balance_counts_E))
         z = router_z_sum(logits_TE)
-        if self.loss_weight and torch.is_grad_enabled():
+        if self.loss_weight and self.training:
             extra = self.loss_weight * (self.config.moe_loss_coeff * aux + self.config.moe_router_z_loss_coeff * z)
             probs_TE = AttachLoss.apply(probs_TE, extra)
         if self.config.moe_token_dropping:

@@ -47,7 +47,7 @@ def choose_experts(logits_TE: Tensor, k: int, noise_TE: Tensor | None = None) ->
     """probs_TE and ids_TK, best first. `noise_TE` (Gumbel) samples the expert of k=1 (RSample) or the second of k=2."""
     probs_TE = F.softmax(logits_TE, dim=-1)
     if noise_TE is None:
-        return probs_TE, probs_TE.topk(k, dim=-1).indices
+        return probs_TE, _best(probs_TE.detach(), k)
     noisy_TE = logits_TE.detach() + noise_TE
     if k == 1:
         return probs_TE, noisy_TE.argmax(-1, keepdim=True)
@@ -55,6 +55,15 @@ def choose_experts(logits_TE: Tensor, k: int, noise_TE: Tensor | None = None) ->
     first_T1 = probs_TE.argmax(-1, keepdim=True)
     second_T1 = noisy_TE.scatter(1, first_T1, float("-inf")).argmax(-1, keepdim=True)
     return probs_TE, torch.cat([first_T1, second_T1], dim=1)
+
+
+def _best(probs_TE: Tensor, k: int) -> Tensor:
+    """ids_TK of the k largest, best first, the lower expert first at ties. (topk leaves the order of ties open.)"""
+    columns = []
+    for _ in range(k):
+        columns.append(probs_TE.argmax(-1, keepdim=True))
+        probs_TE = probs_TE.scatter(1, columns[-1], -1.0)
+    return torch.cat(columns, dim=1)
 
 
 def drop_over_capacity(ids_TK: Tensor, capacity: int, order: DropOrder, priority_TK: Tensor | None = None) -> Tensor:

@@ -275,9 +275,10 @@ def next_commands(run: Run) -> str:
             "  bash scripts/quickstart.sh        # real text: tokenizer, data, training, plot, sample"
         )
     save_dir = c.checkpoint.save
+    prompt = "def main" if c.tokenizer.kind not in (None, "NullTokenizer") else "5 17 2"  # ids where there is no text
     return (
         f"Done. Everything is in {save_dir}. Next:\n"
         f"  python tools/plot_run.py --run {save_dir}\n"
-        f"  python tools/generate_text.py --load {save_dir} --prompt 'def main'\n"
+        f"  python tools/generate_text.py --load {save_dir} --prompt '{prompt}'\n"
         f"  add --load {save_dir} and a larger --train-iters to the same command to train on"
     )

@@ -96,8 +96,10 @@ def test_a_model_without_tokenizer_takes_and_gives_ids(mock_run, capsys):
     code, out, err = run_tool(capsys, "--load", mock_run, "--prompt", "5 17 2", "--greedy", "--max-new-tokens", "4")
     assert code == 0
     assert "token ids" in err
-    ids = [int(word) for word in out.splitlines()[1].split()]
-    assert ids[:3] == [5, 17, 2]
+    text = out.splitlines()[1]
+    assert text.startswith("5 17 2 ")
+    assert "  " not in text
+    ids = [int(word) for word in text.split()]
     assert [ids[3:]] == generate(load_for_inference(mock_run).model, [[5, 17, 2]], 4, SamplingConfig(greedy=True))
 
 

@@ -1,0 +1,51 @@
+"""Whole training runs inside a worker of the pool: what pretrain_gpt_moe.py does between parsing and the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_moe import mpu
+from megatron_moe.arguments import check_to_train, parse_args
+from megatron_moe.checkpoint.state import model_state, optimizer_state
+from megatron_moe.data.indexed_dataset import IndexedDatasetWriter
+from megatron_moe.training.distributed import World
+from megatron_moe.training.preflight import prepare
+from megatron_moe.training.pretrain import set_up, train
+
+SMALL = (
+    "--num-layers 3 --expert-interval 1 --num-experts 1 2 4 --mlp-type residual --hidden-size 32 --num-attention-heads 4 --seq-length 16 "
+    "--max-position-embeddings 16 --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --lr-warmup-iters 3 --lr-decay-style cosine "
+    "--hidden-dropout 0.1 --attention-dropout 0 --eval-iters 2 --eval-interval 7 --log-interval 1 --num-workers 0"
+)
+FP64 = "--params-dtype float64 --moe-grouped-gemm reference"
+
+
+def write_text(prefix: Path, documents: int = 40, vocab_size: int = 64) -> Path:
+    """A small indexed dataset: 40 documents of 5 to 40 tokens, a few epochs of which make a test."""
+    generator = np.random.default_rng(0)
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for _ in range(documents):
+            writer.add_document(generator.integers(0, vocab_size, generator.integers(5, 41)))
+    return prefix
+
+
+def train_here(flags: str) -> dict:
+    """Run to its end on the ranks of this pool; rank 0 returns losses, the reason of the stop, and every tensor as a whole."""
+    parsed = parse_args(f"{SMALL} {flags}".split())
+    check_to_train(parsed, dist.get_world_size())
+    prepared = prepare(parsed.run)
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), dist.group.WORLD)
+    try:
+        run = set_up(prepared, world, ["test"])
+        train(run)
+        run.stopper.close()
+        run.tracker.close()
+        state = model_state(run.model) | optimizer_state(run.model, run.optimizer)
+        tensors = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
+        return {"tensors": {n: t.detach().clone() for n, t in tensors.items()}, "progress": run.progress}
+    finally:
+        mpu.set_default_mesh(None)

@@ -1,0 +1,86 @@
+"""A run that stops and goes on is the run that never stopped, bit for bit; and any layout goes on from any other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from distributed_pool import run_distributed
+
+from megatron_moe.metrics.reader import read_records
+from training import runs
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return runs.write_text(tmp_path_factory.mktemp("text") / "corpus_text_document")
+
+
+def train(world, save, text, flags):
+    data = f"--data-path {text} --vocab-size 64 --split 80,20,0"
+    return run_distributed(runs.train_here, world, f"{data} --save {save} {flags}")[0]
+
+
+def losses(save) -> dict[int, tuple[float, float]]:
+    return {r["iteration"]: (r["lm_loss"], r["grad_norm"]) for r in read_records(save / "metrics.jsonl") if r["event"] == "train"}
+
+
+def different(a, b) -> list[str]:
+    assert a["tensors"].keys() == b["tensors"].keys()
+    return [name for name, t in a["tensors"].items() if not torch.equal(t, b["tensors"][name])]
+
+
+@pytest.mark.parametrize(
+    ("world", "flags"),
+    [
+        (1, "--zero-stage 1"),
+        (2, "--zero-stage 3 --moe-expert-parallel-size 2"),
+        (2, "--zero-stage 2 --tensor-model-parallel-size 2 --bf16"),
+    ],
+)
+def test_resume_is_bitwise_equal(world, flags, text, tmp_path):
+    # 4 samples a step: step 10 ends in the middle of an epoch, and the 20 steps pass the end of one
+    straight = train(world, tmp_path / "straight", text, f"{flags} --train-iters 20")
+    train(world, tmp_path / "stopped", text, f"{flags} --train-iters 20 --exit-interval 10")
+    resumed = train(world, tmp_path / "stopped", text, f"{flags} --train-iters 20 --load {tmp_path / 'stopped'}")
+    assert resumed["progress"].iteration == 20
+    assert different(straight, resumed) == []
+    assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
+
+
+def test_longer_run_goes_on_with_the_same_data(text, tmp_path):
+    schedule = "--lr-decay-iters 30"
+    straight = train(1, tmp_path / "straight", text, f"{schedule} --train-iters 20")
+    train(1, tmp_path / "short", text, f"{schedule} --train-iters 10")
+    longer = train(1, tmp_path / "short", text, f"{schedule} --train-iters 20 --load {tmp_path / 'short'}")
+    assert different(straight, longer) == []
+
+
+RESHARD = [
+    ("--zero-stage 3 --moe-expert-parallel-size 2", 2, "--zero-stage 1", 1),
+    ("--zero-stage 1", 1, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4", 4),
+    ("--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4", 4, "--zero-stage 0 --moe-expert-parallel-size 2", 2),
+]
+
+
+@pytest.mark.parametrize(("before", "world_before", "after", "world_after"), RESHARD)
+def test_run_goes_on_at_another_layout(before, world_before, after, world_after, text, tmp_path):
+    """Loaded bit for bit (weights, moments), and the next steps agree as layouts do: 1e-10 in float64."""
+    exact = f"{runs.FP64} --train-iters 8 --adam-eps 1e-5 --disable-moe-token-dropping"
+    straight = train(world_before, tmp_path / "straight", text, f"{exact} {before}")
+    stopped = train(world_before, tmp_path / "moved", text, f"{exact} {before} --exit-interval 4")
+    loaded = train(world_after, tmp_path / "loaded", text, f"{exact} {after} --load {tmp_path / 'moved'} --train-iters 4")
+    assert different(stopped, loaded) == []
+    moved = train(world_after, tmp_path / "moved", text, f"{exact} {after} --load {tmp_path / 'moved'}")
+    for name, t in straight["tensors"].items():
+        torch.testing.assert_close(moved["tensors"][name], t, rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_finetune_takes_weights_and_starts_at_zero(text, tmp_path):
+    train(1, tmp_path / "first", text, "--train-iters 4")
+    tuned = train(1, tmp_path / "second", text, f"--train-iters 3 --load {tmp_path / 'first'} --finetune")
+    assert tuned["progress"].iteration == 3
+    first = next(r for r in read_records(tmp_path / "second" / "metrics.jsonl") if r["event"] == "eval")
+    last = [r for r in read_records(tmp_path / "first" / "metrics.jsonl") if r["event"] == "eval"][-1]
+    assert (first["iteration"], first["lm_loss"]) == (0, last["lm_loss"])

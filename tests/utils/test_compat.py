@@ -1,0 +1,97 @@
+"""Every name of utils.compat: that this torch has what it stands on, and that it does what its docstring says."""
+
+import inspect
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_pool import run_distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from megatron_moe.utils import compat
+
+TESTED = {"grouped_mm", "local_slices", "all_to_all_rows", "all_gather_rows", "reduce_scatter_rows"}
+
+
+def test_every_name_has_a_test_here():
+    defined = {
+        name
+        for name, value in vars(compat).items()
+        if not name.startswith("_") and not inspect.ismodule(value) and name not in ("annotations", "Tensor", "DTensor")
+    }
+    assert defined - {"compute_local_shape_and_global_offset"} == TESTED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_mm_multiplies_groups_of_rows(dtype):
+    torch.manual_seed(0)
+    x, w = torch.randn(5, 8, dtype=dtype), torch.randn(3, 8, 16, dtype=dtype)
+    y = compat.grouped_mm(x, w, offs=torch.tensor([2, 2, 5], dtype=torch.int32))
+    torch.testing.assert_close(y, torch.cat([x[:2] @ w[0], x[2:] @ w[2]]), rtol=0.02, atol=0.02)
+
+
+def _slices():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = torch.arange(30).view(5, 6)
+    shards = [distribute_tensor(whole, mesh, [placement]) for placement in (Shard(0), Shard(1), Replicate())]
+    return all(torch.equal(p.to_local(), whole[compat.local_slices(p)]) for p in shards), str(compat.local_slices(shards[0]))
+
+
+def _exchange():
+    """Rank r sends r + 1 rows to rank 0 and one row to rank 1; row values name sender and number."""
+    rank = dist.get_rank()
+    send = [rank + 1, 1]
+    receive = [1, 2] if rank == 0 else [1, 1]
+    x = torch.tensor([[10.0 * rank + i] for i in range(sum(send))], requires_grad=True)
+    y = compat.all_to_all_rows(x, receive, send, dist.group.WORLD)
+    # weights by arrival, so that the gradient tells where each row went
+    (y * torch.tensor([[100.0 * rank + i] for i in range(len(y))])).sum().backward()
+    return y.flatten().tolist(), x.grad.flatten().tolist()
+
+
+def _gather():
+    rank = dist.get_rank()
+    x = torch.full((2, 1), float(rank), requires_grad=True)
+    y = compat.all_gather_rows(x, dist.group.WORLD)
+    (y * torch.arange(1.0, 5.0)[:, None] * (rank + 1)).sum().backward()
+    return y.flatten().tolist(), x.grad.flatten().tolist()
+
+
+def _scatter():
+    rank = dist.get_rank()
+    x = torch.arange(4.0)[:, None].add(10 * rank).requires_grad_()
+    y = compat.reduce_scatter_rows(x, dist.group.WORLD)
+    (y * (rank + 1)).sum().backward()
+    return y.flatten().tolist(), x.grad.flatten().tolist()
+
+
+@pytest.mark.distributed
+def test_local_slices_say_where_the_shard_lies():
+    first, second = run_distributed(_slices, 2)
+    assert first == (True, "(slice(0, 3, None), slice(0, 6, None))")
+    assert second == (True, "(slice(3, 5, None), slice(0, 6, None))")
+
+
+@pytest.mark.distributed
+def test_all_to_all_rows_exchanges_unequal_numbers_and_sends_gradients_back():
+    assert run_distributed(_exchange, 2) == [
+        ([0.0, 10.0, 11.0], [0.0, 100.0]),
+        ([1.0, 12.0], [1.0, 2.0, 101.0]),
+    ]
+
+
+@pytest.mark.distributed
+def test_all_gather_rows_concatenates_and_its_backward_sums_over_ranks():
+    assert run_distributed(_gather, 2) == [
+        ([0.0, 0.0, 1.0, 1.0], [3.0, 6.0]),
+        ([0.0, 0.0, 1.0, 1.0], [9.0, 12.0]),
+    ]
+
+
+@pytest.mark.distributed
+def test_reduce_scatter_rows_sums_over_ranks_and_its_backward_gathers():
+    assert run_distributed(_scatter, 2) == [
+        ([10.0, 12.0], [1.0, 1.0, 2.0, 2.0]),
+        ([14.0, 16.0], [1.0, 1.0, 2.0, 2.0]),
+    ]
