@@ -69,7 +69,7 @@ say "5/6 plot"
 
 say "6/6 sample: $RUN/sample.txt"
 # beside, then renamed: an interrupted sample is no sample
-"$PYTHON" tools/generate_text.py --load "$RUN" --prompt "def " "import os" "class " --max-new-tokens 80 --temperature 0.7 --top-p 0.9 \
+"$PYTHON" tools/generate_text.py --load "$RUN" --prompt "def" "import os" "class" --max-new-tokens 80 --temperature 0.7 --top-p 0.9 \
   --seed 1 >"$RUN/sample.txt.tmp"
 mv "$RUN/sample.txt.tmp" "$RUN/sample.txt"
 cat "$RUN/sample.txt"
@@ -78,6 +78,9 @@ say "what came of it, after $((SECONDS - START)) s"
 "$PYTHON" scripts/check_quickstart.py --run "$RUN"
 
 case "$PYTHON" in "$REPO"/*) SHOWN="${PYTHON#"$REPO"/}" ;; *) SHOWN=python ;; esac
+AGAIN="QUICKSTART_ITERS=$((ITERS * 2)) bash scripts/quickstart.sh        # trains on: twice as long"
+if [ "$ITERS" -lt 600 ]; then AGAIN="bash scripts/quickstart.sh        # trains on, to 600 steps"; fi
+if [ "$RUN" != runs/quickstart ]; then AGAIN="RUN_DIR=\"$RUN\" $AGAIN"; fi
 cat <<END
 
 Results are in $RUN:
@@ -90,6 +93,6 @@ Results are in $RUN:
 
 Three commands to try next:
   $SHOWN tools/generate_text.py --load "$RUN" --prompt "for i in range(" --num-samples 3
-  RUN_DIR="$RUN" QUICKSTART_ITERS=$((ITERS * 2)) bash scripts/quickstart.sh     # trains on: twice as long
+  $AGAIN
   $SHOWN pretrain_gpt_moe.py --help        # every setting; docs/flags.md says more
 END
