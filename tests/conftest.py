@@ -1,14 +1,30 @@
-"""Paths and threads for all tests, and the end of the worker pools."""
+"""Paths and threads for all tests, the policy on skips, and the end of the worker pools."""
 
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two test processes share the cores of a laptop
 TESTS = Path(__file__).resolve().parent
 for path in (TESTS, TESTS.parent):  # `import distributed_pool` and `import megatron_moe` without installing anything
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--allowed-skips", metavar="FILE", help="fail when a test skips for a reason that matches no line of FILE")
+
+
+def pytest_configure(config):
+    if path := config.getoption("--allowed-skips"):
+        from skip_policy import SkipPolicy, read_allowed
+
+        try:
+            config.pluginmanager.register(SkipPolicy(read_allowed(path)))
+        except (OSError, ValueError) as error:
+            raise pytest.UsageError(f"--allowed-skips: {error}") from None
 
 
 def pytest_sessionfinish():

@@ -1,0 +1,165 @@
+# shellcheck shell=bash
+# Sourced by the other scripts: finds or makes the Python environment.
+#
+#   set_up     leaves the interpreter in $PYTHON, with everything of requirements.txt importable
+#   launch     torchrun on this machine, listening on the loopback interface only
+#
+# The active virtual environment is used if there is one, else .venv in this repository; the system's Python is left as it is.
+# A torch >= 2.11 that is already there is kept. When the requirements have not changed since the last time, nothing is run.
+# This package itself is not installed: scripts, tools and tests run from the clone.
+
+REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # per process; several processes share the cores
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1    # else workers that torchrun restarts read stale peer addresses
+export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+
+say() { printf '== %s\n' "$*"; }
+die() {
+  printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+  exit 2
+}
+
+# Whether "$1" starts and is a version that torch and the pins know. Version managers put commands on the PATH that do not start.
+is_supported_python() {
+  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+}
+
+# torch as it is needed here: importable, 2.11 or newer.
+has_torch() {
+  "$1" -c '
+import sys, torch
+sys.exit(tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in torch.__version__.split(".")[:2]) < (2, 11))
+' >/dev/null 2>&1
+}
+
+# Environment directory of the active environment, or nothing. conda counts, its base does not: that one is the system's.
+active_environment() {
+  if [ -n "${VIRTUAL_ENV:-}" ]; then
+    printf '%s' "$VIRTUAL_ENV"
+  elif [ -n "${CONDA_PREFIX:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then
+    printf '%s' "$CONDA_PREFIX"
+  else # an environment that is first on the PATH without having been activated
+    python3 -c 'import sys; print(sys.prefix if sys.prefix != sys.base_prefix else "", end="")' 2>/dev/null || true
+  fi
+}
+
+# A Python for a new environment: it must bring venv and ensurepip, which Debian ships apart. One that has torch comes first.
+find_base_python() {
+  local name first=""
+  for name in python3 python python3.13 python3.12 python3.11 python3.10; do
+    if command -v "$name" >/dev/null && is_supported_python "$name" && "$name" -c 'import venv, ensurepip' >/dev/null 2>&1; then
+      if has_torch "$name"; then
+        printf '%s' "$name"
+        return
+      fi
+      first="${first:-$name}"
+    fi
+  done
+  printf '%s' "$first"
+}
+
+make_environment() {
+  local base
+  base=$(find_base_python)
+  [ -n "$base" ] || die "no Python 3.10 to 3.13 with its venv module was found; install one (Debian, Ubuntu: apt install python3-venv) or activate an environment"
+  if has_torch "$base"; then
+    say "making $1 from $("$base" --version), keeping its torch"
+    "$base" -m venv --clear --system-site-packages "$1"
+  else
+    say "making $1 from $("$base" --version)"
+    "$base" -m venv --clear "$1"
+  fi
+}
+
+# The pins; Python 3.10 has a file of its own, because newer releases of some packages do without it.
+requirements_file() {
+  if "$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))'; then
+    printf '%s' "$REPO/requirements-py310.txt"
+  else
+    printf '%s' "$REPO/requirements.txt"
+  fi
+}
+
+# What of requirements.txt is missing or has another version, one pin per line. A torch that is good enough is never missing.
+missing_requirements() {
+  local keep_torch=0
+  if has_torch "$PYTHON"; then keep_torch=1; fi
+  "$PYTHON" - "$1" "$keep_torch" <<'PYTHON_CODE'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+path, keep_torch = sys.argv[1], sys.argv[2] == "1"
+for line in open(path, encoding="utf-8"):
+    pin = line.partition("#")[0].strip()
+    name, _, wanted = pin.partition("==")
+    if not pin or (name == "torch" and keep_torch):
+        continue
+    try:
+        have = version(name).partition("+")[0]  # 2.13.0+cpu is 2.13.0
+    except PackageNotFoundError:
+        have = None
+    if have != wanted:
+        print(pin)
+PYTHON_CODE
+}
+
+install() { # FILE of pins
+  if "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null 2>&1; then
+    "$PYTHON" -m pip install -r "$1"
+  elif command -v uv >/dev/null; then # environments of uv have no pip
+    uv pip install --python "$PYTHON" -r "$1"
+  else
+    die "$PYTHON has neither pip nor ensurepip; install pip into it, or deactivate it and let this script make .venv"
+  fi
+}
+
+set_up() {
+  local environment stamp now pins missing
+  environment=$(active_environment)
+  if [ -z "$environment" ]; then
+    environment="$REPO/.venv"
+    is_supported_python "$environment/bin/python" || make_environment "$environment"
+  fi
+  PYTHON="$environment/bin/python"
+  is_supported_python "$PYTHON" ||
+    die "the active environment $environment has $("$PYTHON" --version 2>&1), but 3.10 to 3.13 is needed; deactivate it, and .venv will be made here"
+  export PYTHON
+
+  stamp="$environment/.megatron_moe_is_set_up"
+  now="$("$PYTHON" --version) $(cat "$REPO"/requirements*.txt "$REPO/pyproject.toml" | cksum)"
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ]; then
+    return
+  fi
+  pins=$(requirements_file)
+  missing=$(missing_requirements "$pins")
+  if [ -n "$missing" ]; then
+    say "to be installed into $environment with pip, downloading what is not cached:"
+    printf '%s\n' "$missing" | sed 's/^/     /'
+    case "$missing" in *torch==*)
+      say "torch is by far the largest, gigabytes where it comes with CUDA; for a small one stop here, and first run"
+      say "     '$PYTHON' -m pip install torch --index-url https://download.pytorch.org/whl/cpu"
+      ;;
+    esac
+    local list
+    list=$(mktemp)
+    printf '%s\n' "$missing" >"$list"
+    install "$list"
+    rm -f "$list"
+    missing=$(missing_requirements "$pins")
+    [ -z "$missing" ] || die "still missing after the installation: $(printf '%s ' $missing)"
+  fi
+  printf '%s' "$now" >"$stamp" 2>/dev/null || true # an environment that cannot be written to is looked through every time
+}
+
+# torchrun --nproc-per-node $1 with the other arguments. Rendezvous is a file and addresses are 127.0.0.1: `--standalone` would open a
+# port on every interface of the machine.
+launch() {
+  local ranks="$1" meeting status=0
+  shift
+  meeting=$(mktemp -d)
+  "$PYTHON" -m torch.distributed.run --rdzv-backend c10d --rdzv-endpoint "$meeting/store" --rdzv-conf store_type=file \
+    --local-addr 127.0.0.1 --nproc-per-node "$ranks" "$@" || status=$?
+  rm -rf "$meeting"
+  return "$status"
+}
