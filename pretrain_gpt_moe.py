@@ -20,7 +20,7 @@ def main() -> None:
         # torch is imported from here on: mistakes above are answered at once
         from megatron_moe.training.preflight import prepare
 
-        prepared = prepare(parsed.run)
+        prepared = prepare(parsed.run, world_size)
     except ConfigError as error:
         report_and_exit(error.problems, rank)
     from torch.distributed.elastic.multiprocessing.errors import record

@@ -16,7 +16,7 @@ from megatron_moe.config.output import CheckpointConfig
 def checkpoint_problems(config: CheckpointConfig, architecture: dict[str, Any]) -> list[str]:
     """One sentence per mistake in the checkpoint flags; `architecture` is what the run is about to build."""
     problems = list(_load_problems(config, architecture)) if config.load else []
-    return problems + (list(_save_problems(Path(config.save))) if config.save else [])
+    return problems + ([*_save_problems(Path(config.save)), *_branch_problems(config)] if config.save else [])
 
 
 def _load_problems(config: CheckpointConfig, architecture: dict[str, Any]) -> Iterator[str]:
@@ -74,6 +74,17 @@ def _save_problems(directory: Path) -> Iterator[str]:
                 path.rmdir()
             except OSError:
                 break
+
+
+def _branch_problems(config: CheckpointConfig) -> Iterator[str]:
+    """A directory holds one run. Checkpoints left from another, or ahead of where this one starts, would win the next resume."""
+    present = iterations_in(Path(config.save))
+    goes_on = _is_same(config.load or "", config.save) and not config.finetune and config.ckpt_step in (None, *present[-1:])
+    if present and not goes_on:
+        yield (
+            f"--save {config.save} already holds {_known(present)}, and this run does not go on from the newest ({present[-1]}): "
+            f"add --load {config.save} (without --ckpt-step and --finetune) to go on, or choose another --save"
+        )
 
 
 def _is_same(a: str, b: str | None) -> bool:

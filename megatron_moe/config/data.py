@@ -57,7 +57,6 @@ class DataConfig:
     split: str = flag("969,30,1", "shares of training, validation and test, cut in file order by documents")
     mock_data: bool = flag(False, "made-up text-like tokens: nothing is read from disk")
     data_cache_path: str | None = flag(None, "where dataset indices are cached; beside the data when not given")
-    data_impl: Literal["mmap", "infer"] = flag("mmap", "format of the dataset; MMIDIDX is the one there is")
     num_workers: int = flag(2, "processes that read data ahead; 0 reads in the training process", minimum=0)
     reset_position_ids: bool = flag(False, "positions start again after each end-of-document token")
     reset_attention_mask: bool = flag(False, "no attention across documents")

@@ -56,6 +56,7 @@ LEFTOVERS: dict[str, tuple[int | str, str]] = {
     "override-opt-param-scheduler": (0, "the schedule always follows the command line"),
     "use-checkpoint-opt-param-scheduler": (0, "the schedule always follows the command line"),
     "use-checkpoint-args": (0, "--load compares the checkpoint's architecture with the command line and names what differs"),
+    "data-impl": (1, "datasets are MMIDIDX files, and recognised by what is in them"),
     "dataloader-type": (1, "every run resumes by consumed samples"),
     "repeated-dataloader": (0, "training goes on into the next epoch by itself"),
     "mmap-warmup": (0, "the dataset is mapped lazily"),

@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.loss import mask_padding
 from megatron_moe.moe.layer import MoELayer
+from megatron_moe.utils.compat import all_gather_into_tensor
 
 BLOCK_PLAN = {
     # DTensor in: the gradients of q, k and v are summed locally before the one reduction
@@ -98,7 +99,7 @@ def _all_gather_tokens(x_tD: Tensor, tokens: int, group: dist.ProcessGroup) -> T
     each = -(-tokens // ranks)
     padded = torch.nn.functional.pad(x_tD, (0, 0, 0, each - x_tD.shape[0])).contiguous()
     out = padded.new_empty(each * ranks, x_tD.shape[1])
-    dist.all_gather_into_tensor(out, padded, group=group)
+    all_gather_into_tensor(out, padded, group=group)
     return out[:tokens]
 
 

@@ -10,6 +10,7 @@ from megatron_moe.checkpoint.preflight import checkpoint_problems
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.loader import data_problems
+from megatron_moe.optimizer.schedule import build_schedule
 from megatron_moe.tokenizers import build_tokenizer
 
 MOCK_VOCAB_SIZE = 512
@@ -29,8 +30,8 @@ class Prepared:
         return self.run.architecture(self.vocab_size)
 
 
-def prepare(run: RunConfig) -> Prepared:
-    """Raises ConfigError with all problems of tokenizer, data and checkpoint directories."""
+def prepare(run: RunConfig, world_size: int) -> Prepared:
+    """Raises ConfigError with all problems of schedule, tokenizer, data and checkpoint directories."""
     problems: list[str] = []
     tokenizer = None
     if run.tokenizer.kind:
@@ -51,6 +52,10 @@ def prepare(run: RunConfig) -> Prepared:
     described = dataclasses.asdict(run.tokenizer) | {"fingerprint": tokenizer.fingerprint if tokenizer else None}
     prepared = Prepared(run, vocab_size, tokenizer.eod if tokenizer else -1, described)
     problems += checkpoint_problems(run.checkpoint, prepared.architecture)
+    try:
+        build_schedule(run.optimizer, run.training, run.global_batch_size(world_size), run.train_iterations(world_size))
+    except ValueError as error:
+        problems.append(str(error))
     if problems:
         raise ConfigError(problems)
     return prepared

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+# renamed in torch 2.13, where the old names warn
+all_gather_into_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_all_gather_autograd = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd
+_reduce_scatter_autograd = getattr(funcol, "reduce_scatter_single_autograd", None) or funcol.reduce_scatter_tensor_autograd
 
 
 def local_slices(p: DTensor) -> tuple[slice, ...]:
@@ -17,16 +22,16 @@ def local_slices(p: DTensor) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(offset, shape))
 
 
-def all_to_all_rows(x: Tensor, receive: list[int], send: list[int], group: torch.distributed.ProcessGroup) -> Tensor:
+def all_to_all_rows(x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
     """Rows [sum(send), ...] -> rows [sum(receive), ...]; the backward is the reverse exchange."""
     return funcol.wait_tensor(funcol.all_to_all_single_autograd(x, receive, send, group))
 
 
-def all_gather_rows(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+def all_gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[n, ...] -> [ranks * n, ...]; the backward is a reduce-scatter that sums."""
-    return funcol.wait_tensor(funcol.all_gather_tensor_autograd(x.contiguous(), 0, group))
+    return funcol.wait_tensor(_all_gather_autograd(x.contiguous(), 0, group))
 
 
-def reduce_scatter_rows(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+def reduce_scatter_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[ranks * n, ...] -> the sum of everyone's n rows for this rank; the backward is an all-gather."""
-    return funcol.wait_tensor(funcol.reduce_scatter_tensor_autograd(x.contiguous(), "sum", 0, group))
+    return funcol.wait_tensor(_reduce_scatter_autograd(x.contiguous(), "sum", 0, group))

@@ -37,7 +37,7 @@ def train_here(flags: str) -> dict:
     """Run to its end on the ranks of this pool; rank 0 returns losses, the reason of the stop, and every tensor as a whole."""
     parsed = parse_args(f"{SMALL} {flags}".split())
     check_to_train(parsed, dist.get_world_size())
-    prepared = prepare(parsed.run)
+    prepared = prepare(parsed.run, dist.get_world_size())
     world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), dist.group.WORLD)
     try:
         run = set_up(prepared, world, ["test"])

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from megatron_moe.utils import compat
 
-TESTED = {"grouped_mm", "local_slices", "all_to_all_rows", "all_gather_rows", "reduce_scatter_rows"}
+TESTED = {"grouped_mm", "all_gather_into_tensor", "local_slices", "all_to_all_rows", "all_gather_rows", "reduce_scatter_rows"}
 
 
 def test_every_name_has_a_test_here():
