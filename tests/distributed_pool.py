@@ -14,6 +14,7 @@ process group of 2 ranks -> the results, in rank order.
 
 Rules: `fn` is a function at module level of a file that a worker can import too; arguments and results are pickled.
 Environment, working directory, default dtype and seed are put back after every call; module state and process groups stay.
+Equal device meshes are one mesh in a worker: groups cannot be ended one by one, as DTensor's caches name them.
 The first exception of any rank is raised again here, caused by a `WorkerError` with rank and traceback.
 After an exception, a timeout or a dead worker the pool is killed and the next call starts a new one: ranks that have
 fallen out of step cannot spoil another test. This file imports torch in the workers only.
@@ -207,7 +208,28 @@ def _join_group(rank: int, size: int, directory: Path) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    _share_meshes()
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=size, timeout=timedelta(seconds=300))
+
+
+def _share_meshes() -> None:
+    """A mesh like one before is that one. Each group has a gloo thread that wakes up a hundred times a second for as long as the
+    worker lives: after thirty layouts four workers had 700 threads each, and spent most of two cores in the kernel."""
+    import functools
+
+    import torch.distributed as dist
+
+    known: dict[Any, Any] = {}
+    build = dist.device_mesh.init_device_mesh
+
+    @functools.wraps(build)
+    def init_device_mesh(device_type: str, mesh_shape: tuple[int, ...], **options: Any) -> Any:
+        key = (device_type, tuple(mesh_shape), repr(options))
+        if key not in known:
+            known[key] = build(device_type, mesh_shape, **options)
+        return known[key]
+
+    dist.device_mesh.init_device_mesh = dist.init_device_mesh = init_device_mesh
 
 
 def _raise_file_limit() -> None:

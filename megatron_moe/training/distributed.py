@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,16 +31,31 @@ def init_distributed(config: ParallelConfig) -> World:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
-    if os.environ.get("LOCAL_WORLD_SIZE", "1") == str(size) and sys.platform == "linux":
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE", "1") == str(size)
+    if is_one_machine and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine: listen to no other
     options = {"timeout": timedelta(minutes=config.distributed_timeout_minutes)}
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if "RANK" in os.environ:
+        if is_one_machine and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            options |= {"store": loopback_store(size, options["timeout"]), "rank": int(os.environ["RANK"]), "world_size": size}
         dist.init_process_group(backend, device_id=device if use_cuda else None, **options)
     else:  # started by plain python
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
     cpu_group = dist.new_group(backend="gloo", **options) if use_cuda else dist.group.WORLD
     return World(dist.get_rank(), dist.get_world_size(), device, cpu_group)
+
+
+def loopback_store(size: int, timeout: timedelta) -> dist.Store:
+    """The store of the rendezvous, on MASTER_PORT of the loopback interface. torch's own listens on every interface."""
+    port, is_master = int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
+    if not is_master:
+        return dist.TCPStore("127.0.0.1", port, size, False, timeout=timeout)
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
+    listener.listen()
+    return dist.TCPStore("127.0.0.1", port, size, True, timeout=timeout, master_listen_fd=listener.detach())
 
 
 def end_distributed() -> None:
