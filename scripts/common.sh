@@ -147,7 +147,7 @@ set_up() {
     install "$list"
     rm -f "$list"
     missing=$(missing_requirements "$pins")
-    [ -z "$missing" ] || die "still missing after the installation: $(printf '%s ' $missing)"
+    [ -z "$missing" ] || die "still missing after the installation: ${missing//$'\n'/ }"
   fi
   printf '%s' "$now" >"$stamp" 2>/dev/null || true # an environment that cannot be written to is looked through every time
 }
