@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from megatron_moe.moe.experts import STACKS
 from megatron_moe.utils.compat import local_slices
 from megatron_moe.utils.random import named_generator
 
-_EXPERT_STACK = re.compile(r"\bexperts\.(w1|w_gate|w2|b1|b_gate|b2)$")
+_EXPERT_STACK = re.compile(rf"\bexperts\.({'|'.join(STACKS)})$")
 _RESIDUAL_OUTPUT = re.compile(r"(out_proj|fc2)\.weight$|\bexperts\.w2$")
 
 

@@ -49,11 +49,13 @@ class LocalDispatcher:
         self.num_experts = num_experts
 
     def plan(self, ids_TK: Tensor) -> LocalPlan:
-        counts_E = count_assignments(ids_TK, self.num_experts)
-        num_rows = int(counts_E.sum()) if ids_TK.numel() else 0
-        # dropped assignments are sorted to the end, behind the last expert, and cut off
-        order_A = torch.where(ids_TK < 0, self.num_experts, ids_TK).reshape(-1).argsort(stable=True)
-        return LocalPlan(order_A[:num_rows], counts_E.cumsum(0).to(torch.int32), *ids_TK.shape)
+        order_A, counts_E = self._order(ids_TK)
+        return LocalPlan(order_A[: int(counts_E.sum())], counts_E.cumsum(0).to(torch.int32), *ids_TK.shape)
+
+    def _order(self, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Assignments by expert, dropped ones behind the last expert, to be cut off; and how many each expert has."""
+        by_expert_A = torch.where(ids_TK < 0, self.num_experts, ids_TK).reshape(-1).argsort(stable=True)
+        return by_expert_A, count_assignments(ids_TK, self.num_experts)
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: LocalPlan | None = None):
         plan = plan or self.plan(ids_TK)
@@ -92,15 +94,15 @@ class AllToAllDispatcher(LocalDispatcher):
         self.group, self.ranks = group, dist.get_world_size(group)
 
     def plan(self, ids_TK: Tensor) -> AllToAllPlan:
-        local = super().plan(ids_TK)
-        send_Pe = torch.diff(local.offsets_E.long(), prepend=local.offsets_E.new_zeros(1).long()).view(self.ranks, -1)
+        order_A, counts_E = self._order(ids_TK)
+        send_Pe = counts_E.view(self.ranks, -1)
         receive_Pe = torch.empty_like(send_Pe)
-        dist.all_to_all_single(receive_Pe, send_Pe.contiguous(), group=self.group)
+        dist.all_to_all_single(receive_Pe, send_Pe, group=self.group)
         # the one host sync of the layer: collectives want their sizes on the host
         send_P, receive_P = torch.stack([send_Pe.sum(1), receive_Pe.sum(1)]).tolist()
+        local = LocalPlan(order_A[: sum(send_P)], counts_E.cumsum(0).to(torch.int32), *ids_TK.shape)
         # rows arrive source by source; a stable sort by expert keeps (source, token) order within each expert
-        experts_here = send_Pe.shape[1]
-        expert_R = torch.arange(experts_here, device=ids_TK.device).repeat(self.ranks)
+        expert_R = torch.arange(send_Pe.shape[1], device=ids_TK.device).repeat(self.ranks)
         expert_R = expert_R.repeat_interleave(receive_Pe.flatten(), output_size=sum(receive_P))
         return AllToAllPlan(local, send_P, receive_P, expert_R.argsort(stable=True), receive_Pe.sum(0).cumsum(0).to(torch.int32))
 

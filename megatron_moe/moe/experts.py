@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from megatron_moe.kernels.grouped_gemm import grouped_gemm
 from megatron_moe.utils.dtensor import local_weight
 
+# Dims of each stack, the one place that says what a name means: expert and tensor parallelism, ZeRO and initialisation read it.
+STACKS = {"w1": "EDF", "w_gate": "EDF", "w2": "EFD", "b1": "EF", "b_gate": "EF", "b2": "ED"}
+
 
 class Experts(nn.Module):
     """y_r = w_r * (act(x_r W1[e]) W2[e]) for rows grouped by expert; w_r is the gate weight that travelled with the row.

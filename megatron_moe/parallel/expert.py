@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from megatron_moe.model.gpt import GPT
 from megatron_moe.moe.dispatch import build_dispatcher
+from megatron_moe.moe.experts import STACKS
 from megatron_moe.moe.layer import MoELayer, moe_layers
 from megatron_moe.mpu.mesh import ParallelMesh
 
@@ -26,10 +27,10 @@ def apply_expert_parallel(model: GPT, mesh: ParallelMesh, dispatcher: str) -> No
         moe.dispatcher = build_dispatcher(dispatcher, moe.num_experts, moe.config.topk, mesh.expert_group(ep))
 
 
-def expert_placements(name: str) -> list[Shard]:
-    """(ep, etp): experts by number; the inner width over etp (w1 and w_gate [E, D, F], w2 [E, F, D], b1 [E, F])."""
-    inner = {"w1": 2, "w_gate": 2, "w2": 1, "b1": 1, "b_gate": 1}.get(name, 1)
-    return [Shard(0), Shard(inner)]
+def expert_placements(name: str) -> list[Placement]:
+    """(ep, etp): experts by number; the inner width over etp, where the stack has one."""
+    dims = STACKS[name]
+    return [Shard(0), Shard(dims.index("F")) if "F" in dims else Replicate()]
 
 
 def expert_degree(model: GPT, moe: MoELayer) -> int:

@@ -10,11 +10,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from megatron_moe.model.gpt import GPT
+from megatron_moe.moe.experts import STACKS
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.parallel.expert import expert_degree
-
-# A dim of each stack that neither EP (0) nor ETP cuts, for layers with fewer experts than ranks to shard them over.
-_SPARE_DIM = {"w1": 1, "w_gate": 1, "w2": 2, "b1": 0, "b_gate": 0, "b2": 0}
 
 
 def apply_zero(model: GPT, mesh: ParallelMesh, bf16: bool) -> None:
@@ -47,9 +45,12 @@ def apply_zero(model: GPT, mesh: ParallelMesh, bf16: bool) -> None:
 
 
 def _spare_dims(experts: nn.Module, ranks: int):
-    """torch shards other dims than the first only when they divide; where they do not, some ranks hold no expert."""
-    dims = {id(p): _SPARE_DIM[name] for name, p in experts.named_parameters()}
-    return lambda p: Shard(dims[id(p)] if p.shape[dims[id(p)]] % ranks == 0 else 0)
+    """The hidden dim of each stack, which neither EP nor ETP cuts: for layers with fewer experts than ranks to shard them over.
+
+    torch shards other dims than the first only when they divide; where there is none that does, some ranks hold no expert.
+    """
+    dims = {id(p): STACKS[name].find("D") for name, p in experts.named_parameters()}
+    return lambda p: Shard(dims[id(p)] if dims[id(p)] > 0 and p.shape[dims[id(p)]] % ranks == 0 else 0)
 
 
 def sync_gradients(model: nn.Module, zero_stage: int, is_last_microbatch: bool) -> None:

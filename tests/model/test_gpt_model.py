@@ -16,7 +16,7 @@ from megatron_moe.model.init import build_on_meta, initialize_parameters
 from megatron_moe.model.loss import mask_padding, token_losses
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.parallel.recompute import apply_recompute
-from megatron_moe.utils.random import token_keys
+from megatron_moe.utils.random import Purpose, dropout, stream, token_keys
 
 B, S, VOCAB = 2, 12, 50
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -374,3 +374,26 @@ def test_each_dropout_changes_the_loss_and_changes_with_the_iteration(where):
     assert torch.equal(one, again)
     assert not torch.equal(one, quiet)
     assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize("moe", [MoEConfig(), experts(), experts(**RESIDUAL)], ids=["dense", "experts", "residual"])
+def test_logits_equal_the_model_written_out_with_every_dropout(moe):
+    gpt, (tokens, positions, _) = build(config(hidden_dropout=0.3), moe), batch()
+    keys = token_keys(1, 1, torch.arange(B), S)
+    positions = positions + 3
+    context = Context(positions, keys_BS=keys)
+
+    def drop(x, layer, purpose):
+        return dropout(x, 0.3, keys, stream(layer, purpose))
+
+    x = drop(gpt.embedding.weight[tokens] + gpt.position_embedding.weight[positions], 0, Purpose.EMBEDDING_DROPOUT)
+    for number, block in enumerate(gpt.layers.values(), start=1):
+        x = x + drop(block.attn(block.attn_norm(x), context), number, Purpose.ATTENTION_OUTPUT_DROPOUT)
+        h = block.mlp_norm(x)
+        y = block.mlp(h) if block.mlp is not None else 0.0
+        if block.moe is not None:
+            routed = block.moe(h.flatten(0, 1), keys.flatten()).view_as(h)
+            share = block.coefficient(h).softmax(-1) if block.coefficient is not None else torch.ones(2).double()
+            y = share[..., :1] * routed + share[..., 1:] * y
+        x = x + drop(y, number, Purpose.MLP_OUTPUT_DROPOUT)
+    torch.testing.assert_close(gpt(tokens, positions, keys_BS=keys), gpt.norm(x) @ gpt.embedding.weight.t(), **EXACT)

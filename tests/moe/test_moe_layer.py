@@ -271,6 +271,22 @@ def test_random_selection_keeps_the_highest_draws_of_each_expert():
     assert survivors(layer, x, keys()).tolist() == oracle.keep(ids, T // E // 2, "random", draws.tolist())
 
 
+@pytest.mark.parametrize(
+    ("moe", "order"),
+    [
+        ({"topk": 1}, "random"), ({"topk": 1, "moe_rts": False}, "position"), ({"topk": 2}, "position"), ({"topk": 3}, "probs"),
+        ({"topk": 4}, "probs"), ({"topk": 3, "moe_token_drop_policy": "position"}, "position"),
+        ({"topk": 2, "moe_token_drop_policy": "random"}, "random"), ({"topk": 1, "moe_token_drop_policy": "probs"}, "probs"),
+    ],
+)  # fmt: skip
+def test_who_is_dropped_follows_deepspeed_unless_the_policy_says_otherwise(moe, order):
+    layer, x = build(moe_train_capacity_factor=0.5, **moe), tokens()
+    _, probs, ids, _ = looped(layer, x)
+    k = layer.config.topk
+    priority = uniform(keys(), stream(3, Purpose.TOKEN_SELECTION), k) if order == "random" else probs.gather(1, torch.tensor(ids))
+    assert survivors(layer, x, keys()).tolist() == oracle.keep(ids, T // E * k // 2, order, priority.tolist())
+
+
 def test_random_selection_favours_no_position():
     layer = build(moe_train_capacity_factor=0.5)
     with torch.no_grad():

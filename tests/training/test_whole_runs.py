@@ -1,4 +1,4 @@
-"""A run that stops and goes on is the run that never stopped, bit for bit; and any layout goes on from any other."""
+"""Whole runs: stopped and resumed bit for bit, moved to another layout, followed over twenty steps at another EP degree."""
 
 from __future__ import annotations
 
@@ -84,3 +84,13 @@ def test_finetune_takes_weights_and_starts_at_zero(text, tmp_path):
     first = next(r for r in read_records(tmp_path / "second" / "metrics.jsonl") if r["event"] == "eval")
     last = [r for r in read_records(tmp_path / "first" / "metrics.jsonl") if r["event"] == "eval"][-1]
     assert (first["iteration"], first["lm_loss"]) == (0, last["lm_loss"])
+
+
+def test_ep2_follows_ep1_for_twenty_steps(text, tmp_path):
+    flags = "--train-iters 20 --disable-moe-token-dropping"
+    for ep in (1, 2):
+        train(2, tmp_path / f"ep{ep}", text, f"{flags} --moe-expert-parallel-size {ep}")
+    one, two = losses(tmp_path / "ep1"), losses(tmp_path / "ep2")
+    assert list(one) == list(two) == list(range(1, 21))
+    for i in one:
+        assert two[i] == pytest.approx(one[i], rel=1e-4), f"iteration {i}"

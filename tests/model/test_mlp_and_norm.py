@@ -1,0 +1,37 @@
+"""The dense MLP and the norms written out."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_moe.config.model import ModelConfig
+from megatron_moe.model.mlp import MLP
+from megatron_moe.model.norm import build_norm
+
+
+def affine(layer, x):
+    return x @ layer.weight.t() + (0.0 if layer.bias is None else layer.bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("swiglu", [True, False])
+def test_mlp_equals_its_formula(swiglu, bias):
+    torch.manual_seed(0)
+    mlp = MLP(ModelConfig(hidden_size=8, num_attention_heads=2, ffn_hidden_size=12, swiglu=swiglu, add_bias_linear=bias)).double()
+    x = torch.randn(5, 8, dtype=torch.float64)
+    value = affine(mlp.fc1, x)
+    if swiglu:
+        gate = affine(mlp.fc_gate, x)
+        inner = gate / (1 + torch.exp(-gate)) * value  # silu of the gate, not of the value
+    else:
+        inner = value * 0.5 * (1 + torch.erf(value / math.sqrt(2)))  # exact GELU
+    torch.testing.assert_close(mlp(x), affine(mlp.fc2, inner), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+def test_norms_take_the_epsilon_of_the_configuration(kind):
+    norm = build_norm(ModelConfig(hidden_size=8, num_attention_heads=2, normalization=kind, layernorm_epsilon=0.5)).double()
+    x = torch.randn(3, 8, dtype=torch.float64)
+    centred = x - x.mean(-1, keepdim=True) if kind == "LayerNorm" else x
+    torch.testing.assert_close(norm(x), centred / (centred.square().mean(-1, keepdim=True) + 0.5).sqrt(), rtol=0, atol=1e-12)
