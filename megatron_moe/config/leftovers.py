@@ -27,7 +27,7 @@ LEFTOVERS: dict[str, tuple[int | str, str]] = {
     "create-moe-param-group": (0, "experts are always told apart from dense parameters"),
     "use-tutel": (0, "dispatch kernels are chosen by --moe-token-dispatcher"),
     "ds-inference": (0, "there is no separate inference engine"),
-    "moe-grouped-gemm-impl": (1, "see --moe-grouped-gemm"),
+    "moe-grouped-gemm": (0, "grouped products are taken wherever they can be; see --moe-kernels"),
     "moe-layer-recompute": (0, "see --recompute-granularity"),
     # activation checkpointing of DeepSpeed
     "checkpoint-num-layers": (1, "every layer is a checkpoint"),

@@ -32,7 +32,7 @@ class TrainingConfig:
     recompute_granularity: Literal["full", "selective"] | None = flag(
         None, "full: attention, MLP and experts; selective: attention only; either switches recomputation on"
     )
-    moe_grouped_gemm: Literal["auto", "reference"] = flag(
+    moe_kernels: Literal["auto", "reference"] = flag(
         "auto", "expert matrix products: auto takes torch's grouped_mm where it can; reference is the plain loop, also in float64"
     )
     deterministic_mode: bool = flag(False, "refuse operations without a deterministic implementation")

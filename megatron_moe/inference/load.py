@@ -74,7 +74,7 @@ def build_plain(run: RunConfig, vocab_size: int) -> GPT:
     dtype = torch.float64 if run.training.params_dtype == "float64" else torch.float32
     model = build_on_meta(lambda: GPT(run.model, moe, vocab_size), dtype)
     for layer in moe_layers(model):
-        layer.experts.use_reference = run.training.moe_grouped_gemm == "reference"
+        layer.experts.use_reference = run.training.moe_kernels == "reference"
     return model
 
 

@@ -38,7 +38,7 @@ def build_parallel_model(config: RunConfig, vocab_size: int, mesh: ParallelMesh,
     dtype = torch.float64 if config.training.params_dtype == "float64" else torch.float32
     model = build_on_meta(lambda: GPT(config.model, config.moe, vocab_size), dtype)
     for moe in moe_layers(model):
-        moe.experts.use_reference = config.training.moe_grouped_gemm == "reference"
+        moe.experts.use_reference = config.training.moe_kernels == "reference"
     parallelize(model, mesh, config)
     model.to_empty(device=device)
     initialize_parameters(

@@ -36,7 +36,7 @@ COMMON = (
     "--lr 1e-2 --adam-eps 1e-5 --moe-loss-coeff 0.5 --moe-router-z-loss-coeff 0.1"
 )
 FP32 = "--adam-eps 1e-3"  # the same trap at float32's level of noise
-FP64 = "--params-dtype float64 --moe-grouped-gemm reference"
+FP64 = "--params-dtype float64 --moe-kernels reference"
 MODELS = {
     # two expert-parallel degrees (2 and 4 under EP 4), residual, top-2 with sampled second expert, grouped queries, biases, tied
     "pyramid": "--num-experts 1 2 8 --mlp-type residual --topk 2 --num-key-value-heads 2 --disable-moe-token-dropping",
@@ -100,7 +100,7 @@ def reference(model_name: str, flags: str = FP64) -> dict[str, torch.Tensor]:
         torch.set_default_dtype(before)
     initialize_parameters(model, c.training.seed, c.model.init_method_std, c.model.num_layers)
     for moe in moe_layers(model):
-        moe.experts.use_reference = c.training.moe_grouped_gemm == "reference"
+        moe.experts.use_reference = c.training.moe_kernels == "reference"
         moe.loss_weight = 1.0 / (SEQUENCES * LENGTH)
     spread_gates(model)
     optimizer = build_optimizer(model, c.optimizer)

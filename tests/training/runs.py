@@ -21,7 +21,7 @@ SMALL = (
     "--max-position-embeddings 16 --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --lr-warmup-iters 3 --lr-decay-style cosine "
     "--hidden-dropout 0.1 --attention-dropout 0 --eval-iters 2 --eval-interval 7 --log-interval 1 --num-workers 0"
 )
-FP64 = "--params-dtype float64 --moe-grouped-gemm reference"
+FP64 = "--params-dtype float64 --moe-kernels reference"
 
 
 def write_text(prefix: Path, documents: int = 40, vocab_size: int = 64) -> Path:
