@@ -26,11 +26,15 @@ class TrainingConfig:
     bf16: bool = flag(False, "bfloat16 compute; parameters, optimizer state, gradient reduction and router stay float32")
     fp16: bool = flag(False, "float16 compute with a dynamic loss scale", not_yet="fp16 training")
     params_dtype: Literal["float32", "float64"] = flag("float32", "type of the stored parameters; float64 is for parity tests")
-    recompute_activations: bool = flag(
-        False, "recompute attention and experts in the backward instead of keeping activations; routing is kept",
-        names=("checkpoint-activations", "deepspeed-activation-checkpointing"))  # fmt: skip
+    checkpoint_activations: bool = flag(
+        False,
+        "same as --recompute-granularity full (Megatron-DeepSpeed's spelling)",
+        names=("deepspeed-activation-checkpointing",),
+    )
+    recompute_activations: bool = flag(False, "same as --recompute-granularity selective (Megatron-LM's spelling)")
     recompute_granularity: Literal["full", "selective"] | None = flag(
-        None, "full: attention, MLP and experts; selective: attention only; either switches recomputation on"
+        None,
+        "recompute in the backward instead of keeping activations. full: attention, MLP and experts; selective: attention only. Routing is kept",
     )
     moe_kernels: Literal["auto", "reference"] = flag(
         "auto", "expert matrix products: auto takes torch's grouped_mm where it can; reference is the plain loop, also in float64"
@@ -54,7 +58,9 @@ class TrainingConfig:
     @property
     def recompute(self) -> str | None:
         """None, 'full' or 'selective'."""
-        return self.recompute_granularity or ("full" if self.recompute_activations else None)
+        return self.recompute_granularity or (
+            "full" if self.checkpoint_activations else "selective" if self.recompute_activations else None
+        )
 
 
 # The same quantity in several units: one source of settings gives it in one unit, a stronger source replaces it as a whole.

@@ -384,3 +384,16 @@ def test_no_command_line_raises_anything_but_a_config_error(groups):
         problems = ["none"]
     assert problems
     assert all(isinstance(p, str) and p for p in problems)
+
+
+@pytest.mark.parametrize(
+    ("flags", "granularity"),
+    [
+        ("", None),
+        ("--checkpoint-activations --deepspeed-activation-checkpointing", "full"),
+        ("--recompute-activations", "selective"),
+        ("--recompute-activations --recompute-granularity full", "full"),
+    ],
+)
+def test_recomputation_flags_mean_what_they_mean_upstream(flags, granularity):
+    assert parse_args(flags.split()).run.training.recompute == granularity

@@ -20,13 +20,13 @@ LAYOUTS = [  # model, world size, flags
     *(("pyramid", 4, f"--zero-stage {z} --moe-expert-parallel-size 2") for z in (0, 3)),  # fewer local experts than edp ranks
     *(("pyramid", 4, f"--zero-stage {z} --tensor-model-parallel-size 2 --moe-expert-parallel-size 4") for z in (0, 1, 2, 3)),
     ("pyramid", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --moe-token-dispatcher alltoall"),
-    ("pyramid", 4, "--zero-stage 3 --moe-expert-parallel-size 4 --recompute-activations"),
-    ("pyramid", 4, "--zero-stage 2 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-activations"),
+    ("pyramid", 4, "--zero-stage 3 --moe-expert-parallel-size 4 --recompute-granularity full"),
+    ("pyramid", 4, "--zero-stage 2 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"),
     ("modern", 2, "--zero-stage 3 --moe-expert-parallel-size 2"),
     ("modern", 4, "--zero-stage 1 --tensor-model-parallel-size 4 --moe-expert-parallel-size 4"),
     ("modern", 4, "--zero-stage 2 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --recompute-granularity selective"),
     ("noisy", 2, "--zero-stage 1 --tensor-model-parallel-size 2"),
-    ("noisy", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-activations"),
+    ("noisy", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"),
     ("dropping", 2, "--zero-stage 1 --moe-expert-parallel-size 2"),
     ("dropping", 4, "--zero-stage 3 --moe-expert-parallel-size 4"),
 ]
