@@ -201,7 +201,8 @@ def _draw_loss(axis: Any, runs: list[Run]) -> None:
         axis.plot(list(x_of.values()), _column(run.train, "lm_loss"), color=colour, lw=1.2, alpha=0.8, label=f"{prefix}training")
         for split, marker in zip(dict.fromkeys(r["split"] for r in run.evals), "oD^s"):
             records = [r for r in run.evals if r["split"] == split]
-            x = [_interpolated(x_of, r["iteration"]) for r in records]
+            # the evaluation before the first step has no place on a logarithmic axis: it stands where training begins
+            x = [max(_interpolated(x_of, r["iteration"]), min(x_of.values())) for r in records]
             face = colour if len(runs) > 1 else "black"
             axis.plot(x, _column(records, "lm_loss"), marker, color=face, ms=6, mec="white", zorder=3, label=f"{prefix}{split}")
     axis.set(title="Language-model loss", xlabel="tokens (log scale)" if by_tokens else "iteration (log scale)", ylabel="nats / token")

@@ -19,7 +19,10 @@ def grouped_gemm(x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor, use_reference: 
     """
     if use_reference or not is_fast(x_RD, w_EDF):
         return reference.grouped_mm(x_RD, w_EDF, offsets_E)
-    return _PackedGradient.apply(grouped_mm(_packed(x_RD), _packed(w_EDF), offs=offsets_E))
+    y_RF = grouped_mm(_packed(x_RD), _packed(w_EDF), offs=offsets_E)
+    if y_RF.requires_grad:
+        y_RF.register_hook(_packed)  # `y.sum().backward()` sends strides of 0
+    return y_RF
 
 
 def is_fast(x_RD: Tensor, w_EDF: Tensor) -> bool:
@@ -34,15 +37,3 @@ def _packed(x: Tensor) -> Tensor:
     contiguous() alone leaves the strides of dims of size 1 as they are, and the kernel checks those too.
     """
     return x.contiguous().view(-1).view(x.shape)
-
-
-class _PackedGradient(torch.autograd.Function):
-    """Identity whose gradient is packed: `y.sum().backward()` sends strides of 0."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor) -> Tensor:
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return _packed(grad)

@@ -17,20 +17,25 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class Stopper:
     """Asked after every step and inside evaluation; the ranks agree by one small reduction, if there is anything to agree on.
 
-    A first signal is only remembered; a second one ends the process at once.
+    A first signal is only remembered; another one ends the process at once. Ctrl-C under torchrun arrives twice, from the
+    terminal and from the launcher, so what follows within two seconds is the same signal.
     """
+
+    SAME_SIGNAL_SECONDS = 2.0
 
     def __init__(self, config: TrainingConfig, group: dist.ProcessGroup):
         self.config, self.group, self.start = config, group, time.monotonic()
-        self.received = 0
+        self.received, self.received_at = 0, 0.0
         if config.exit_signal_handler:
             self._previous = {s: signal.signal(s, self._remember) for s in SIGNALS}
 
     def _remember(self, number: int, frame: object) -> None:
-        if self.received:
+        now = time.monotonic()
+        if self.received and now - self.received_at > self.SAME_SIGNAL_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.received = number
+        elif not self.received:
+            self.received, self.received_at = number, now
 
     def agreed(self) -> str | None:
         """Signal or time: the reason, equal on every rank, or None."""

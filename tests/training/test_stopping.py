@@ -73,3 +73,25 @@ def test_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     assert process.returncode != 0
     assert "not finite" in err or "FloatingPointError" in err, err
     assert not list((tmp_path / "run").glob("iter_*"))
+
+
+def test_signal_that_arrives_twice_is_one_and_a_later_one_ends_the_process(monkeypatch):
+    """Ctrl-C under torchrun comes from the terminal and again from the launcher."""
+    import os
+
+    from megatron_moe.config.training import TrainingConfig
+    from megatron_moe.training.signals import Stopper
+
+    killed: list[int] = []
+    stopper = Stopper(TrainingConfig(), None)
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(number))
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        stopper._remember(signal.SIGUSR1, None)
+        stopper._remember(signal.SIGUSR1, None)
+        assert killed == [] and stopper.received == signal.SIGUSR1
+        stopper.received_at -= 10.0
+        stopper._remember(signal.SIGUSR1, None)
+        assert killed == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
