@@ -37,7 +37,7 @@ class RoutingStats:
     @torch.no_grad()
     def add(self, probs_TE: Tensor, counts_E: Tensor, kept: Tensor, aux: Tensor, z: Tensor) -> None:
         entropy = torch.special.entr(probs_TE).sum()
-        tokens = torch.tensor(float(probs_TE.shape[0]), device=probs_TE.device)
+        tokens = torch.full((), float(probs_TE.shape[0]), device=probs_TE.device)  # filled there: a copy would make the host wait
         scalars = torch.stack([s.double() for s in (tokens, counts_E.sum() - kept, entropy, aux.detach(), z.detach())])
         step = torch.cat([counts_E.double(), scalars])
         self.sums = step if self.sums is None else self.sums + step

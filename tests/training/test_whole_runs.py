@@ -86,11 +86,22 @@ def test_finetune_takes_weights_and_starts_at_zero(text, tmp_path):
     assert (first["iteration"], first["lm_loss"]) == (0, last["lm_loss"])
 
 
-def test_ep2_follows_ep1_for_twenty_steps(text, tmp_path):
-    flags = "--train-iters 20 --disable-moe-token-dropping"
-    for ep in (1, 2):
-        train(2, tmp_path / f"ep{ep}", text, f"{flags} --moe-expert-parallel-size {ep}")
-    one, two = losses(tmp_path / "ep1"), losses(tmp_path / "ep2")
-    assert list(one) == list(two) == list(range(1, 21))
-    for i in one:
-        assert two[i] == pytest.approx(one[i], rel=1e-4), f"iteration {i}"
+def evaluations(save) -> list[tuple]:
+    return [(r["iteration"], r["split"], r["tokens"], r["lm_loss"]) for r in read_records(save / "metrics.jsonl") if r["event"] == "eval"]
+
+
+def test_ep2_and_tp2_follow_one_process_for_twenty_steps(text, tmp_path):
+    """Training losses, norms and every evaluation, in float32 with the fast kernels."""
+    layouts = {"one": (1, ""), "ep1": (2, ""), "ep2": (2, "--moe-expert-parallel-size 2"), "tp2": (2, "--tensor-model-parallel-size 2")}
+    for name, (world, flags) in layouts.items():
+        train(world, tmp_path / name, text, f"--train-iters 20 --disable-moe-token-dropping {flags}")
+    one, seen = losses(tmp_path / "one"), evaluations(tmp_path / "one")
+    assert [e[0] for e in seen] == [0, 7, 14, 20]
+    for name in ("ep1", "ep2", "tp2"):
+        other = losses(tmp_path / name)
+        assert list(other) == list(one) == list(range(1, 21))
+        for i in one:
+            assert other[i] == pytest.approx(one[i], rel=1e-4), f"{name}, iteration {i}"
+        for mine, theirs in zip(seen, evaluations(tmp_path / name), strict=True):
+            assert theirs[:3] == mine[:3]
+            assert theirs[3] == pytest.approx(mine[3], rel=1e-4), f"{name}, evaluation at {mine[0]}"
