@@ -14,9 +14,10 @@ from megatron_moe.config.flags import checked, flag
 class TokenizerConfig:
     """Tokenizer."""
 
-    tokenizer_type: Literal["GPT2BPETokenizer", "HFTokenizer", "SentencePieceTokenizer", "ByteTokenizer", "NullTokenizer"] | None = flag(
-        None, "GPT2BPETokenizer needs --vocab-file and --merge-file; HFTokenizer (tokenizer.json) and SentencePieceTokenizer need "
-        "--tokenizer-model; NullTokenizer reads numbers and needs --vocab-size; ByteTokenizer needs nothing. Guessed from the "
+    tokenizer_type: Literal["GPT2BPETokenizer", "HFTokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "ByteTokenizer",
+                            "NullTokenizer"] | None = flag(
+        None, "GPT2BPETokenizer needs --vocab-file and --merge-file; HFTokenizer (tokenizer.json) and SentencePieceTokenizer (also "
+        "called GPTSentencePieceTokenizer) need --tokenizer-model; NullTokenizer reads numbers and needs --vocab-size; ByteTokenizer needs nothing. Guessed from the "
         "files when not given")  # fmt: skip
     vocab_file: str | None = flag(None, "vocab.json of a GPT-2 BPE")
     merge_file: str | None = flag(None, "merges.txt of a GPT-2 BPE")
@@ -36,7 +37,7 @@ class TokenizerConfig:
     def kind(self) -> str | None:
         """The tokenizer type, from the flag or else from the files that were given."""
         if self.tokenizer_type:
-            return self.tokenizer_type
+            return self.tokenizer_type.replace("GPTSentence", "Sentence")
         if self.vocab_file or self.merge_file:
             return "GPT2BPETokenizer"
         if self.tokenizer_model:

@@ -20,6 +20,9 @@ class CheckpointConfig:
     ckpt_step: int | None = flag(None, "load this iteration and no other; the newest that verifies when not given",
                                  names=("load-iteration",), minimum=0)  # fmt: skip
     ckpt_verify: Literal["crc", "size", "off"] = flag("crc", "how a checkpoint is checked before it is loaded")
+    exit_on_missing_checkpoint: bool = flag(
+        False, "refuse to start when --load holds no checkpoint, also where it is the directory of --save"
+    )
     finetune: bool = flag(False, "take the weights only: iteration, data position and optimizer start fresh")
     no_load_optim: bool = flag(False, "leave the optimizer state of the checkpoint alone")
     no_save_optim: bool = flag(False, "save weights only")
@@ -30,6 +33,8 @@ class CheckpointConfig:
     def problems(self) -> Iterator[str]:
         if self.ckpt_step is not None and not self.load:
             yield f"--ckpt-step ({self.ckpt_step}) needs --load DIR"
+        if self.exit_on_missing_checkpoint and not self.load:
+            yield "--exit-on-missing-checkpoint needs --load DIR"
 
 
 @dataclass(frozen=True)

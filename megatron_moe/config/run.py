@@ -99,8 +99,15 @@ class RunConfig:
         except ValueError as error:
             yield str(error)
 
+    def _idle(self) -> tuple[str, ...]:
+        """Switches about the tensor-parallel ranks ask for nothing where there is one such rank."""
+        return ("sequence_parallel", "enable_expert_tensor_parallelism") if self.parallel.tensor_model_parallel_size == 1 else ()
+
     def warnings(self) -> Iterator[str]:
         """What is allowed but probably not meant."""
+        for name in self._idle():
+            if getattr(self.parallel, name):
+                yield f"--{name.replace('_', '-')} has no effect with --tensor-model-parallel-size 1"
         if self.checkpoint.save_interval and not self.checkpoint.save:
             yield f"--save-interval ({self.checkpoint.save_interval}) has no effect without --save DIR"
         experts = self.moe.num_experts
@@ -113,7 +120,8 @@ class RunConfig:
         return world_size // self.parallel.model_parallel_size
 
     def global_batch_size(self, world_size: int) -> int:
-        return self.training.global_batch_size or self.training.micro_batch_size * self.data_parallel_size(world_size)
+        t = self.training
+        return t.global_batch_size or t.micro_batch_size * (t.gradient_accumulation_steps or 1) * self.data_parallel_size(world_size)
 
     def num_microbatches(self, world_size: int) -> int:
         return self.global_batch_size(world_size) // (self.training.micro_batch_size * self.data_parallel_size(world_size))
@@ -125,9 +133,12 @@ class RunConfig:
             yield (f"the number of ranks ({world_size}) must be divisible by --tensor-model-parallel-size "
                    f"({p.tensor_model_parallel_size}); use TP {_one_of(world_size)} or start another number of ranks")  # fmt: skip
             return
-        dp, micro = self.data_parallel_size(world_size), self.training.micro_batch_size
+        dp, micro, steps = self.data_parallel_size(world_size), self.training.micro_batch_size, self.training.gradient_accumulation_steps
         batch = self.global_batch_size(world_size)
-        if batch % (micro * dp):
+        if steps and batch != micro * steps * dp:
+            yield (f"--global-batch-size ({batch}) must be --micro-batch-size ({micro}) x --gradient-accumulation-steps ({steps}) x "
+                   f"data-parallel size ({dp}) = {micro * steps * dp}; use {' or '.join(_batches_that_fit(batch, micro, steps, dp))}")  # fmt: skip
+        elif batch % (micro * dp):
             unit = micro * dp
             below = batch // unit * unit
             yield (f"--global-batch-size ({batch}) must be divisible by --micro-batch-size ({micro}) x data-parallel size ({dp}) = "
@@ -145,7 +156,7 @@ class RunConfig:
         """What is fine to look at but cannot be trained: unbuilt features, nothing to train on, no end."""
         for group in GROUPS:
             for s in fields_of(GROUPS[group]):
-                if s.info.not_yet and getattr(getattr(self, group), s.name) != s.default:
+                if s.info.not_yet and getattr(getattr(self, group), s.name) != s.default and s.name not in self._idle():
                     yield f"{s.option}: {s.info.not_yet} is not built yet; leave the flag out"
         t = self.training
         if not (t.train_iters or t.train_samples or t.train_tokens):
@@ -201,6 +212,15 @@ class RunConfig:
 def digest(data: Any) -> str:
     """Short hex digest of JSON-like data, for cache keys and names."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _batches_that_fit(batch: int, micro: int, steps: int, dp: int) -> Iterator[str]:
+    """One of the three sizes each, changed so that their product holds."""
+    yield f"--global-batch-size {micro * steps * dp}"
+    if batch % (micro * dp) == 0:
+        yield f"--gradient-accumulation-steps {batch // (micro * dp)}"
+    if batch % (steps * dp) == 0:
+        yield f"--micro-batch-size {batch // (steps * dp)}"
 
 
 def _one_of(n: int) -> str:

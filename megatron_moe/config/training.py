@@ -15,6 +15,11 @@ class TrainingConfig:
 
     micro_batch_size: int = flag(1, "sequences per rank and forward pass", minimum=1)
     global_batch_size: int | None = flag(None, "sequences per optimizer step; micro batch x data-parallel size when not given", minimum=1)
+    gradient_accumulation_steps: int | None = flag(
+        None,
+        "microbatches per optimizer step (DeepSpeed's word): gives the global batch, or must agree with --global-batch-size",
+        minimum=1,
+    )
     seq_length: int = flag(1024, "tokens per sequence", minimum=1)
     train_iters: int | None = flag(None, "optimizer steps; an upper bound when samples or tokens are given too", minimum=1)
     train_samples: int | None = flag(None, "sequences to train on", minimum=1)
@@ -44,6 +49,7 @@ class TrainingConfig:
     eval_iters: int = flag(100, "global batches per evaluation; 0 switches evaluation off", minimum=0)
     exit_interval: int | None = flag(None, "save and exit when the iteration is divisible by this", minimum=1)
     exit_duration_in_mins: float | None = flag(None, "save and exit after this many minutes", above=0)
+    kill_switch_file: str | None = flag(None, "save and exit when this file appears", metavar="FILE")
     exit_signal_handler: bool = flag(False, "on SIGTERM, SIGINT or SIGUSR1 finish the step, save and exit")
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,8 @@ def prepare(run: RunConfig, world_size: int) -> Prepared:
     described = dataclasses.asdict(run.tokenizer) | {"fingerprint": tokenizer.fingerprint if tokenizer else None}
     prepared = Prepared(run, vocab_size, tokenizer.eod if tokenizer else -1, described)
     problems += checkpoint_problems(run.checkpoint, prepared.architecture)
+    if (switch := run.training.kill_switch_file) and os.path.exists(switch):
+        problems.append(f"--kill-switch-file {switch} is there already: the run would stop at once; remove the file to train")
     try:
         build_schedule(run.optimizer, run.training, run.global_batch_size(world_size), run.train_iterations(world_size))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Why a run stops before its end: a signal, its time, or --exit-interval. All ranks stop at the same step."""
+"""Why a run stops before its end: a signal, its time, --kill-switch-file, or --exit-interval. All ranks stop at the same step."""
 
 from __future__ import annotations
 
@@ -38,16 +38,19 @@ class Stopper:
             self.received, self.received_at = number, now
 
     def agreed(self) -> str | None:
-        """Signal or time: the reason, equal on every rank, or None."""
+        """Signal, time or file: the reason, equal on every rank, or None."""
         c = self.config
-        if not c.exit_signal_handler and c.exit_duration_in_mins is None:
+        if not c.exit_signal_handler and c.exit_duration_in_mins is None and c.kill_switch_file is None:
             return None
         late = c.exit_duration_in_mins is not None and time.monotonic() - self.start >= 60 * c.exit_duration_in_mins
-        flags = torch.tensor([self.received, int(late)])
+        killed = c.kill_switch_file is not None and os.path.exists(c.kill_switch_file)  # one node may see it before the others
+        flags = torch.tensor([self.received, int(late), int(killed)])
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
-        number, late = flags.tolist()
+        number, late, killed = flags.tolist()
         if number:
             return f"signal {signal.Signals(number).name}"
+        if killed:
+            return f"--kill-switch-file {c.kill_switch_file} is there"
         return f"--exit-duration-in-mins {c.exit_duration_in_mins:g} is over" if late else None
 
     def reason(self, iteration: int) -> str | None:
