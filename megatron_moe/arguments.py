@@ -7,10 +7,12 @@ mistake are answered at once. Mistakes are collected and reported together, exit
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from megatron_moe.config.command import CommandConfig
 from megatron_moe.config.flags import (
     ConfigError,
     HelpFormatter,
@@ -36,10 +38,16 @@ Dashes and underscores are the same in flag names. Megatron-DeepSpeed's flags ke
 
 
 class Parsed:
-    """A run, and what its command line said that has no effect."""
+    """A run, what to do with it, and what its command line said that has no effect.
 
-    def __init__(self, run: RunConfig, warnings: list[str], not_yet: list[str]):
-        self.run, self.warnings, self.not_yet = run, warnings, not_yet
+    given: names of the fields that some source set. missing: files that settings should have come from, and that are not here.
+    """
+
+    def __init__(
+        self, run: RunConfig, warnings: list[str], not_yet: list[str], missing: list[str], command: CommandConfig, given: Iterable[str]
+    ):
+        self.run, self.warnings, self.not_yet, self.missing = run, warnings, not_yet, missing
+        self.command, self.given = command, frozenset(given)
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -51,7 +59,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
                        help=f"named settings, overridden by everything else: {', '.join(PRESETS)}")  # fmt: skip
     start.add_argument("--config", default=argparse.SUPPRESS, nargs="?", const="", metavar="FILE.yaml",
                        help="YAML with the same names as the flags; the command line wins")  # fmt: skip
-    for group in GROUPS.values():
+    for group in (CommandConfig, *GROUPS.values()):
         add_config_group(parser, group)
     for name, (count, _) in (LEFTOVERS | NOT_YET).items():
         nargs: Any = {0: None, 1: "?", "*": "*"}[count]
@@ -68,16 +76,20 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "pretrain_gpt_moe.
     preset, config_file = given.pop("preset", None), given.pop("config", None)
     classes = list(GROUPS.values())
     values: dict[str, Any] = {}
+    missing: list[str] = []
+    command = _command(given, problems)
     if preset is not None:
         if preset in PRESETS:
-            values = dict(PRESETS[preset])
+            values = dict(PRESETS[preset].settings)
         else:
-            problems.append(f"--preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
+            problems.append(_unknown_preset(preset))
     if config_file is not None:
-        from_file, more = _read_yaml(config_file, problems)
+        from_file, more = _read_yaml(config_file, problems, missing)
         others += more
         values = _overridden(values, convert_all(classes, from_file, problems))
     values = _overridden(values, convert_all(classes, given, problems))
+    if not command.dry_run:
+        problems += [f"{path} cannot be read: there is no such file; check the path" for path in missing]
     try:
         run = RunConfig.from_values(values)
     except ConfigError as error:
@@ -86,7 +98,22 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "pretrain_gpt_moe.
         raise ConfigError(problems)
     warnings = [*run.warnings(), *(f"--{n} has no effect: {LEFTOVERS[n][1]}" for n in others if n in LEFTOVERS)]
     not_yet = [f"--{n}: {NOT_YET[n][1]} is not built yet; leave the flag out" for n in others if n in NOT_YET]
-    return Parsed(run, warnings, not_yet)
+    return Parsed(run, warnings, not_yet, missing, command, values)
+
+
+def _command(given: dict[str, Any], problems: list[str]) -> CommandConfig:
+    values = convert_all([CommandConfig], given, problems)
+    try:
+        return CommandConfig(**values)
+    except ConfigError as error:
+        problems += error.problems
+        return CommandConfig()
+
+
+def _unknown_preset(name: str) -> str:
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), PRESETS, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"--preset {name!r} is not known; {hint}use one of {', '.join(PRESETS)} (--list-presets says what they are)"
 
 
 def _overridden(weaker: dict[str, Any], stronger: dict[str, Any]) -> dict[str, Any]:
@@ -95,8 +122,9 @@ def _overridden(weaker: dict[str, Any], stronger: dict[str, Any]) -> dict[str, A
     return {n: v for n, v in weaker.items() if n not in replaced} | stronger
 
 
-def _read_yaml(path: str, problems: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Settings of a YAML file by field name; leftovers apart. Aliases work as on the command line."""
+def _read_yaml(path: str, problems: list[str], missing: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Settings of a YAML file by field name; leftovers apart. Aliases work as on the command line. A file that is not there
+    goes to `missing`: a plan can do without, training cannot."""
     if not path:
         problems.append("--config wants a value")
         return {}, []
@@ -105,6 +133,9 @@ def _read_yaml(path: str, problems: list[str]) -> tuple[dict[str, Any], list[str
     try:
         with open(path, encoding="utf-8") as f:
             loaded = yaml.safe_load(f) or {}
+    except FileNotFoundError:
+        missing.append(path)
+        return {}, []
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8
         problems.append(f"--config {path}: cannot be read: {error}")
         return {}, []
@@ -123,8 +154,6 @@ def _read_yaml(path: str, problems: list[str]) -> tuple[dict[str, Any], list[str
         elif name in LEFTOVERS or name in NOT_YET:
             others.append(name)
         else:
-            import difflib
-
             near = difflib.get_close_matches(name, [*positive, *negative], 1)
             problems.append(f"--config {path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     return values, others
@@ -132,7 +161,8 @@ def _read_yaml(path: str, problems: list[str]) -> tuple[dict[str, Any], list[str
 
 def check_to_train(parsed: Parsed, world_size: int) -> None:
     """Raises ConfigError with all that keeps this command from training on `world_size` ranks."""
-    problems = [*parsed.not_yet, *parsed.run.train_problems(), *parsed.run.world_problems(world_size)]
+    run = parsed.run
+    problems = [*parsed.not_yet, *run.not_built_yet(), *run.missing_to_train(), *run.world_problems(world_size)]
     if problems:
         raise ConfigError(problems)
 
