@@ -48,7 +48,8 @@ def look(parsed: Parsed, world_size: int) -> None:
     from megatron_moe.training.plan import as_json, build_plan
 
     ranks = parsed.command.dry_run_world_size or world_size
-    plan = build_plan(parsed.run, ranks, parsed.given, parsed.missing, parsed.not_yet, parsed.warnings)
+    missing = [file.path for file in parsed.missing]
+    plan = build_plan(parsed.run, ranks, parsed.given, missing, parsed.not_yet, parsed.warnings)
     for warning in parsed.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(as_json(plan))

@@ -10,7 +10,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_moe.config.command import CommandConfig
 from megatron_moe.config.flags import (
@@ -37,14 +37,30 @@ Dashes and underscores are the same in flag names. Megatron-DeepSpeed's flags ke
 """
 
 
+class MissingFile(NamedTuple):
+    """A file of settings that the command names and that is not here."""
+
+    flag: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.flag} {self.path}: cannot be read: there is no such file"
+
+
 class Parsed:
     """A run, what to do with it, and what its command line said that has no effect.
 
-    given: names of the fields that some source set. missing: files that settings should have come from, and that are not here.
+    `missing` are the files of settings that are not here; `given` the names of the settings that some source gave.
     """
 
     def __init__(
-        self, run: RunConfig, warnings: list[str], not_yet: list[str], missing: list[str], command: CommandConfig, given: Iterable[str]
+        self,
+        run: RunConfig,
+        warnings: list[str],
+        not_yet: list[str],
+        missing: list[MissingFile],
+        command: CommandConfig,
+        given: Iterable[str],
     ):
         self.run, self.warnings, self.not_yet, self.missing = run, warnings, not_yet, missing
         self.command, self.given = command, frozenset(given)
@@ -76,7 +92,7 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "pretrain_gpt_moe.
     preset, config_file = given.pop("preset", None), given.pop("config", None)
     classes = list(GROUPS.values())
     values: dict[str, Any] = {}
-    missing: list[str] = []
+    missing: list[MissingFile] = []
     command = _command(given, problems)
     if preset is not None:
         if preset in PRESETS:
@@ -88,14 +104,12 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "pretrain_gpt_moe.
         others += more
         values = _overridden(values, convert_all(classes, from_file, problems))
     values = _overridden(values, convert_all(classes, given, problems))
-    if not command.dry_run:
-        problems += [f"{path} cannot be read: there is no such file; check the path" for path in missing]
     try:
         run = RunConfig.from_values(values)
     except ConfigError as error:
         problems += error.problems
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([*problems, *([] if command.dry_run else map(str, missing))])
     warnings = [*run.warnings(), *(f"--{n} has no effect: {LEFTOVERS[n][1]}" for n in others if n in LEFTOVERS)]
     not_yet = [f"--{n}: {NOT_YET[n][1]} is not built yet; leave the flag out" for n in others if n in NOT_YET]
     return Parsed(run, warnings, not_yet, missing, command, values)
@@ -122,7 +136,7 @@ def _overridden(weaker: dict[str, Any], stronger: dict[str, Any]) -> dict[str, A
     return {n: v for n, v in weaker.items() if n not in replaced} | stronger
 
 
-def _read_yaml(path: str, problems: list[str], missing: list[str]) -> tuple[dict[str, Any], list[str]]:
+def _read_yaml(path: str, problems: list[str], missing: list[MissingFile]) -> tuple[dict[str, Any], list[str]]:
     """Settings of a YAML file by field name; leftovers apart. Aliases work as on the command line. A file that is not there
     goes to `missing`: a plan can do without, training cannot."""
     if not path:
@@ -134,7 +148,7 @@ def _read_yaml(path: str, problems: list[str], missing: list[str]) -> tuple[dict
         with open(path, encoding="utf-8") as f:
             loaded = yaml.safe_load(f) or {}
     except FileNotFoundError:
-        missing.append(path)
+        missing.append(MissingFile("--config", path))
         return {}, []
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8
         problems.append(f"--config {path}: cannot be read: {error}")
@@ -161,8 +175,8 @@ def _read_yaml(path: str, problems: list[str], missing: list[str]) -> tuple[dict
 
 def check_to_train(parsed: Parsed, world_size: int) -> None:
     """Raises ConfigError with all that keeps this command from training on `world_size` ranks."""
-    run = parsed.run
-    problems = [*parsed.not_yet, *run.not_built_yet(), *run.missing_to_train(), *run.world_problems(world_size)]
+    settings = [*parsed.run.train_problems(), *parsed.run.world_problems(world_size)]
+    problems = [*map(str, parsed.missing), *parsed.not_yet, *settings]
     if problems:
         raise ConfigError(problems)
 

@@ -147,6 +147,11 @@ class RunConfig:
                 yield (f"the number of ranks ({world_size}) must be divisible by the expert-parallel degree ({ep}); set "
                        f"--moe-expert-parallel-size to one of {_one_of(world_size)}")  # fmt: skip
 
+    def train_problems(self) -> Iterator[str]:
+        """What is fine to look at but cannot be trained."""
+        yield from self.not_built_yet()
+        yield from self.missing_to_train()
+
     def not_built_yet(self) -> Iterator[str]:
         """Settings of features that exist as a flag only."""
         for group in GROUPS:
@@ -158,7 +163,7 @@ class RunConfig:
                     yield f"{s.option}{said}: {s.info.not_yet} is not built yet; leave the flag out"
 
     def missing_to_train(self) -> Iterator[str]:
-        """What is fine to look at but cannot be trained: nothing to train on, no end."""
+        """What a run needs and has no default: something to train on, an end, a vocabulary."""
         t = self.training
         if not (t.train_iters or t.train_samples or t.train_tokens):
             yield "how long to train is missing: give --train-iters, --train-samples or --train-tokens"

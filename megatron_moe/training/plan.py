@@ -158,10 +158,12 @@ def plan_problems(run: RunConfig, world_size: int, here: Here) -> Iterator[str]:
     yield from data_problems(run.data, run.training.seq_length, vocab_size, fingerprint, unseen=here.missing)
     if run.checkpoint.load and not _absent_checkpoint(run) and here.vocabulary_is_known:
         yield from load_problems(run.checkpoint, run.architecture(here.vocab_size))
-    if world_problems:
+    if world_size % run.parallel.model_parallel_size:
         return
     if run.train_ends(world_size):
         yield from schedule_problems(run, world_size)
+    if world_problems:
+        return
     try:
         _groups(run, world_size)
     except ValueError as error:
@@ -377,7 +379,7 @@ def _defaults(run: RunConfig, world_size: int, given: frozenset[str], here: Here
     wanted = ALWAYS + (WITH_EXPERTS if run.moe.has_experts else ())
     for group, cls in GROUPS.items():
         for s in fields_of(cls):
-            if s.name in wanted and s.name not in given:
+            if s.name in wanted and s.name not in given and not (s.name == "bf16" and run.training.fp16):
                 value = computed.get(s.name, getattr(getattr(run, group), s.name))
                 yield {"flag": s.option, "value": value, "note": notes.get(s.name)}
     for names, note in LENGTHS.items():
