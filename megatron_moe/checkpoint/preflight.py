@@ -10,16 +10,21 @@ from typing import Any
 
 from megatron_moe.checkpoint.compare import architecture_differences
 from megatron_moe.checkpoint.files import CheckpointError, iteration_name, iterations_in, read_manifest
+from megatron_moe.config.data import DataConfig
+from megatron_moe.config.flags import fields_of
 from megatron_moe.config.output import CheckpointConfig
 
 
-def checkpoint_problems(config: CheckpointConfig, architecture: dict[str, Any]) -> list[str]:
-    """One sentence per mistake in the checkpoint flags; `architecture` is what the run is about to build."""
-    problems = list(_load_problems(config, architecture)) if config.load else []
+def checkpoint_problems(config: CheckpointConfig, architecture: dict[str, Any], data: dict[str, Any] | None = None) -> list[str]:
+    """One sentence per mistake in the checkpoint flags; `architecture` is what the run is about to build.
+
+    `data`: settings of the data that have to be the checkpoint's, unless the run starts anew from its weights.
+    """
+    problems = list(_load_problems(config, architecture, data or {})) if config.load else []
     return problems + ([*_save_problems(Path(config.save)), *_branch_problems(config)] if config.save else [])
 
 
-def _load_problems(config: CheckpointConfig, architecture: dict[str, Any]) -> Iterator[str]:
+def _load_problems(config: CheckpointConfig, architecture: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
     directory = Path(config.load)
     present = iterations_in(directory)
     if config.ckpt_step is not None and config.ckpt_step not in present:
@@ -27,7 +32,8 @@ def _load_problems(config: CheckpointConfig, architecture: dict[str, Any]) -> It
     elif not present and not _is_same(config.load, config.save):
         yield f"--load {directory}: {_why_empty(directory)}"
     elif present:
-        yield from _architecture_problems(directory, [config.ckpt_step] if config.ckpt_step is not None else present[::-1], architecture)
+        iterations = [config.ckpt_step] if config.ckpt_step is not None else present[::-1]
+        yield from _content_problems(directory, iterations, architecture, {} if config.finetune else data)
 
 
 def _known(present: list[int]) -> str:
@@ -43,7 +49,7 @@ def _why_empty(directory: Path) -> str:
     return f"there is no checkpoint in it (no {iteration_name(100)} or alike); only the directory of --save may be empty"
 
 
-def _architecture_problems(directory: Path, iterations: list[int], architecture: dict[str, Any]) -> Iterator[str]:
+def _content_problems(directory: Path, iterations: list[int], architecture: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
     """Of the first checkpoint whose manifest can be read: that is the one that will be loaded."""
     unreadable = []
     for iteration in iterations:
@@ -55,8 +61,25 @@ def _architecture_problems(directory: Path, iterations: list[int], architecture:
         if table := architecture_differences(meta.get("architecture", architecture), architecture):
             head = f"--load {directory}: {iteration_name(iteration)} is of another architecture"
             yield "\n    ".join([head, *table])
+        yield from _data_problems(f"--load {directory}: {iteration_name(iteration)}", meta.get("config", {}).get("data", {}), data)
         return
     yield f"--load {directory}: no checkpoint can be read: {'; '.join(unreadable[:3])}"
+
+
+def _data_problems(where: str, saved: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Another order would repeat some of the samples that were consumed and leave out others."""
+    for field in fields_of(DataConfig):
+        then = saved.get(field.name, field.default)  # a checkpoint from before there was this flag
+        if field.name in now and now[field.name] != then:
+            wanted = f"give {field.option} {then}" if then is not None else "leave it out"
+            yield (
+                f"{where} has read its data with {field.option} {_shown(then)} and this run has {_shown(now[field.name])}: {wanted}, "
+                f"or start anew from its weights with --finetune and another --save"
+            )
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else str(value)
 
 
 def _save_problems(directory: Path) -> Iterator[str]:

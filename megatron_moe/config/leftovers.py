@@ -108,7 +108,6 @@ NOT_YET: dict[str, tuple[int | str, str]] = {
     "kill-switch-file": (1, "stopping by a file"),
     "load-tag": (1, "DeepSpeed checkpoint tags"),
     "universal-checkpoint": (0, "DeepSpeed universal checkpoints"),
-    "train-data-exact-num-epochs": (1, "Megatron's own data order"),
     "skip-train": (0, "evaluation without training"),
     "inference": (0, "evaluation without training"),
     "wandb-project": (1, "Weights & Biases"),

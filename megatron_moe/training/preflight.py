@@ -14,6 +14,7 @@ from megatron_moe.optimizer.schedule import build_schedule
 from megatron_moe.tokenizers import build_tokenizer
 
 MOCK_VOCAB_SIZE = 512
+ORDER_SETTINGS = ("data_order", "train_data_exact_num_epochs")  # a run that goes on must have those of its checkpoint
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,11 @@ def prepare(run: RunConfig, world_size: int) -> Prepared:
     if tokenizer is None and (d.reset_position_ids or d.reset_attention_mask or d.eod_mask_loss):
         problems.append("--reset-position-ids, --reset-attention-mask and --eod-mask-loss need the tokenizer's end-of-document token")
     if not d.mock_data:
-        problems += data_problems(d, run.training.seq_length, vocab_size, tokenizer.fingerprint if tokenizer else None)
+        samples = run.train_iterations(world_size) * run.global_batch_size(world_size)
+        problems += data_problems(d, run.training.seq_length, vocab_size, tokenizer.fingerprint if tokenizer else None, samples)
     described = dataclasses.asdict(run.tokenizer) | {"fingerprint": tokenizer.fingerprint if tokenizer else None}
     prepared = Prepared(run, vocab_size, tokenizer.eod if tokenizer else -1, described)
-    problems += checkpoint_problems(run.checkpoint, prepared.architecture)
+    problems += checkpoint_problems(run.checkpoint, prepared.architecture, {name: getattr(d, name) for name in ORDER_SETTINGS})
     try:
         build_schedule(run.optimizer, run.training, run.global_batch_size(world_size), run.train_iterations(world_size))
     except ValueError as error:
