@@ -140,7 +140,6 @@ NOT_YET: dict[str, tuple[int | str, str]] = {
     "num-experts-switch": (1, "Megatron's SwitchMLP"),
     "load-tag": (1, "DeepSpeed checkpoint tags"),
     "universal-checkpoint": (0, "DeepSpeed universal checkpoints"),
-    "train-data-exact-num-epochs": (1, "Megatron's own data order"),
     "train-idx-path": (1, "index files of the data efficiency library"),
     "train-desc-path": (1, "index files of the data efficiency library"),
     "train-doc-idx-path": (1, "index files of the data efficiency library"),

@@ -98,6 +98,8 @@ class RunConfig:
             self.moe.experts_per_layer(m.num_layers)
         except ValueError as error:
             yield str(error)
+        if self.data.data_order == "megatron" and t.seed >= 2**32:
+            yield f"--data-order megatron takes a --seed below {2**32}, not {t.seed}: that is all that Megatron's generator can be given"
 
     def _idle(self) -> tuple[str, ...]:
         """Switches about the tensor-parallel ranks ask for nothing where there is one such rank."""
@@ -199,6 +201,17 @@ class RunConfig:
     def train_iterations(self, world_size: int) -> int:
         """Optimizer steps until the first of the given ends is reached."""
         return min(self.train_ends(world_size).values())
+
+    def wanted_samples(self, world_size: int) -> tuple[int, int, int]:
+        """How many samples of training, validation and test Megatron would order for this run.
+
+        Its rules: --train-samples, else --train-iters global batches (also when --train-tokens ends the run earlier); new
+        validation samples for every evaluation and for one more; test samples for one evaluation.
+        """
+        t, batch = self.training, self.global_batch_size(world_size)
+        iterations = t.train_samples // batch if t.train_samples else t.train_iters or self.train_iterations(world_size)
+        evaluations = iterations // t.eval_interval + 1 if t.eval_interval else 1
+        return t.train_samples or iterations * batch, evaluations * t.eval_iters * batch, t.eval_iters * batch
 
     # ------------------------------------------------------------ to and from JSON
 

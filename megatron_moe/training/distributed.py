@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,6 +58,18 @@ def loopback_store(size: int, timeout: timedelta) -> dist.Store:
     listener.bind(("127.0.0.1", port))
     listener.listen()
     return dist.TCPStore("127.0.0.1", port, size, True, timeout=timeout, master_listen_fd=listener.detach())
+
+
+def in_turn(world: World, work: Callable[[], Any]) -> Any:
+    """`work()` on rank 0, then on one rank of every other machine, then on the rest: what the first leave on a disk, shared or
+    not, those after them find. Collective."""
+    mine = 0 if world.rank == 0 else 1 if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+    result = None
+    for turn in range(3):
+        if turn == mine:
+            result = work()
+        dist.barrier(group=world.cpu_group)
+    return result
 
 
 def end_distributed() -> None:

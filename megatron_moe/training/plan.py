@@ -157,7 +157,7 @@ def plan_problems(run: RunConfig, world_size: int, here: Here) -> Iterator[str]:
     fingerprint = here.tokenizer.fingerprint if here.tokenizer else None
     yield from data_problems(run.data, run.training.seq_length, vocab_size, fingerprint, unseen=here.missing)
     if run.checkpoint.load and not _absent_checkpoint(run) and here.vocabulary_is_known:
-        yield from load_problems(run.checkpoint, run.architecture(here.vocab_size))
+        yield from load_problems(run, run.architecture(here.vocab_size))
     if world_size % run.parallel.model_parallel_size:
         return
     if run.train_ends(world_size):

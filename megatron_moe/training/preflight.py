@@ -43,10 +43,11 @@ def prepare(run: RunConfig, world_size: int) -> Prepared:
     fingerprint = tokenizer.fingerprint if tokenizer else None
     problems = [*tokenizer_problems(run, tokenizer), *schedule_problems(run, world_size)]
     if not run.data.mock_data:
-        problems += data_problems(run.data, run.training.seq_length, vocab_size, fingerprint)
+        samples = run.train_iterations(world_size) * run.global_batch_size(world_size)
+        problems += data_problems(run.data, run.training.seq_length, vocab_size, fingerprint, samples)
     described = dataclasses.asdict(run.tokenizer) | {"fingerprint": fingerprint}
     prepared = Prepared(run, vocab_size, tokenizer.eod if tokenizer else -1, described)
-    problems += checkpoint_problems(run.checkpoint, prepared.architecture)
+    problems += checkpoint_problems(run, prepared.architecture)
     if (switch := run.training.kill_switch_file) and os.path.exists(switch):
         problems.append(f"--kill-switch-file {switch} is there already: the run would stop at once; remove the file to train")
     if problems:

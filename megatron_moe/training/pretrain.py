@@ -26,7 +26,7 @@ from megatron_moe.optimizer.groups import build_optimizer
 from megatron_moe.optimizer.schedule import LearningRateSchedule, build_schedule
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
 from megatron_moe.training.checkpoints import Progress, describe, resume, save
-from megatron_moe.training.distributed import World, end_distributed, init_distributed
+from megatron_moe.training.distributed import World, end_distributed, in_turn, init_distributed
 from megatron_moe.training.evaluate import evaluate
 from megatron_moe.training.preflight import Prepared
 from megatron_moe.training.signals import Stopper
@@ -102,7 +102,10 @@ def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
             logger.warning(note)
             tracker.event("alert", reason=note)
         tracker.event("load", iteration=progress.iteration, path=path)
-    datasets = build_datasets(config.data, config.training.seq_length, config.training.seed, prepared.vocab_size)
+    if config.data.data_order == "megatron" and progress.ordered_samples is None:
+        progress.ordered_samples = list(config.wanted_samples(world.size))
+    seq_length, seed = config.training.seq_length, config.training.seed
+    datasets = in_turn(world, lambda: build_datasets(config.data, seq_length, seed, prepared.vocab_size, progress.ordered_samples))
     stopper = Stopper(config.training, world.cpu_group)
     return Run(prepared, world, mesh, model, optimizer, schedule, datasets, tracker, stopper, manager, progress, total)
 

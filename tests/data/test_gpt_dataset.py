@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_moe.data import gpt_dataset
+from megatron_moe.data import gpt_dataset, index_cache
 from megatron_moe.data.gpt_dataset import GPTDataset, epoch_order, split_ranges
 from megatron_moe.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 
@@ -133,7 +133,7 @@ def test_negative_samples_do_not_exist(tmp_path):
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
     """Builds datasets that use the cache however small they are; returns (build, folder of the cache)."""
-    monkeypatch.setattr(gpt_dataset, "CACHE_FROM", 1)
+    monkeypatch.setattr(index_cache, "CACHE_FROM", 1)
 
     def build(sizes=(101,), **changes):
         arguments = {"document_range": (0, len(sizes)), "seq_length": 4, "seed": 1, "split_name": "train"}
