@@ -15,6 +15,9 @@ class CheckpointConfig:
 
     save: str | None = flag(None, "run directory: configuration, metrics and checkpoints", metavar="DIR")
     save_interval: int | None = flag(None, "steps between checkpoints; the last step is always saved", minimum=1)
+    save_failure: Literal["stop", "continue"] = flag(
+        "stop", "what follows a save that fails, for a full disk say; continue: an alert, and training goes on to the next save"
+    )
     keep_last: int | None = flag(None, "delete older checkpoints and keep this many", minimum=1)
     load: str | None = flag(None, "run directory to go on from; may be the one of --save, which is then allowed to be empty", metavar="DIR")
     ckpt_step: int | None = flag(None, "load this iteration and no other; the newest that verifies when not given",

@@ -50,7 +50,9 @@ class TrainingConfig:
     exit_interval: int | None = flag(None, "save and exit when the iteration is divisible by this", minimum=1)
     exit_duration_in_mins: float | None = flag(None, "save and exit after this many minutes", above=0)
     kill_switch_file: str | None = flag(None, "save and exit when this file appears", metavar="FILE")
-    exit_signal_handler: bool = flag(False, "on SIGTERM, SIGINT or SIGUSR1 finish the step, save and exit")
+    exit_signal_handler: bool = flag(
+        True, "on SIGTERM, SIGINT or SIGUSR1 finish the step, save and exit; a second signal ends at once. --no-...: the first one does"
+    )
 
     def __post_init__(self) -> None:
         checked(self)

@@ -42,8 +42,7 @@ def train_here(flags: str) -> dict:
     try:
         run = set_up(prepared, world, ["test"])
         train(run)
-        run.stopper.close()
-        run.tracker.close()
+        run.close()
         state = model_state(run.model) | optimizer_state(run.model, run.optimizer)
         tensors = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
         return {"tensors": {n: t.detach().clone() for n, t in tensors.items()}, "progress": run.progress}

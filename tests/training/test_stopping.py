@@ -33,7 +33,7 @@ def wait_for_steps(save: Path, number: int, seconds: float = 60) -> None:
 
 
 def test_sigterm_saves_and_exits_cleanly(tmp_path):
-    process = start(tmp_path / "run", "--exit-signal-handler")
+    process = start(tmp_path / "run", "")
     try:
         wait_for_steps(tmp_path / "run", 2)
         process.send_signal(signal.SIGTERM)

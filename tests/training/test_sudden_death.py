@@ -1,0 +1,140 @@
+"""Killed again and again, a run under torchrun ends as if nothing had happened; a rank that fails or hangs ends the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_moe.checkpoint.files import iteration_name, iterations_in, leftovers_in, read_manifest
+from megatron_moe.checkpoint.load import load_tensors
+from training import launches
+
+pytestmark = [
+    pytest.mark.fault,
+    pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="finds worker processes through /proc"),
+]
+
+KILLS = 20
+ITERATIONS = 70
+RUN = f"{launches.TINY} --moe-expert-parallel-size 2 --train-iters {ITERATIONS} --eval-interval 9 --save-interval 2 --keep-last 3"
+
+
+def last_checkpoint(save: Path) -> dict[str, torch.Tensor]:
+    path = save / iteration_name(ITERATIONS)
+    entries = read_manifest(path).tensors
+    tensors = {name: torch.empty(e["shape"], dtype=getattr(torch, e["dtype"])) for name, e in entries.items()}
+    load_tensors(path, tensors)
+    return tensors
+
+
+def measured(record: dict) -> tuple:
+    """What training is about, without the times of this machine."""
+    return tuple((key, str(record[key])) for key in ("consumed_samples", "lm_loss", "grad_norm", "moe", "perplexity") if key in record)
+
+
+class Killer:
+    """Kills ranks of a run under torchrun, each time after a few steps, at a moment that the seed decides."""
+
+    def __init__(self, process, save: Path, scratch: Path, seed: int):
+        self.process, self.save, self.scratch = process, save, scratch
+        self.chance = random.Random(seed)
+        self.moments: list[str] = []
+        self.dead: set[int] = set()
+        self.promises: list[tuple[int, int]] = []  # (loads before the kill, newest checkpoint that was committed then)
+
+    def strike(self) -> None:
+        self._wait(lambda: len(self._ranks()) == 2 and not set(self._ranks()) & self.dead, "both ranks")
+        steps, moment = self._steps(), self.chance.choice(["starting", "training", "training", "saving", "saving"])
+        if moment == "starting":
+            time.sleep(self.chance.uniform(0, 8))
+        else:
+            wanted = steps + self.chance.randint(1, 4)
+            self._wait(lambda: self._steps() >= wanted, f"step {wanted - steps} of this life")
+            if moment == "training":
+                time.sleep(self.chance.uniform(0, 0.2))
+            else:
+                self._wait(lambda: leftovers_in(self.save), "the next save")
+                time.sleep(self.chance.uniform(0, 0.05))
+        ranks = self._ranks()
+        for pid in self.chance.choice([ranks[:1], ranks[1:], ranks]):
+            launches.kill(pid)
+        self.dead |= set(ranks)  # torchrun ends the other one
+        self.promises.append((len(launches.records(self.save, "load")), max(iterations_in(self.save), default=0)))
+        self.moments.append(moment)
+
+    def _ranks(self) -> list[int]:
+        return launches.workers_of(self.process)
+
+    def _steps(self) -> int:
+        return len(launches.records(self.save, "train"))
+
+    def _wait(self, condition, what: str) -> None:
+        launches.wait_until(condition, f"{what}, after {len(self.moments)} kills", self.process, self.scratch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_kills_lose_nothing_and_leave_the_curve_of_the_undisturbed_run(tmp_path):
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    for scratch in (calm, killed):
+        scratch.mkdir()
+    process = launches.start(f"{RUN} --save {calm}/run --load {calm}/run", ranks=2, scratch=calm)
+    try:
+        code, text = launches.end(process, calm)
+    finally:
+        launches.clear(process)
+    assert code == 0, text
+    process = launches.start(
+        f"{RUN} --save {killed}/run --load {killed}/run", ranks=2, scratch=killed, torchrun=f"--max-restarts {KILLS + 2}"
+    )
+    try:
+        killer = Killer(process, killed / "run", killed, seed=0)
+        for _ in range(KILLS):
+            killer.strike()
+        code, text = launches.end(process, killed)
+    finally:
+        launches.clear(process)
+    assert code == 0, text
+
+    for event, count in (("train", ITERATIONS), ("eval", ITERATIONS // 9 + 2)):
+        straight = {r["iteration"]: measured(r) for r in launches.records(calm / "run", event)}
+        assert len(straight) == count
+        disturbed = launches.records(killed / "run", event)
+        assert {r["iteration"] for r in disturbed} == straight.keys()
+        different = [r["iteration"] for r in disturbed if measured(r) != straight[r["iteration"]]]
+        assert different == [], f"{event}: of {len(disturbed)} records these differ from the undisturbed run"
+    mine, theirs = last_checkpoint(killed / "run"), last_checkpoint(calm / "run")
+    assert mine.keys() == theirs.keys()
+    assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
+
+    check_history(launches.records(killed / "run"), killer)
+    left = {entry.name for entry in (killed / "run").iterdir()} - {"lock", "config.json", "metrics.jsonl", "exit.json"}
+    assert left == {entry.name for entry in (calm / "run").iterdir()} - {"lock", "config.json", "metrics.jsonl", "exit.json"}
+    assert json.loads((killed / "run" / "exit.json").read_text())["is_done"]
+
+
+def check_history(records: list[dict], killer: Killer) -> None:
+    """No life of the run starts before the newest checkpoint of the lives before."""
+    saved = at = 0
+    for record in records:
+        if record["event"] == "save":
+            saved = max(saved, record["iteration"])
+        if record["event"] == "start":
+            at = 0
+        if record["event"] == "load":
+            at = record["iteration"]
+            assert at >= saved, f"went back to {at}, though {saved} was saved"
+        if record["event"] == "train":
+            assert record["iteration"] == at + 1
+            at += 1
+    loads = [r["iteration"] for r in records if r["event"] == "load"]
+    for count, committed in killer.promises:
+        if committed:
+            assert loads[count] >= committed, f"load {count} took {loads[count]}, though {committed} was committed"
+    assert {"training", "saving", "starting"} == set(killer.moments)
