@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.checkpoint.compare import architecture_differences
-from megatron_moe.checkpoint.files import CheckpointError, iteration_name, iterations_in, read_manifest
+from megatron_moe.checkpoint.files import CheckpointError, iteration_name, iterations_in, other_format, read_manifest
 from megatron_moe.config.output import CheckpointConfig
 
 
-def checkpoint_problems(config: CheckpointConfig, architecture: dict[str, Any]) -> list[str]:
+def checkpoint_problems(config: CheckpointConfig, architecture: dict[str, Any], needs_optimizer_state: bool) -> list[str]:
     """One sentence per mistake in the checkpoint flags; `architecture` is what the run is about to build."""
-    problems = list(_load_problems(config, architecture)) if config.load else []
+    wants_optimizer = needs_optimizer_state and not (config.finetune or config.no_load_optim)
+    problems = list(_load_problems(config, architecture, wants_optimizer)) if config.load else []
     return problems + ([*_save_problems(Path(config.save)), *_branch_problems(config)] if config.save else [])
 
 
-def _load_problems(config: CheckpointConfig, architecture: dict[str, Any]) -> Iterator[str]:
+def _load_problems(config: CheckpointConfig, architecture: dict[str, Any], wants_optimizer: bool) -> Iterator[str]:
     directory = Path(config.load)
     present = iterations_in(directory)
     if config.ckpt_step is not None and config.ckpt_step not in present:
@@ -27,7 +28,8 @@ def _load_problems(config: CheckpointConfig, architecture: dict[str, Any]) -> It
     elif not present and not _is_same(config.load, config.save):
         yield f"--load {directory}: {_why_empty(directory)}"
     elif present:
-        yield from _architecture_problems(directory, [config.ckpt_step] if config.ckpt_step is not None else present[::-1], architecture)
+        candidates = [config.ckpt_step] if config.ckpt_step is not None else present[::-1]
+        yield from _content_problems(directory, candidates, architecture, wants_optimizer)
 
 
 def _known(present: list[int]) -> str:
@@ -40,21 +42,30 @@ def _why_empty(directory: Path) -> str:
         return f"this is one checkpoint; give --load {directory.parent} --ckpt-step {step}"
     if not directory.is_dir():
         return "there is no such directory; only the directory of --save may be new"
-    return f"there is no checkpoint in it (no {iteration_name(100)} or alike); only the directory of --save may be empty"
+    return (
+        other_format(directory)
+        or f"there is no checkpoint in it (no {iteration_name(100)} or alike); only the directory of --save may be empty"
+    )
 
 
-def _architecture_problems(directory: Path, iterations: list[int], architecture: dict[str, Any]) -> Iterator[str]:
+def _content_problems(directory: Path, iterations: list[int], architecture: dict[str, Any], wants_optimizer: bool) -> Iterator[str]:
     """Of the first checkpoint whose manifest can be read: that is the one that will be loaded."""
     unreadable = []
     for iteration in iterations:
         try:
-            meta = read_manifest(directory / iteration_name(iteration)).meta
+            manifest = read_manifest(directory / iteration_name(iteration))
         except CheckpointError as error:
             unreadable.append(str(error))
             continue
-        if table := architecture_differences(meta.get("architecture", architecture), architecture):
+        if table := architecture_differences(manifest.meta.get("architecture", architecture), architecture):
             head = f"--load {directory}: {iteration_name(iteration)} is of another architecture"
             yield "\n    ".join([head, *table])
+        if wants_optimizer and manifest.tensors and not any(name.startswith("optimizer.") for name in manifest.tensors):
+            yield (
+                f"--load {directory}: {iteration_name(iteration)} holds weights without optimizer state (saved with --no-save-optim, or "
+                "converted without --include-optimizer); add --no-load-optim to go on from its iteration and place in the data with a "
+                "fresh optimizer, or --finetune to start at iteration 0"
+            )
         return
     yield f"--load {directory}: no checkpoint can be read: {'; '.join(unreadable[:3])}"
 

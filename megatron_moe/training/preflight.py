@@ -51,7 +51,7 @@ def prepare(run: RunConfig, world_size: int) -> Prepared:
         problems += data_problems(d, run.training.seq_length, vocab_size, tokenizer.fingerprint if tokenizer else None)
     described = dataclasses.asdict(run.tokenizer) | {"fingerprint": tokenizer.fingerprint if tokenizer else None}
     prepared = Prepared(run, vocab_size, tokenizer.eod if tokenizer else -1, described)
-    problems += checkpoint_problems(run.checkpoint, prepared.architecture)
+    problems += checkpoint_problems(run.checkpoint, prepared.architecture, run.optimizer.has_state)
     try:
         build_schedule(run.optimizer, run.training, run.global_batch_size(world_size), run.train_iterations(world_size))
     except ValueError as error:

@@ -24,7 +24,8 @@ def add_checkpoint(directory, iteration, **changes):
 
 
 def problems(**flags):
-    return checkpoint_problems(CheckpointConfig(**{name: str(v) if isinstance(v, Path) else v for name, v in flags.items()}), ARCHITECTURE)
+    config = CheckpointConfig(**{name: str(v) if isinstance(v, Path) else v for name, v in flags.items()})
+    return checkpoint_problems(config, ARCHITECTURE, needs_optimizer_state=True)
 
 
 def test_nothing_to_check_is_no_problem(tmp_path):
