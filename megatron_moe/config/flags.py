@@ -68,7 +68,7 @@ class FieldSpec:
 
     @property
     def option(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return "--" + self.name.rstrip("_").replace("_", "-")  # the field of --from is called from_
 
     @property
     def options(self) -> list[str]:

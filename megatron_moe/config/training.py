@@ -113,3 +113,8 @@ class OptimizerConfig:
         warmups = [n for n in WARMUP_LENGTHS if getattr(self, n)]
         if len(warmups) > 1:
             yield f"give the warm-up in one unit only, not {' and '.join('--' + n.replace('_', '-') for n in warmups)}"
+
+    @property
+    def has_state(self) -> bool:
+        """Whether it remembers anything of earlier steps."""
+        return self.optimizer == "adam" or self.sgd_momentum > 0
