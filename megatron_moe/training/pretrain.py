@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_moe import mpu
 from megatron_moe.checkpoint.manager import CheckpointManager
+from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch, make_batch
 from megatron_moe.data.loader import SplitDatasets, build_datasets, build_loader
 from megatron_moe.metrics.throughput import Throughput, peak_memory_bytes, tflops_per_device
@@ -52,7 +53,7 @@ class Run:
     total_iterations: int
 
     @property
-    def config(self):
+    def config(self) -> RunConfig:
         return self.prepared.run
 
     @property
