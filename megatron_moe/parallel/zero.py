@@ -59,8 +59,10 @@ def gathered_dtype(name: str, p: nn.Parameter, bf16: bool) -> torch.dtype:
 
 
 def sync_gradients(model: nn.Module, zero_stage: int, is_last_microbatch: bool) -> None:
-    """Before each microbatch: stages 0 and 1 reduce whole gradients once per step, 2 and 3 after every microbatch."""
+    """Before each microbatch: stages 0 and 1 reduce whole gradients once per step, 2 and 3 after every microbatch; stage 3
+    frees gathered parameters after every backward, the others keep them until the last one of the step."""
     model.set_requires_gradient_sync(is_last_microbatch or zero_stage >= 2)
+    model.set_reshard_after_backward(is_last_microbatch or zero_stage == 3)
     model.set_is_last_backward(is_last_microbatch)
 
 

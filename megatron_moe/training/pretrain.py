@@ -19,6 +19,7 @@ from megatron_moe.checkpoint.files import CheckpointError, iteration_name, write
 from megatron_moe.checkpoint.lock import DirectoryLock
 from megatron_moe.checkpoint.manager import CheckpointManager
 from megatron_moe.checkpoint.ranks import Ranks
+from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch, make_batch
 from megatron_moe.data.loader import SplitDatasets, build_datasets, build_loader
 from megatron_moe.metrics.throughput import Throughput, peak_memory_bytes, tflops_per_device
@@ -68,7 +69,7 @@ class Run:
     total_iterations: int
 
     @property
-    def config(self):
+    def config(self) -> RunConfig:
         return self.prepared.run
 
     @property

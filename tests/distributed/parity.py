@@ -2,13 +2,14 @@
 
 `reference(model_flags)` trains a plain GPT - no mesh, no DTensor, no FSDP - on the whole batch in this process.
 `layout(flags)` trains the same model in a layout, on every rank of a pool. Both return losses and norms of every step, all
-gradients of the first, routing statistics, and the weights after the last. `worst` compares.
+gradients of the first, routing statistics, and the weights after the last. `check` compares.
 """
 # B sequences, S tokens each
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.distributed as dist
@@ -166,6 +167,12 @@ def norm_of_ones(model: GPT, stage_ranks: int) -> torch.Tensor:
     return norm
 
 
+def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    """The assertion of every parity test, which the planted faults must turn red."""
+    name, error = max(errors(found, expected).items(), key=lambda item: item[1])
+    assert error < tolerance, f"{name} is off by {error:.1e}"
+
+
 def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
     """max|a - b| / max|b| by entry; entries that are zero by symmetry (key biases) are measured against 1e-3."""
     assert set(found) == set(expected) | {"ones"}, set(found) ^ set(expected)
@@ -174,9 +181,4 @@ def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
         a = found[name]
         assert a.shape == b.shape, f"{name}: {tuple(a.shape)} != {tuple(b.shape)}"
         result[name] = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-3))
-    return result
-
-
-def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
-    name, error = max(errors(found, expected).items(), key=lambda item: item[1])
-    return error, name
+    return {name: math.inf if math.isnan(error) else error for name, error in result.items()}  # nothing is greater than NaN
