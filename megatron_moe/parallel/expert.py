@@ -11,6 +11,7 @@ from megatron_moe.moe.dispatch import build_dispatcher
 from megatron_moe.moe.experts import STACKS
 from megatron_moe.moe.layer import MoELayer, moe_layers
 from megatron_moe.mpu.mesh import ParallelMesh
+from megatron_moe.utils.compat import sum_over_ranks
 
 
 def apply_expert_parallel(model: GPT, mesh: ParallelMesh, dispatcher: str) -> None:
@@ -41,9 +42,7 @@ def share_microbatch_counts(model: GPT, group: dist.ProcessGroup) -> None:
     """A microbatch is spread over the ranks of `group` (cp x tp): routing counts of the balance loss are summed over it."""
 
     def sum_counts(counts_E: Tensor) -> Tensor:
-        counts_E = counts_E.clone()
-        dist.all_reduce(counts_E, group=group)
-        return counts_E
+        return sum_over_ranks(counts_E, group)
 
     if dist.get_world_size(group) > 1:
         for moe in moe_layers(model):

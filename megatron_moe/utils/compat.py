@@ -35,6 +35,11 @@ def all_gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return funcol.wait_tensor(_all_gather_autograd(x.contiguous(), 0, group))
 
 
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """A new tensor; no gradient. torch.compile traces it."""
+    return funcol.wait_tensor(funcol.all_reduce(x, "sum", group))
+
+
 def reduce_scatter_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[ranks * n, ...] -> the sum of everyone's n rows for this rank; the backward is an all-gather."""
     return funcol.wait_tensor(_reduce_scatter_autograd(x.contiguous(), "sum", 0, group))

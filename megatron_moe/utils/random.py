@@ -5,7 +5,7 @@ for (a stream number: layer and purpose) and which feature or expert it concerns
 token selection are equal under every parallel layout, and recomputation replays them without any saved state.
 
     keys_BS = token_keys(seed=1, iteration=7, sample_ids_B=batch.sample_ids, seq_length=S)
-    mask_BSD = uniform(keys_BS, stream(layer=3, purpose=Purpose.HIDDEN_DROPOUT), D) >= p
+    mask_BSD = uniform(layer_keys(keys_BS, layer=3), Purpose.MLP_OUTPUT_DROPOUT, D) >= p
 """
 
 from __future__ import annotations
@@ -60,6 +60,14 @@ def token_keys(seed: int, iteration: int, sample_ids_B: Tensor, seq_length: int)
     per_sample_B = mix(sample_ids_B.to(torch.int64) * _GOLDEN + base)
     position_S = torch.arange(1, seq_length + 1, dtype=torch.int64, device=sample_ids_B.device)
     return mix(per_sample_B[:, None] + position_S * _GOLDEN)
+
+
+def layer_keys(keys: Tensor, layer: int) -> Tensor:
+    """Keys from which layer 0's streams draw what `layer`'s streams draw from `keys`.
+
+    The number of the layer is in the data then, and not in the code: one compiled graph serves all layers.
+    """
+    return keys + _wrap(stream(layer, Purpose(0)) * _GOLDEN)
 
 
 def uniform(keys: Tensor, stream_id: int, features: int, first_feature: int = 0) -> Tensor:
