@@ -24,10 +24,10 @@ def _load_problems(config: CheckpointConfig, architecture: dict[str, Any]) -> It
     present = iterations_in(directory)
     if config.ckpt_step is not None and config.ckpt_step not in present:
         yield f"--ckpt-step {config.ckpt_step}: {directory} has {_known(present)}"
-    elif not present and config.exit_on_missing_checkpoint:
-        yield f"--load {directory}: there is no checkpoint in it, and --exit-on-missing-checkpoint wants one"
     elif not present and not _is_same(config.load, config.save):
         yield f"--load {directory}: {_why_empty(directory)}"
+    elif not present and config.exit_on_missing_checkpoint:
+        yield f"--load {directory}: there is no checkpoint in it, and --exit-on-missing-checkpoint wants one"
     elif present:
         yield from _architecture_problems(directory, [config.ckpt_step] if config.ckpt_step is not None else present[::-1], architecture)
 
