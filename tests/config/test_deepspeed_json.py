@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from upstream_commands import ALL, ds_json
 
 from megatron_moe.arguments import MissingFile, check_to_train, parse_args
@@ -154,6 +156,7 @@ def test_fp16_in_the_json_is_the_flag(with_json):
         ({"train_batch_size": None}, "train_batch_size wants a value, not null"),
         ({"fp16": {"enabled": "true"}}, "fp16.enabled wants true or false, not 'true'"),
         ({"fp16": {"loss_scale": "big"}}, "fp16.loss_scale wants a number, not 'big'"),
+        ({"log_level": 3}, "log_level wants text, not 3"),
         ({"gradient_clipping": True}, "gradient_clipping wants a number, not True"),
         ({"zero_optimization": {"overlap_comm": 1}}, "zero_optimization.overlap_comm wants true or false, not 1"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type must be one of Adam, AdamW, FusedAdam, DeepSpeedCPUAdam, SGD, not 'Lamb'"),
@@ -305,6 +308,26 @@ def test_accumulation_steps_give_the_global_batch(with_json):
 def test_a_batch_without_its_microbatch_says_what_is_taken(with_json):
     (warning,) = parse_args(with_json({"train_batch_size": 8})).warnings
     assert "train_batch_size without train_micro_batch_size_per_gpu" in warning and "--micro-batch-size is 1" in warning
+
+
+# ---------------------------------------------------------------- any JSON at all
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["auto", "5e8", "Adam", "WarmupLR", "cpu", ""])
+NAMES = st.sampled_from(sorted({name for key in KEYS for name in key.split(".")})) | st.text(max_size=3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=12)
+       | st.dictionaries(st.sampled_from(sorted(KEYS)), SCALARS, max_size=4))  # fmt: skip
+def test_no_json_raises_and_what_is_read_are_values_of_fields(content):
+    if isinstance(content, dict):
+        content = (
+            {k: v for key, v in content.items() for k, v in nested(key, v).items()} if any("." in str(k) for k in content) else content
+        )
+    read = read_deepspeed(content if isinstance(content, dict) else {"optimizer": content})
+    assert read.values.keys() <= FIELDS.keys()
+    assert all(isinstance(text, str) and text for text in [*read.problems, *read.not_yet, *read.warnings])
+    assert all(read.origin(name).fields for name in read.values)
 
 
 # ---------------------------------------------------------------- whole files

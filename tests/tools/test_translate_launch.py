@@ -107,7 +107,7 @@ def test_settings_that_a_preset_would_change_are_all_written_out(translated):
 
 
 def test_values_survive_the_shell(capsys):
-    values = ["a b", "it's", "$HOME `id`", '"', "a\n# b", "*", "~", "back\\slash"]
+    values = ["a b", "it's", "$HOME `id`", '"', "a\nexit 1", "*", "~", "back\\slash"]
     for value in values:
         assert translate_launch.main(["--", "deepspeed", "pretrain_gpt.py", "--save", value, "--mock-data"]) == 0
         out = capsys.readouterr().out
