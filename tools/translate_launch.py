@@ -15,6 +15,7 @@ be translated, which the messages name; no command is printed. With --run exit c
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import shlex
@@ -177,6 +178,8 @@ def take_options(words: list[str], values_of) -> tuple[list[tuple[str, list[str]
         name, equals, value = words[0].partition("=")
         name = name.lstrip("-").replace("-", "_")
         count = 0 if equals else values_of(name)
+        if count is None:  # of an unknown option: what is no program is its value
+            count = int(len(words) > 1 and not words[1].startswith("-") and not words[1].endswith(".py"))
         options.append((name, [value] if equals else words[1 : 1 + count]))
         words = words[1 + count :]
     return options, words
@@ -184,7 +187,7 @@ def take_options(words: list[str], values_of) -> tuple[list[tuple[str, list[str]
 
 def take_deepspeed(words: list[str], result: Translation) -> list[str]:
     known = RENAMED | DROPPED | IMPOSSIBLE | {"hostfile": (1, ""), "include": (1, "")}
-    options, rest = take_options(words, lambda name: known.get(SHORT.get(name, name), (0,))[0])
+    options, rest = take_options(words, lambda name: known.get(SHORT.get(name, name), (None,))[0])
     given = {SHORT.get(name, name): " ".join(values) for name, values in options}
     result.rows.append(Row("deepspeed", "torchrun"))
     chosen: dict[str, str] = {}
@@ -200,7 +203,9 @@ def take_deepspeed(words: list[str], result: Translation) -> list[str]:
         elif name == "include":
             chosen |= take_include(value, result)
         else:
-            result.problems.append(f"{shown} of deepspeed: {IMPOSSIBLE[name][1] if name in IMPOSSIBLE else 'there is no such option'}")
+            near = difflib.get_close_matches(name, known, 1)
+            unknown = "there is no such option" + (f"; did you mean --{near[0]}?" if near else "")
+            result.problems.append(f"{shown} of deepspeed: {IMPOSSIBLE[name][1] if name in IMPOSSIBLE else unknown}")
     set_nodes(chosen, result)
     result.launcher = ["torchrun", *(w for option, value in chosen.items() for w in (option, value))]
     return take_program(rest, result)

@@ -10,6 +10,7 @@ import pytest
 from megatron_moe.checkpoint.compare import architecture_differences
 from megatron_moe.checkpoint.files import Manifest, write_manifest
 from megatron_moe.checkpoint.preflight import checkpoint_problems
+from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.output import CheckpointConfig
 from megatron_moe.config.run import RunConfig
 
@@ -40,6 +41,15 @@ def test_load_without_a_checkpoint_is_a_problem_unless_it_is_the_save_directory(
     (only,) = problems(load=tmp_path / "typo", save=tmp_path)
     assert only == f"--load {tmp_path}/typo: there is no such directory; only the directory of --save may be new"
     assert problems(load=f"{tmp_path}/./", save=tmp_path) == []
+
+
+def test_exit_on_missing_checkpoint_refuses_an_empty_directory_also_when_it_is_that_of_save(tmp_path):
+    (only,) = problems(load=tmp_path, save=tmp_path, exit_on_missing_checkpoint=True)
+    assert only == f"--load {tmp_path}: there is no checkpoint in it, and --exit-on-missing-checkpoint wants one"
+    add_checkpoint(tmp_path, 10)
+    assert problems(load=tmp_path, save=tmp_path, exit_on_missing_checkpoint=True) == []
+    with pytest.raises(ConfigError, match="--exit-on-missing-checkpoint needs --load DIR"):
+        problems(save=tmp_path, exit_on_missing_checkpoint=True)
 
 
 def test_load_of_one_iteration_directory_gets_the_right_flags(tmp_path):

@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from upstream_commands import UPSTREAM
+from upstream_commands import EXAMPLES
 
 from megatron_moe.arguments import parse_args
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.config.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = [name for name in UPSTREAM if not name.endswith("-mos")]
+RECIPES = [name for name in EXAMPLES if not name.endswith("-mos")]
 
 # What a preset does not take over from the command, and why.
 OF_ONE_RUN = {"vocab_file", "merge_file", "data_path", "save", "load", "tensorboard_dir"}  # paths
@@ -33,7 +33,7 @@ def settings_of(run: RunConfig) -> dict:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_preset_is_the_upstream_command(name):
-    ours, theirs = settings_of(parse_args(["--preset", name]).run), settings_of(parse_args(UPSTREAM[name].split()).run)
+    ours, theirs = settings_of(parse_args(["--preset", name]).run), settings_of(parse_args(EXAMPLES[name].flags).run)
     different = {n for n in ours if ours[n] != theirs[n]}
     assert different <= OF_ONE_RUN | OF_WRITING | OTHERWISE
     assert {n for n in different - OF_ONE_RUN if n in PRESETS[name].settings} == {"bf16"}
@@ -42,7 +42,7 @@ def test_a_preset_is_the_upstream_command(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_preset_trains_as_long_as_the_upstream_command(name):
     ranks = PRESETS[name].ranks
-    ours, theirs = parse_args(["--preset", name]).run, parse_args(UPSTREAM[name].split()).run
+    ours, theirs = parse_args(["--preset", name]).run, parse_args(EXAMPLES[name].flags).run
     assert ours.train_iterations(ranks) == theirs.train_iterations(ranks)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from distributed_pool import run_distributed
 from torch.distributed.tensor import DTensor
-from upstream_commands import RANKS, TEXTS, UPSTREAM
+from upstream_commands import ALL, EXAMPLES
 
 from megatron_moe.arguments import parse_args
 from megatron_moe.config.flags import ConfigError
@@ -29,15 +29,15 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = "--preset tiny --mock-data"
 
 
-def plan_of(command: str, world: int = 1) -> dict:
-    parsed = parse_args(["--dry-run", *shlex.split(command)])
+def plan_of(command: str | list[str], world: int = 1) -> dict:
+    parsed = parse_args(["--dry-run", *(shlex.split(command) if isinstance(command, str) else command)])
     missing = [file.path for file in parsed.missing]
     return json.loads(as_json(build_plan(parsed.run, world, parsed.given, missing, parsed.not_yet, parsed.warnings)))
 
 
 @functools.cache
 def plan_of_known(name: str) -> dict:
-    return plan_of((UPSTREAM | TEXTS)[name], RANKS.get(name, 64))
+    return plan_of(ALL[name].flags, max(ALL[name].ranks, 64))
 
 
 def problems_of(command: str, world: int = 1) -> list[str]:
@@ -101,7 +101,7 @@ TOTALS = {  # by hand, the integer that comes out, billions as published
 
 
 def test_the_table_of_totals_has_every_command():
-    assert TOTALS.keys() == (UPSTREAM | TEXTS).keys()
+    assert TOTALS.keys() == ALL.keys()
 
 
 @pytest.mark.parametrize("name", TOTALS)
@@ -140,12 +140,12 @@ def test_experts_and_ep_degree_of_a_pyramid_follow_the_layer():
     assert [layer["expert_parallel"] for layer in student["layers"][1::2]] == [64] * 8 + [128] * 2
 
 
-@pytest.mark.parametrize("name", UPSTREAM)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_upstream_commands_are_planned_whole(name):
     plan = plan_of_known(name)
     assert plan["per_rank"]["fullest"]["rank"] == 0
-    assert plan["missing_paths"][:2] == ["data/gpt2-vocab.json", "data/gpt2-merges.txt"]
-    assert "run" in plan["missing_paths"] and any(path.startswith("data/p") for path in plan["missing_paths"])
+    assert plan["missing_paths"][:2] == ["gpt2-vocab.json", "gpt2-merges.txt"]
+    assert "out/run" in plan["missing_paths"] and any(path.startswith("/data/") for path in plan["missing_paths"])
     assert plan["length"]["decided_by"] == "--train-tokens"
     assert plan["length"]["tokens"] - 300_000_000_000 < plan["batch"]["tokens_per_step"]
     assert plan["learning_rate"]["warmup"] == 375_000_000
@@ -346,7 +346,7 @@ def run_command(*words: str) -> subprocess.CompletedProcess:
 
 
 def test_the_command_prints_one_json_object_and_warns_elsewhere():
-    done = run_command(*UPSTREAM["gpt-1.3b-moe-128"].split(), "--dry-run", "--dry-run-world-size", "64")
+    done = run_command(*EXAMPLES["gpt-1.3b-moe-128"].flags, "--dry-run", "--dry-run-world-size", "64")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == plan_of_known("gpt-1.3b-moe-128")
     assert "warning: --no-pipeline-parallel has no effect" in done.stderr

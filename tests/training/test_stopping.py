@@ -95,3 +95,22 @@ def test_signal_that_arrives_twice_is_one_and_a_later_one_ends_the_process(monke
         assert killed == [signal.SIGUSR1]
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_kill_switch_file_saves_and_exits_and_must_be_gone_to_start(tmp_path):
+    switch = tmp_path / "stop"
+    process = start(tmp_path / "run", f"--kill-switch-file {switch}")
+    try:
+        wait_for_steps(tmp_path / "run", 2)
+        switch.touch()
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    stop = read_records(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert (stop["event"], stop["reason"]) == ("stop", f"--kill-switch-file {switch} is there")
+    assert (tmp_path / "run" / f"iter_{stop['iteration']:07d}" / "manifest.json").exists()
+    again = start(tmp_path / "other", f"--kill-switch-file {switch}")
+    _, err = again.communicate(timeout=60)
+    assert again.returncode == 2 and f"--kill-switch-file {switch} is there already" in err
+    assert not (tmp_path / "other").exists()
