@@ -209,7 +209,6 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_moe.checkpoint.files import CheckpointError
     from megatron_moe.conversion.convert import ConversionError
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
         run(config)
     except ConversionError as fault:
@@ -230,4 +229,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     sys.exit(main())

@@ -32,6 +32,9 @@ class ConfigError(ValueError):
         self.problems = list(dict.fromkeys(problems))
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self):
+        return ConfigError, (self.problems,)  # pickled by its problems, not by the text that was made of them
+
 
 @dataclasses.dataclass(frozen=True)
 class FlagInfo:

@@ -56,7 +56,7 @@ class NativeSource:
             tensors = {n: torch.empty(self.tensors[n]["shape"], dtype=getattr(torch, self.tensors[n]["dtype"])) for n in group}
             load_tensors(self.path, tensors, complete=())
             for name in group:
-                yield name, tensors.pop(name)
+                yield name, tensors[name]
 
 
 def _groups(names: Sequence[str], tensors: Tensors) -> Iterator[list[str]]:

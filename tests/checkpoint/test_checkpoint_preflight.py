@@ -131,3 +131,30 @@ def test_preflight_does_not_import_torch():
     code = "import sys, megatron_moe.checkpoint.preflight; sys.exit('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("flags", "optimizer_has_state", "is_problem"), [
+    ({}, True, True),
+    ({"no_load_optim": True}, True, False),
+    ({"finetune": True}, True, False),
+    ({}, False, False),
+])  # fmt: skip
+def test_weights_without_optimizer_state_are_not_taken_for_a_whole_checkpoint(tmp_path, flags, optimizer_has_state, is_problem):
+    path = tmp_path / "iter_0000010"
+    path.mkdir()
+    tensors = {"model.w": {"shape": [2], "dtype": "float32"}}
+    write_manifest(path, Manifest(10, 1, tensors, {}, {"architecture": ARCHITECTURE}))
+    found = checkpoint_problems(CheckpointConfig(load=str(tmp_path), **flags), ARCHITECTURE, optimizer_has_state)
+    assert bool(found) == is_problem
+    if is_problem:
+        assert "add --no-load-optim to go on from its iteration" in found[0]
+        assert "or --finetune to start at iteration 0" in found[0]
+    tensors["optimizer.step.w"] = {"shape": [], "dtype": "float32"}
+    write_manifest(path, Manifest(10, 1, tensors, {}, {"architecture": ARCHITECTURE}))
+    assert checkpoint_problems(CheckpointConfig(load=str(tmp_path), **flags), ARCHITECTURE, optimizer_has_state) == []
+
+
+def test_a_folder_of_safetensors_is_recognised(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (only,) = problems(load=tmp_path)
+    assert "tools/convert_checkpoint.py --from safetensors --to native makes a run directory" in only
