@@ -88,4 +88,4 @@ class _Tokenizer:
     """What their dataset asks of one."""
 
     unique_identifiers = {"name": "none"}
-    eod, pad = 65000, 65001
+    vocab_size, eod, pad = 65002, 65000, 65001
