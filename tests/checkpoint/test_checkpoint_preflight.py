@@ -13,6 +13,7 @@ from megatron_moe.checkpoint.preflight import checkpoint_problems
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.output import CheckpointConfig
 from megatron_moe.config.run import RunConfig
+from megatron_moe.config.training import OptimizerConfig
 
 ARCHITECTURE = RunConfig().architecture(vocab_size=1000)
 
@@ -144,14 +145,16 @@ def test_weights_without_optimizer_state_are_not_taken_for_a_whole_checkpoint(tm
     path.mkdir()
     tensors = {"model.w": {"shape": [2], "dtype": "float32"}}
     write_manifest(path, Manifest(10, 1, tensors, {}, {"architecture": ARCHITECTURE}))
-    found = checkpoint_problems(CheckpointConfig(load=str(tmp_path), **flags), ARCHITECTURE, optimizer_has_state)
+    optimizer = OptimizerConfig() if optimizer_has_state else OptimizerConfig(optimizer="sgd", sgd_momentum=0.0)
+    run = RunConfig(checkpoint=CheckpointConfig(load=str(tmp_path), **flags), optimizer=optimizer)
+    found = checkpoint_problems(run, ARCHITECTURE)
     assert bool(found) == is_problem
     if is_problem:
         assert "add --no-load-optim to go on from its iteration" in found[0]
         assert "or --finetune to start at iteration 0" in found[0]
     tensors["optimizer.step.w"] = {"shape": [], "dtype": "float32"}
     write_manifest(path, Manifest(10, 1, tensors, {}, {"architecture": ARCHITECTURE}))
-    assert checkpoint_problems(CheckpointConfig(load=str(tmp_path), **flags), ARCHITECTURE, optimizer_has_state) == []
+    assert checkpoint_problems(run, ARCHITECTURE) == []
 
 
 def test_a_folder_of_safetensors_is_recognised(tmp_path):

@@ -24,7 +24,8 @@ SETTINGS = """
     seq-length max-position-embeddings train-tokens train-iters train-samples lr min-lr lr-decay-style split log-interval eval-interval
     eval-iters save-interval weight-decay clip-grad num-workers load save tensorboard-queue-size tensorboard-dir vocab-file merge-file
     tokenizer-type tokenizer-model vocab-size data-path train-data-path valid-data-path test-data-path data-cache-path
-    pipeline-model-parallel-size hidden-dropout attention-dropout layernorm-epsilon make-vocab-size-divisible-by seed finetune
+    train-data-exact-num-epochs
+    hidden-dropout attention-dropout layernorm-epsilon make-vocab-size-divisible-by seed finetune
     no-load-optim no-save-optim exit-on-missing-checkpoint kill-switch-file untie-embeddings-and-output-weights swiglu normalization
     use-rotary-position-embeddings rotary-position-embeddings-theta disable-bias-linear bf16 reset-position-ids reset-attention-mask
     eod-mask-loss distributed-backend sgd-momentum optimizer
@@ -46,11 +47,11 @@ WITHOUT_MEANING = """
 """
 
 NOT_BUILT = """
-    fp16 rampup-batch-size enable-expert-tensor-parallelism sequence-parallel num-experts-switch inference skip-train load-tag
-    universal-checkpoint mos kd kd-alpha-ce kd-beta-ce kd-temp reset-iteration load-teacher num-layers-teacher num-experts-teacher
+    pipeline-model-parallel-size fp16 rampup-batch-size enable-expert-tensor-parallelism sequence-parallel num-experts-switch inference skip-train
+    load-tag universal-checkpoint mos kd kd-alpha-ce kd-beta-ce kd-temp reset-iteration load-teacher num-layers-teacher num-experts-teacher
     hidden-size-teacher num-attention-heads-teacher cpu-optimizer ds-sequence-parallel-size force-ds-sequence-parallel
     ds-sequence-parallel-fpdt ds-sequence-parallel-fpdt-chunk-size ds-sequence-parallel-fpdt-offloading random-ltd
-    data-efficiency-curriculum-learning train-data-exact-num-epochs return-data-index train-idx-path train-desc-path train-doc-idx-path
+    data-efficiency-curriculum-learning return-data-index train-idx-path train-desc-path train-doc-idx-path
     train-sample-idx-path train-shuffle-idx-path start-weight-decay end-weight-decay weight-decay-incr-style wandb-project wandb-entity
     wandb-exp-name wandb-save-dir profile profile_steps profile-ranks num-layers-per-virtual-pipeline-stage
 """

@@ -144,7 +144,7 @@ def test_experts_and_ep_degree_of_a_pyramid_follow_the_layer():
 def test_upstream_commands_are_planned_whole(name):
     plan = plan_of_known(name)
     assert plan["per_rank"]["fullest"]["rank"] == 0
-    assert plan["missing_paths"][:2] == ["gpt2-vocab.json", "gpt2-merges.txt"]
+    assert plan["missing_paths"][:3] == ["ds_config.json", "gpt2-vocab.json", "gpt2-merges.txt"]
     assert "out/run" in plan["missing_paths"] and any(path.startswith("/data/") for path in plan["missing_paths"])
     assert plan["length"]["decided_by"] == "--train-tokens"
     assert plan["length"]["tokens"] - 300_000_000_000 < plan["batch"]["tokens_per_step"]
