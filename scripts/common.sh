@@ -14,7 +14,7 @@ REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # per process; several processes share the cores
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1    # else workers that torchrun restarts read stale peer addresses
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}" # seconds between a signal and kill -9: a save takes time
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}" # seconds between a signal and kill -9: a save takes time
 export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
 say() { printf '== %s\n' "$*"; }

@@ -35,6 +35,7 @@ from megatron_moe.data.mock import MockDataset
 
 logger = logging.getLogger(__name__)
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the trainer answers them, its workers do not
 SPLITS = ("train", "valid", "test")
 SCANNED_TOKENS = 1 << 22  # how many tokens are looked at to find one outside the vocabulary
 SCANNED_PIECES = 64
@@ -289,7 +290,12 @@ def build_loader(
         worker_init_fn=leash.start_worker,
         pin_memory=torch.cuda.is_available(),
     )
-    batches = iter(loader)
+    # Workers that get a signal before they ignore it die of it; a new process inherits what its parent blocks.
+    allowed = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
     multiprocessing.util.Finalize(batches, leash.release, exitpriority=100)
     return batches
 
@@ -297,7 +303,7 @@ def build_loader(
 class _Leash:
     """Keeps data workers alive through signals, and ends them when the trainer ends.
 
-    SIGTERM and Ctrl-C reach the whole process group, and workers that die of them take the trainer along before it has
+    The signals that stop a run reach the whole process group, and workers that die of them take the trainer along before it has
     saved. But SIGTERM is also how Python's own exit ends them, and then waits for them: workers that merely ignore it
     while the loader is still in use hang the trainer's exit for ever. So Python's exit sets a flag first, which they watch.
     """
@@ -306,8 +312,8 @@ class _Leash:
         self._over = multiprocessing.RawValue("b", 0)  # without a lock, which a killed worker could hold
 
     def start_worker(self, worker: int) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:

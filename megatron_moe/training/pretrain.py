@@ -260,8 +260,7 @@ def save_checkpoint(run: Run, result: StepResult | None = None) -> None:
     except CheckpointError as error:  # the same on every rank, and nothing half-written
         if result is None or run.config.checkpoint.save_failure == "stop":
             raise
-        logger.error("%s; training goes on (--save-failure continue)", error)
-        run.tracker.event("alert", iteration=run.progress.iteration, reason=str(error))
+        run.tracker.event("alert", iteration=run.progress.iteration, reason=f"{error}; training goes on (--save-failure continue)")
         return
     run.tracker.event("save", iteration=run.progress.iteration, path=run.config.checkpoint.save)
 
@@ -346,11 +345,11 @@ def next_commands(run: Run) -> str:
             "  torchrun --nproc-per-node 2 pretrain_gpt_moe.py --preset tiny --mock-data --train-iters 20 --moe-expert-parallel-size 2\n"
             "  bash scripts/quickstart.sh        # real text: tokenizer, data, training, plot, sample"
         )
-    save_dir = c.checkpoint.save
+    save_dir, step, last = c.checkpoint.save, run.progress.iteration, run.total_iterations
     prompt = "def main" if c.tokenizer.kind not in (None, "NullTokenizer") else "5 17 2"  # ids where there is no text
     return (
-        f"Done. Everything is in {save_dir}. Next:\n"
+        f"{'Done' if step >= last else f'Stopped at iteration {step} of {last}'}. Everything is in {save_dir}. Next:\n"
         f"  python tools/plot_run.py --run {save_dir}\n"
         f"  python tools/generate_text.py --load {save_dir} --prompt '{prompt}'\n"
-        f"  add --load {save_dir} and a larger --train-iters to the same command to train on"
+        f"  add --load {save_dir}{' and a larger --train-iters' if step >= last else ''} to the same command to train on"
     )

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe.config.training import TrainingConfig
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from megatron_moe.data.loader import STOP_SIGNALS
 
 
 class Stopper:
@@ -68,7 +67,7 @@ class Stopper:
 
 
 class _Listener:
-    """Calls `heard(number)` for every one of SIGNALS, in a thread of its own.
+    """Calls `heard(number)` for every one of STOP_SIGNALS, in a thread of its own.
 
     Python runs signal handlers in the main thread between two instructions: never, while that waits in a collective for a
     rank that hangs. The interpreter also writes the number to a pipe, at once, and that is read here.
@@ -79,13 +78,13 @@ class _Listener:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._old_descriptor = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._old_handlers = {s: signal.signal(s, lambda *_: None) for s in SIGNALS}
+        self._old_handlers = {s: signal.signal(s, lambda *_: None) for s in STOP_SIGNALS}
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
 
     def _listen(self) -> None:
         while number := os.read(self._read, 1)[0]:
-            if number in SIGNALS:
+            if number in STOP_SIGNALS:
                 self._heard(number)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,13 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.config.training import OptimizerConfig
 
 ARCHITECTURE = RunConfig().architecture(vocab_size=1000)
+SETTINGS = RunConfig().to_dict()
 
 
-def add_checkpoint(directory, iteration, **changes):
+def add_checkpoint(directory, iteration, settings=None, **changes):
     path = directory / f"iter_{iteration:07d}"
     path.mkdir(parents=True)
-    write_manifest(path, Manifest(iteration, 1, {}, {}, {"architecture": ARCHITECTURE | changes}))
+    write_manifest(path, Manifest(iteration, 1, {}, {}, {"architecture": ARCHITECTURE | changes, "config": settings or SETTINGS}))
     return path
 
 
@@ -72,6 +74,28 @@ def test_another_architecture_names_the_fields(tmp_path):
     assert lines[3].split()[:3] == ["--num-experts", "4", "8"]
 
 
+def test_another_dtype_or_optimizer_names_what_differs(tmp_path):
+    then = SETTINGS | {
+        "training": SETTINGS["training"] | {"params_dtype": "float64"},
+        "optimizer": SETTINGS["optimizer"] | {"optimizer": "sgd"},
+    }
+    add_checkpoint(tmp_path, 10, then)
+    (only,) = problems(load=tmp_path)
+    head, *table = only.splitlines()
+    assert head.startswith(f"--load {tmp_path}: iter_0000010 was saved with other settings; give them again")
+    rows = [["--params-dtype", "float64", "float32"], ["--optimizer", "sgd", "adam"]]
+    assert [line.split() for line in table] == [["flag", "checkpoint", "now"], *rows]
+    for flags in ({"finetune": True}, {"no_load_optim": True}):
+        (only,) = problems(load=tmp_path, **flags)
+        assert "--params-dtype" in only and "--optimizer" not in only
+
+
+def test_tracker_without_any_checkpoint_is_a_problem_and_not_a_fresh_start(tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("100")
+    (only,) = problems(load=tmp_path, save=tmp_path)
+    assert "latest_checkpointed_iteration.txt says '100', but there is no checkpoint" in only
+
+
 def test_the_step_that_was_asked_for_is_the_one_compared(tmp_path):
     add_checkpoint(tmp_path, 10, hidden_size=512)
     add_checkpoint(tmp_path, 20)
@@ -103,6 +127,13 @@ def test_save_that_cannot_be_created_or_written_is_a_problem(tmp_path):
 def test_save_without_permission_is_a_problem(tmp_path):
     tmp_path.chmod(0o500)
     assert "Permission denied" in problems(save=tmp_path)[0]
+
+
+def test_all_ranks_may_try_out_save_at_once(tmp_path):
+    """When each made the directory and removed it, one could remove it under the hands of another."""
+    with ThreadPoolExecutor(8) as ranks:
+        answers = ranks.map(lambda _: problems(save=tmp_path / "a" / "b"), range(400))
+        assert [answer for answer in answers if answer] == []
 
 
 def test_trying_out_save_leaves_nothing_behind(tmp_path):

@@ -1,10 +1,11 @@
-"""pretrain_gpt_moe.py with one fault planted in it, the one that $FAULT names. `reached` is a file that says: now.
+"""pretrain_gpt_moe.py with one fault planted in it, the one that $FAULT names. The file $REACHED<rank> says that a rank is there.
 
 Started by test_sudden_death.py and test_stopping.py in place of the program; the product itself has no hooks for this.
 """
 
 import itertools
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ RANK = int(os.environ.get("RANK", "0"))
 
 
 def reached() -> None:
-    Path(os.environ["REACHED"]).touch()
+    Path(os.environ["REACHED"] + str(RANK)).touch()
 
 
 def on_rank_1_at_step_3(fault):
@@ -38,6 +39,7 @@ def broken():
 
 
 def hanging():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else torchrun waits 30 s before it kills
     time.sleep(600)
 
 

@@ -92,12 +92,15 @@ def records(save: Path, event: str | None = None) -> list[dict]:
 def workers_of(process: subprocess.Popen) -> list[int]:
     """Process ids of the ranks under a torchrun, in rank order."""
     pids: dict[int, int] = {}
-    for children in Path(f"/proc/{process.pid}/task").glob("*/children"):
-        for pid in map(int, _read(children).split()):
-            settings = dict(word.partition("=")[::2] for word in _read(Path(f"/proc/{pid}/environ")).split("\0"))
-            if "RANK" in settings:
-                pids[int(settings["RANK"])] = pid
+    for pid in children_of(process.pid):
+        settings = dict(word.partition("=")[::2] for word in _read(Path(f"/proc/{pid}/environ")).split("\0"))
+        if "RANK" in settings:
+            pids[int(settings["RANK"])] = pid
     return [pids[rank] for rank in sorted(pids)]
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for children in Path(f"/proc/{pid}/task").glob("*/children") for child in _read(children).split()]
 
 
 def _read(path: Path) -> str:

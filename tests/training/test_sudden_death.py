@@ -102,13 +102,13 @@ def test_twenty_kills_lose_nothing_and_leave_the_curve_of_the_undisturbed_run(tm
         launches.clear(process)
     assert code == 0, text
 
-    for event, count in (("train", ITERATIONS), ("eval", ITERATIONS // 9 + 2)):
+    for event in ("train", "eval"):
         straight = {r["iteration"]: measured(r) for r in launches.records(calm / "run", event)}
-        assert len(straight) == count
-        disturbed = launches.records(killed / "run", event)
-        assert {r["iteration"] for r in disturbed} == straight.keys()
-        different = [r["iteration"] for r in disturbed if measured(r) != straight[r["iteration"]]]
-        assert different == [], f"{event}: of {len(disturbed)} records these differ from the undisturbed run"
+        disturbed = [(r["iteration"], measured(r)) for r in launches.records(killed / "run", event)]
+        assert straight.keys() <= {iteration for iteration, _ in disturbed}
+        for iteration, values in disturbed:  # also what was computed twice; evaluations after a restart are at other iterations, too
+            assert values == straight.setdefault(iteration, values), f"{event} {iteration} is not that of the undisturbed run"
+    assert {r["iteration"] for r in launches.records(killed / "run", "train")} == set(range(1, ITERATIONS + 1))
     mine, theirs = last_checkpoint(killed / "run"), last_checkpoint(calm / "run")
     assert mine.keys() == theirs.keys()
     assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
@@ -138,3 +138,35 @@ def check_history(records: list[dict], killer: Killer) -> None:
         if committed:
             assert loads[count] >= committed, f"load {count} took {loads[count]}, though {committed} was committed"
     assert {"training", "saving", "starting"} == set(killer.moments)
+
+
+# ---------------------------------------------------------------- one rank only
+
+
+def end_of_faulty_run(fault: str, flags: str, scratch: Path) -> str:
+    """Two ranks under torchrun, one with a fault: that they end, and not with success, is asserted; returns the output."""
+    process = launches.start(
+        f"{launches.TINY} --train-iters 100 --save {scratch}/run --save-interval 1 {flags}",
+        ranks=2, scratch=scratch, program=launches.FAULTY, FAULT=fault,
+    )  # fmt: skip
+    try:
+        code, text = launches.end(process, scratch)
+    finally:
+        launches.clear(process)
+    assert code == 1, text
+    assert not (scratch / "run" / "exit.json").exists()
+    assert iterations_in(scratch / "run")[-1] == 3 and not leftovers_in(scratch / "run")
+    return text
+
+
+def test_exception_on_one_rank_ends_all_and_is_named_in_the_summary(tmp_path):
+    text = end_of_faulty_run("raises", "", tmp_path)
+    summary = text[text.rindex("Root Cause") :]
+    assert "rank      : 1" in summary and "OSError: [Errno 5] Input/output error: '/data/shard_7.bin'" in summary, text
+    assert "rank 0 lost the connection to another rank" in text or "SIGTERM" in text, text
+
+
+def test_rank_that_hangs_ends_the_run_within_the_timeout_and_shows_where_it_hangs(tmp_path):
+    text = end_of_faulty_run("hangs", "--distributed-timeout-minutes 0.1", tmp_path)
+    assert "rank 0 waited for another rank longer than --distributed-timeout-minutes 0.1" in text, text
+    assert "in hanging" in text, text
