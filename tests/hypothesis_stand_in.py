@@ -16,7 +16,8 @@ def install() -> None:
     module.__spec__ = ModuleSpec("hypothesis", None, origin=__file__)  # torch.compile looks for it
     module.given = lambda *_, **__: _skipped
     module.settings = lambda *_, **__: lambda test: test
-    module.assume = module.example = module.note = MagicMock()
+    module.assume = module.note = MagicMock()
+    module.example = lambda *_, **__: lambda test: test
     module.HealthCheck = module.strategies = MagicMock()
     sys.modules["hypothesis"] = module
     sys.modules["hypothesis.strategies"] = module.strategies
