@@ -30,9 +30,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, without an install
 
 from megatron_moe.arguments import Disagreement, Parsed, build_parser, check_to_train, parse_args
-from megatron_moe.config.deepspeed_json import FIELDS, DeepSpeedJson, read_deepspeed
+from megatron_moe.config.deepspeed_json import DeepSpeedJson, read_deepspeed
 from megatron_moe.config.flags import ConfigError, GivenOption, checked, flag, format_problems, given_options, parse_tool, words_of
 from megatron_moe.config.leftovers import LEFTOVERS, NOT_YET, asks_for_nothing
+from megatron_moe.config.run import FIELDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "pretrain_gpt_moe.py"

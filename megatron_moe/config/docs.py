@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from megatron_moe.config.flags import FieldSpec, fields_of, words_of
 from megatron_moe.config.leftovers import LEFTOVERS, NEUTRAL, NOT_YET, SWITCHES
 from megatron_moe.config.presets import PRESETS
-from megatron_moe.config.run import GROUPS
+from megatron_moe.config.run import FIELDS, GROUPS
 
 HEAD = """\
 # Flags
@@ -70,10 +70,9 @@ def _default_of(spec: FieldSpec) -> str:
 def _presets() -> Iterator[str]:
     yield "## Presets\n"
     yield "A named set of flags to start from.\n"
-    specs = {s.name: s for group in GROUPS.values() for s in fields_of(group)}
     for name, values in PRESETS.items():
         yield f"`--preset {name}` is the same as\n"
-        yield "```\n" + "\n".join(" ".join(words_of(specs[field], value)) for field, value in values.items()) + "\n```\n"
+        yield "```\n" + "\n".join(" ".join(words_of(FIELDS[field], value)) for field, value in values.items()) + "\n```\n"
 
 
 def _other_flags() -> Iterator[str]:
