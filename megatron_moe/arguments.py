@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from megatron_moe.config.command import CommandConfig
-from megatron_moe.config.deepspeed_json import FIELDS, WEAK_FIELDS, DeepSpeedJson, read_deepspeed
+from megatron_moe.config.deepspeed_json import WEAK_FIELDS, DeepSpeedJson, read_deepspeed
 from megatron_moe.config.flags import (
     ConfigError,
     HelpFormatter,
@@ -29,7 +29,7 @@ from megatron_moe.config.flags import (
 )
 from megatron_moe.config.leftovers import LEFTOVERS, NOT_YET, notes_on
 from megatron_moe.config.presets import PRESETS
-from megatron_moe.config.run import GROUPS, RunConfig
+from megatron_moe.config.run import FIELDS, GROUPS, RunConfig
 from megatron_moe.config.training import DECAY_LENGTHS, RUN_LENGTHS, WARMUP_LENGTHS
 
 DESCRIPTION = """\

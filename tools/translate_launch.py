@@ -30,9 +30,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, without an install
 
 from megatron_moe.arguments import Disagreement, Parsed, build_parser, check_to_train, parse_args
-from megatron_moe.config.deepspeed_json import FIELDS, DeepSpeedJson, read_deepspeed
+from megatron_moe.config.deepspeed_json import DeepSpeedJson, read_deepspeed
 from megatron_moe.config.flags import ConfigError, GivenOption, checked, flag, format_problems, given_options, parse_tool, words_of
 from megatron_moe.config.leftovers import LEFTOVERS, NOT_YET, asks_for_nothing
+from megatron_moe.config.run import FIELDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "pretrain_gpt_moe.py"
@@ -78,8 +79,8 @@ class Translation:
     """What has been found out so far."""
 
     environment: list[str] = field(default_factory=list)
-    launcher: list[str] = field(default_factory=list)  # torchrun and its options, or python
-    flags: list[list[str]] = field(default_factory=list)  # of ours, one option with its words each
+    launcher: list[list[str]] = field(default_factory=list)  # [torchrun] or [python], then an option with its words each
+    flags: list[list[str]] = field(default_factory=list)  # of ours, likewise
     tail: str = ""
     rows: list[Row] = field(default_factory=list)
     json_rows: list[Row] = field(default_factory=list)
@@ -207,7 +208,7 @@ def take_deepspeed(words: list[str], result: Translation) -> list[str]:
             unknown = "there is no such option" + (f"; did you mean --{near[0]}?" if near else "")
             result.problems.append(f"{shown} of deepspeed: {IMPOSSIBLE[name][1] if name in IMPOSSIBLE else unknown}")
     set_nodes(chosen, result)
-    result.launcher = ["torchrun", *(w for option, value in chosen.items() for w in (option, value))]
+    result.launcher = [["torchrun"], *map(list, chosen.items())]
     return take_program(rest, result)
 
 
@@ -215,13 +216,8 @@ def set_nodes(chosen: dict[str, str], result: Translation) -> None:
     """Number of nodes and ranks; what differs from node to node comes from the environment."""
     if "--nproc-per-node" not in chosen:
         chosen["--nproc-per-node"] = "auto"
-        result.rows.append(
-            Row(
-                "(no --num_gpus)",
-                "--nproc-per-node auto",
-                "a rank for each GPU of this machine, without GPUs for each core; other machines: --num_nodes",
-            )
-        )
+        note = "a rank for each GPU of this machine, without GPUs for each core; other machines: --num_nodes"
+        result.rows.append(Row("(no --num_gpus)", "--nproc-per-node auto", note))
     for option in ("--nnodes", "--nproc-per-node"):
         if not re.fullmatch(r"[1-9]\d*|auto|gpu|cpu", chosen.get(option, "1")):
             result.problems.append(f"{option} wants a whole number, not {chosen[option]!r}")
@@ -231,9 +227,8 @@ def set_nodes(chosen: dict[str, str], result: Translation) -> None:
         chosen.setdefault("--node-rank", Shell('"${NODE_RANK:?}"'))
         chosen.setdefault("--master-addr", Shell('"${MASTER_ADDR:?}"'))
         note = f"{_NODES}: set NODE_RANK to 0 ... {result.num_nodes - 1} there, and MASTER_ADDR to the first node"
-        result.rows.append(
-            Row(f"({result.num_nodes} nodes)", f"--node-rank {chosen['--node-rank']} --master-addr {chosen['--master-addr']}", note)
-        )
+        became = f"--node-rank {chosen['--node-rank']} --master-addr {chosen['--master-addr']}"
+        result.rows.append(Row(f"({result.num_nodes} nodes)", became, note))
 
 
 def take_hostfile(path: str, given: dict[str, str], result: Translation) -> dict[str, str]:
@@ -276,8 +271,7 @@ def take_include(value: str, result: Translation) -> dict[str, str]:
 def take_torchrun(words: list[str], result: Translation) -> list[str]:
     """torchrun and its older names: the options stay."""
     options, rest = take_options(words, lambda name: 0 if name in TORCHRUN_SWITCHES else 1)
-    chosen: dict[str, str] = {}
-    switches = []
+    chosen: dict[str, list[str]] = {}
     for name, values in options:
         option = "--" + name.replace("_", "-")
         shown = " ".join([option, *values])
@@ -286,12 +280,11 @@ def take_torchrun(words: list[str], result: Translation) -> list[str]:
         elif name in ("no_python", "run_path"):
             result.problems.append(f"{shown} of torchrun: {IMPOSSIBLE['no_python'][1]}")
         else:
-            switches += [] if values else [option]
-            chosen |= {option: values[0]} if values else {}
+            chosen[option] = values
             result.rows.append(Row(shown, shown))
-    result.ranks_per_node, nodes = chosen.get("--nproc-per-node", "1"), chosen.get("--nnodes", "1")
+    result.ranks_per_node, nodes = ("".join(chosen.get(option, ["1"])) for option in ("--nproc-per-node", "--nnodes"))
     result.num_nodes = int(nodes) if nodes.isdigit() else 0  # 0: a range, which torchrun settles
-    result.launcher = ["torchrun", *switches, *(w for option, value in chosen.items() for w in (option, value))]
+    result.launcher = [["torchrun"], *([option, *values] for option, values in chosen.items())]
     return take_program(rest, result)
 
 
@@ -310,7 +303,7 @@ def take_python(words: list[str], result: Translation) -> list[str]:
             return take_deepspeed(rest, result)
         rest = [module, *rest]
     result.rows.append(Row(" ".join(kept), " ".join(kept), "one process"))
-    result.launcher = kept
+    result.launcher = [[word] for word in kept]
     return take_program(rest, result)
 
 
@@ -364,10 +357,11 @@ def json_path_of(options: list[GivenOption], instead: str | None, result: Transl
     if instead and named is None:
         result.problems.append(f"--json {instead}: the line has no --deepspeed_config whose place it could take")
     path = instead or named
-    if path is None or Path(path).exists():
-        return path
-    result.problems.append(f"--deepspeed_config {path}: the file is not here; say where it is with --json FILE")
-    return None
+    if path and not Path(path).exists():
+        result.problems.append(f"--deepspeed_config {path}: the file is not here; say where it is with --json FILE")
+    elif path == "":
+        result.problems.append("--deepspeed_config wants a value")
+    return path if path and Path(path).exists() else None
 
 
 def became_of(option: GivenOption, others: dict[str, list[str]], const: object) -> tuple[list[str], str]:
@@ -456,14 +450,8 @@ def comments(result: Translation) -> Iterator[str]:
 
 def command(result: Translation) -> str:
     """One option per line, quoted for the shell."""
-    head = " ".join([*result.environment, result.launcher[0]])
-    options, groups = result.launcher[1:], []
-    for word in options:
-        if word.startswith("-") or not groups:
-            groups.append([word])
-        else:
-            groups[-1].append(word)
-    lines = [head, *(_quoted(g) for g in groups), PROGRAM, *(_quoted(g) for g in result.flags)]
+    head = " ".join([*result.environment, *result.launcher[0]])
+    lines = [head, *map(_quoted, result.launcher[1:]), PROGRAM, *map(_quoted, result.flags)]
     return " \\\n  ".join(lines) + (f" {result.tail}" if result.tail else "")
 
 
@@ -490,13 +478,13 @@ def start(result: Translation) -> int:
 
 def launcher_words(result: Translation, meeting: str) -> list[str]:
     """What stands between the interpreter and the program."""
-    if result.launcher[0] != "torchrun":
-        return result.launcher[1:]
-    torchrun = ["-m", "torch.distributed.run"]
-    if result.num_nodes != 1:
-        return [*torchrun, *map(from_environment, result.launcher[1:])]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{meeting}/store", "--rdzv-conf", "store_type=file"]
-    return [*torchrun, *rendezvous, "--local-addr", "127.0.0.1", "--nproc-per-node", result.ranks_per_node]
+    (launcher,), options = result.launcher[0], result.launcher[1:]
+    own = ["-m", "torch.distributed.run"] if launcher == "torchrun" else []
+    if own and result.num_nodes == 1:
+        own += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{meeting}/store", "--rdzv-conf", "store_type=file"]
+        own += ["--local-addr", "127.0.0.1"]
+        options = [o for o in options if not re.match("--(rdzv|master|node|local-addr|standalone)", o[0])]  # other ways to meet
+    return [*own, *(from_environment(word) for option in options for word in option)]
 
 
 def from_environment(word: str) -> str:

@@ -21,8 +21,8 @@ class TokenizerConfig:
     tokenizer_type: Literal["GPT2BPETokenizer", "HFTokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "ByteTokenizer",
                             "NullTokenizer"] | None = flag(
         None, "GPT2BPETokenizer needs --vocab-file and --merge-file; HFTokenizer (tokenizer.json) and SentencePieceTokenizer (also "
-        "called GPTSentencePieceTokenizer) need --tokenizer-model; NullTokenizer reads numbers and needs --vocab-size; ByteTokenizer needs nothing. Guessed from the "
-        "files when not given")  # fmt: skip
+        "called GPTSentencePieceTokenizer) need --tokenizer-model; NullTokenizer reads numbers and needs --vocab-size; ByteTokenizer "
+        "needs nothing. Guessed from the files when not given")  # fmt: skip
     vocab_file: str | None = flag(None, "vocab.json of a GPT-2 BPE")
     merge_file: str | None = flag(None, "merges.txt of a GPT-2 BPE")
     tokenizer_model: str | None = flag(None, "tokenizer.json, or a SentencePiece .model")

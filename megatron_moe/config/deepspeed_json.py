@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_moe.config.flags import FieldSpec, FlagInfo, convert, fields_of
-from megatron_moe.config.run import GROUPS
+from megatron_moe.config.flags import FieldSpec, FlagInfo, convert
+from megatron_moe.config.run import FIELDS
 
 # ---------------------------------------------------------------- the keys
 
@@ -197,7 +197,6 @@ KEYS: dict[str, Key] = {
     **{name: Key(kind=None, feature=feature) for name, feature in _WHOLE_SECTIONS.items()},
 }  # fmt: skip
 SECTIONS = {key[:i] for key in KEYS for i, letter in enumerate(key) if letter == "."}
-FIELDS: dict[str, FieldSpec] = {s.name: s for group in GROUPS.values() for s in fields_of(group)}
 
 # DeepSpeed prints lines of its own beside Megatron's: an --log-interval that differs is no contradiction.
 WEAK_FIELDS = ("log_interval",)
@@ -219,6 +218,7 @@ class Entry:
 
 
 NO_EFFECT = "no effect here"
+ASLEEP = "its section is switched off"
 AUTO = '"auto" leaves it to the other settings'
 
 
@@ -307,28 +307,21 @@ def _read_entry(result: DeepSpeedJson, key: str, value: Any, is_asleep: bool) ->
     if known is None:
         result.problems.append(f"{result.name}: {_unknown(key, value)}")
         return
+    values: dict[str, Any] = {}
+    note = ASLEEP if is_asleep else AUTO if value == "auto" else "asks for nothing" if known.fields or known.feature else NO_EFFECT
     try:
-        values = {} if value == "auto" else _typed(known, value)
+        if value != "auto":
+            values = _typed(known, value)
+        if note not in (ASLEEP, AUTO) and known.feature and _asks(key, known, value):
+            raise NotBuiltError(f"{known.feature} is not built yet; leave it out")
     except NotBuiltError as error:
-        result.not_yet.append(f"{result.name}: {key}: {error}")
-        result.entries.append(Entry(key, value, note="not built yet"))
-        return
+        note = str(error)
+        result.not_yet.append(f"{result.name}: {key}: {note}")
     except ValueError as error:
         result.problems.append(f"{result.name}: {key} {error}")
         return
-    if is_asleep:
-        note = "its section is switched off"
-    elif value == "auto":
-        note = AUTO
-    elif known.feature:
-        note = f"{known.feature} is not built yet" if _asks(key, known, value) else "asks for nothing"
-    else:
-        note = NO_EFFECT if known.fields is None else "" if values else "asks for nothing"
-    if known.feature and note.endswith("not built yet"):
-        result.not_yet.append(f"{result.name}: {key}: {note}; leave it out")
-    if is_asleep:
-        values = {}
-    result.entries.append(Entry(key, value, tuple(values), note))
+    values = {} if is_asleep else values
+    result.entries.append(Entry(key, value, tuple(values), "" if values else note))
     for name, typed in values.items():
         if result.values.setdefault(name, typed) != typed:
             result.problems.append(f"{result.name}: {result.origin(name)} and {result.entries[-1]} set the same thing "

@@ -13,7 +13,7 @@ from megatron_moe.config.command import CommandConfig
 from megatron_moe.config.flags import FieldSpec, fields_of, words_of
 from megatron_moe.config.leftovers import LEFTOVERS, NEUTRAL, NOT_YET, SWITCHES
 from megatron_moe.config.presets import PRESETS
-from megatron_moe.config.run import GROUPS
+from megatron_moe.config.run import FIELDS, GROUPS
 
 HEAD = """\
 # Flags
@@ -72,11 +72,10 @@ def _default_of(spec: FieldSpec) -> str:
 def _presets() -> Iterator[str]:
     yield "## Presets\n"
     yield "A named set of flags to start from; `--list-presets` prints their sizes.\n"
-    specs = {s.name: s for group in GROUPS.values() for s in fields_of(group)}
     for name, preset in PRESETS.items():
         yield f"`--preset {name}`: {preset.what}. The same as\n"
         # a flag and its value stay on one line
-        flags = ["\0".join(words_of(specs[field], value)) for field, value in preset.settings.items()]
+        flags = ["\0".join(words_of(FIELDS[field], value)) for field, value in preset.settings.items()]
         lines = textwrap.wrap(" ".join(flags), 120, break_long_words=False, break_on_hyphens=False)
         yield "```\n" + "\n".join(lines).replace("\0", " ") + "\n```\n"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_moe.config.data import DataConfig, TokenizerConfig
-from megatron_moe.config.flags import ConfigError, bound_problems, fields_of
+from megatron_moe.config.flags import ConfigError, FieldSpec, bound_problems, fields_of
 from megatron_moe.config.model import ModelConfig, divisors
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.output import CheckpointConfig, LoggingConfig
@@ -28,6 +28,7 @@ GROUPS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
 }
+FIELDS: dict[str, FieldSpec] = {s.name: s for group in GROUPS.values() for s in fields_of(group)}
 
 
 @dataclass(frozen=True)

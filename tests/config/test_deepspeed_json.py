@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from upstream_commands import ALL, ds_json
 
 from megatron_moe.arguments import MissingFile, check_to_train, parse_args
-from megatron_moe.config.deepspeed_json import FIELDS, KEYS, SECTIONS, WEAK_FIELDS, read_deepspeed
+from megatron_moe.config.deepspeed_json import KEYS, SECTIONS, WEAK_FIELDS, read_deepspeed
 from megatron_moe.config.flags import ConfigError
+from megatron_moe.config.run import FIELDS
 
 TINY = ["--preset", "tiny", "--mock-data"]
 

@@ -6,10 +6,9 @@ import pytest
 from upstream_commands import ALL, EXAMPLES
 
 from megatron_moe.arguments import build_parser, check_to_train, parse_args
-from megatron_moe.config.deepspeed_json import FIELDS
 from megatron_moe.config.flags import ConfigError, fields_of
 from megatron_moe.config.leftovers import LEFTOVERS, NEUTRAL, NOT_YET, SWITCHES
-from megatron_moe.config.run import GROUPS
+from megatron_moe.config.run import FIELDS, GROUPS
 
 TINY = ["--preset", "tiny", "--mock-data"]
 

@@ -208,6 +208,7 @@ def test_the_line_may_stand_there_without_dashes_or_come_from_the_standard_input
         ("mpirun -n 2 python pretrain_gpt.py", "the line begins with 'mpirun', not with deepspeed, torchrun or python"),
         ("torchrun --no-python pretrain_gpt.py", "--no-python of torchrun"),
         ("deepspeed pretrain_gpt.py --deepspeed_config none.json", "--deepspeed_config none.json: the file is not here; say where it is with --json"),
+        ("deepspeed pretrain_gpt.py --deepspeed_config", "--deepspeed_config wants a value"),
         ("deepspeed pretrain_gpt.py --config none.yaml", "--config none.yaml: cannot be read: there is no such file"),
         ("deepspeed pretrain_gpt.py --deepspeed_config off.json", "offload_optimizer.device: CPU offload is not built yet"),
         ("deepspeed pretrain_gpt.py --lr 0 --topk x", "--lr must be greater than 0"),
@@ -280,6 +281,22 @@ def test_several_nodes_take_rank_and_address_from_the_environment(translated, mo
     monkeypatch.delenv("NODE_RANK", raising=False)
     code, _, _, err = translated(f"deepspeed --num_nodes 2 --num_gpus 1 --master_addr a pretrain_gpt.py {SMALL}", "--run")
     assert code == 2 and "NODE_RANK is not set" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "started"),
+    [
+        ("torchrun --nproc_per_node 2 --max-restarts=3 --standalone --master_port 1 pretrain_gpt.py",
+         "-m torch.distributed.run --rdzv-backend c10d --rdzv-endpoint D/store --rdzv-conf store_type=file --local-addr 127.0.0.1 "
+         "--nproc-per-node 2 --max-restarts 3"),
+        ("deepspeed --num_nodes 2 --num_gpus 4 --node_rank 1 --master_addr a pretrain_gpt.py",
+         "-m torch.distributed.run --nnodes 2 --nproc-per-node 4 --node-rank 1 --master-addr a"),
+        ("python -u pretrain_gpt.py", "-u"),
+    ],
+)  # fmt: skip
+def test_what_is_started_meets_over_a_file_on_one_machine_and_as_said_on_several(line, started):
+    result = translate_launch.translate(line.split(), "", None)
+    assert sorted(translate_launch.launcher_words(result, "D")) == sorted(started.split())
 
 
 @pytest.mark.distributed
