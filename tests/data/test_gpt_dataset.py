@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_moe.config.data import plain_sum
 from megatron_moe.data import gpt_dataset, index_cache
 from megatron_moe.data.gpt_dataset import GPTDataset, epoch_order, split_ranges
 from megatron_moe.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
@@ -46,6 +47,10 @@ def test_split_is_rounded_as_megatron_does(split, count, bounds):
 def test_splits_cover_everything_once(shares, count):
     bounds = split_ranges(",".join(map(str, shares)), count)
     assert bounds[0] == 0 and bounds[-1] == count and bounds == sorted(bounds)
+
+
+def test_shares_are_summed_from_left_to_right_under_every_python():
+    assert plain_sum([0.1] * 10) == 0.9999999999999999  # from 3.12 on `sum` says 1.0
 
 
 def test_windows_overlap_by_one_token(tmp_path):

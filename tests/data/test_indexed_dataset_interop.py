@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 
+from megatron_moe.data.blended import BlendedDataset
 from megatron_moe.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_moe.data.megatron_order import MegatronDataset
 
@@ -82,6 +83,17 @@ def test_samples_in_megatrons_order_are_those_of_megatron_core(theirs, tmp_path,
     for i in range(samples):
         text = ours[i]["text"]
         assert (text[:-1].tolist(), text[1:].tolist()) == (peer[i]["tokens"].tolist(), peer[i]["labels"].tolist())
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.3, 0.2], [1.0] * 9, list(range(1, 14))])
+def test_blends_choose_as_megatron_core_does(theirs, weights):
+    from megatron.core.datasets import helpers
+
+    share = np.array(weights, np.float64) / np.sum(weights)
+    which, inner = np.zeros(3000, np.int16), np.zeros(3000, np.int64)
+    helpers.build_blending_indices(which, inner, share, len(weights), 3000, False)
+    mix = BlendedDataset([range(9)] * len(weights), weights)
+    assert [mix.locate(i) for i in range(3000)] == list(zip(which.tolist(), inner.tolist()))
 
 
 class _Tokenizer:

@@ -39,6 +39,7 @@ def different(a, b) -> list[str]:
     ("world", "flags"),
     [
         (1, "--zero-stage 1"),
+        (1, "--data-order megatron"),
         (2, "--zero-stage 3 --moe-expert-parallel-size 2"),
         (2, "--zero-stage 2 --tensor-model-parallel-size 2 --bf16"),
     ],
