@@ -104,11 +104,11 @@ LEFTOVERS: dict[str, tuple[int | str, str]] = {
     "timing-log-option": (1, "not computed"),
     "no-barrier-with-level-1-timing": (0, "not computed"),
     # fp16 settings that bf16 and fp32 runs carry along
-    "initial-loss-scale": (1, "there is no loss scale without --fp16"),
-    "min-loss-scale": (1, "there is no loss scale without --fp16"),
-    "loss-scale": (1, "there is no loss scale without --fp16"),
-    "loss-scale-window": (1, "there is no loss scale without --fp16"),
-    "hysteresis": (1, "there is no loss scale without --fp16"),
+    "initial-loss-scale": (1, "there is a loss scale in fp16 training only, which is not built yet"),
+    "min-loss-scale": (1, "there is a loss scale in fp16 training only, which is not built yet"),
+    "loss-scale": (1, "there is a loss scale in fp16 training only, which is not built yet"),
+    "loss-scale-window": (1, "there is a loss scale in fp16 training only, which is not built yet"),
+    "hysteresis": (1, "there is a loss scale in fp16 training only, which is not built yet"),
 }
 
 # Flags of features that are planned: parsed, and refused when used to train.
