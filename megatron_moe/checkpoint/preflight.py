@@ -13,12 +13,12 @@ from megatron_moe.checkpoint.files import TRACKER, CheckpointError, iteration_na
 from megatron_moe.config.output import CheckpointConfig
 
 
-def checkpoint_problems(config: CheckpointConfig, architecture: dict[str, Any], settings: dict[str, Any] | None = None) -> list[str]:
+def checkpoint_problems(config: CheckpointConfig, architecture: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """One sentence per mistake in the checkpoint flags.
 
     `architecture` is what the run is about to build, `settings` its whole configuration by groups.
     """
-    problems = list(_load_problems(config, architecture, settings or {})) if config.load else []
+    problems = list(_load_problems(config, architecture, settings)) if config.load else []
     return problems + ([*_save_problems(Path(config.save)), *_branch_problems(config)] if config.save else [])
 
 
