@@ -78,7 +78,7 @@ def expect_progress(timeout_minutes: float) -> None:
 
     Just before the collectives give up, so that also the rank that the others wait for says where it hangs.
     """
-    faulthandler.dump_traceback_later(0.9 * 60 * timeout_minutes)
+    faulthandler.dump_traceback_later(0.9 * 60 * timeout_minutes, file=2)
 
 
 def progress_is_over() -> None:

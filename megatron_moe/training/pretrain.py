@@ -77,6 +77,7 @@ class Run:
         return self.config.global_batch_size(self.world.size)
 
     def close(self) -> None:
+        progress_is_over()
         self.stopper.close()
         self.tracker.close()
         if self.lock:
@@ -100,7 +101,6 @@ def pretrain(prepared: Prepared, warnings: list[str], command: list[str]) -> Non
             raise RuntimeError(text) from error
         raise
     finally:
-        progress_is_over()
         mpu.set_default_mesh(None)
         end_distributed()
 
