@@ -202,7 +202,7 @@ smoke() {
   DATA=(--mock-data)
   ON_CPU=1
   SAVE=$(mktemp -d)
-  trap 'rm -rf "$SAVE"; say "SMOKE=1 keeps nothing: $SAVE is gone"' EXIT
+  trap 'rm -rf "$SAVE"; say "SMOKE=1 keeps nothing: $SAVE is gone" >&2' EXIT
 }
 
 # pretrain_gpt_moe.py with these flags, on NUM_GPUS processes over NNODES nodes. DRY_RUN=1 prints the plan for them instead. With ON_CPU=1

@@ -134,6 +134,13 @@ def test_dry_run_prints_the_plan_of_the_real_size(environment):
     assert (plan["world_size"], plan["parameters"]["total"], plan["degrees"]["ep"]) == (64, 31_391_649_816, [64])
 
 
+def test_scripts_print_nothing_beside_the_plan(environment, tmp_path):
+    script = ROOT / "scripts" / "pretrain_tiny.sh"
+    done = start(script, environment, RECORD=str(tmp_path / "command"), DRY_RUN="1", SMOKE="1")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "--dry-run-world-size\n2\n" in (tmp_path / "command").read_text()
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=preset_of)
 def test_a_smoke_run_has_the_shape_of_the_recipe(script, environment, tmp_path):
     real = parse_args(command_of(script, environment, tmp_path)[1]).run
