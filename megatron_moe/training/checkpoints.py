@@ -14,6 +14,7 @@ from megatron_moe.checkpoint.find import find_checkpoint
 from megatron_moe.checkpoint.load import load_tensors
 from megatron_moe.checkpoint.manager import CheckpointManager
 from megatron_moe.checkpoint.state import model_state, optimizer_state
+from megatron_moe.config.data import split_shares
 from megatron_moe.model.gpt import GPT
 from megatron_moe.training.distributed import World
 from megatron_moe.training.preflight import Prepared
@@ -78,8 +79,8 @@ def resume(prepared: Prepared, model: GPT, optimizer: torch.optim.Optimizer, wor
 def _data_notes(prepared: Prepared, meta: dict[str, Any], world: World) -> Iterator[str]:
     """What a person should know about the samples that follow: that they are other ones, or where they come from."""
     now, then = prepared.run.to_dict(), meta["config"]
-    for group, name in (("training", "seed"), ("training", "seq_length"), ("data", "split")):
-        if now[group][name] != then[group][name]:
+    for group, name, meaning in (("training", "seed", int), ("training", "seq_length", int), ("data", "split", split_shares)):
+        if meaning(now[group][name]) != meaning(then[group][name]):
             yield (
                 f"--{name.replace('_', '-')} is {now[group][name]} and was {then[group][name]} when the checkpoint was saved: the data are "
                 f"ordered anew, so that samples consumed before can come again and others be left out"
