@@ -6,11 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_moe.checkpoint.preflight import checkpoint_problems
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.loader import data_problems
 from megatron_moe.optimizer.schedule import build_schedule
+from megatron_moe.parallel.compile import compiler_problems
 from megatron_moe.tokenizers import build_tokenizer
 
 MOCK_VOCAB_SIZE = 512
@@ -52,6 +55,8 @@ def prepare(run: RunConfig, world_size: int) -> Prepared:
     described = dataclasses.asdict(run.tokenizer) | {"fingerprint": tokenizer.fingerprint if tokenizer else None}
     prepared = Prepared(run, vocab_size, tokenizer.eod if tokenizer else -1, described)
     problems += checkpoint_problems(run.checkpoint, prepared.architecture)
+    if run.training.compile:
+        problems += compiler_problems("cuda" if torch.cuda.is_available() else "cpu")
     try:
         build_schedule(run.optimizer, run.training, run.global_batch_size(world_size), run.train_iterations(world_size))
     except ValueError as error:
