@@ -44,6 +44,10 @@ class TrainingConfig:
     moe_kernels: Literal["auto", "reference"] = flag(
         "auto", "expert matrix products: auto takes torch's grouped_mm where it can; reference is the plain loop, also in float64"
     )
+    compile: bool = flag(
+        False,
+        "compile the model with torch.compile: the first steps take a minute or two longer, the others less; on a CPU this needs a C++ compiler",
+    )
     deterministic_mode: bool = flag(False, "refuse operations without a deterministic implementation")
     eval_interval: int = flag(1000, "steps between evaluations; 0: only at the end", minimum=0)
     eval_iters: int = flag(100, "global batches per evaluation; 0 switches evaluation off", minimum=0)

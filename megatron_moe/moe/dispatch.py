@@ -20,6 +20,7 @@ Rank 0 owns experts 0 and 1 and receives [b, d], offsets [2, 2]; rank 1 receives
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -162,8 +163,8 @@ class AllGatherPlan:
 class AllGatherDispatcher(LocalDispatcher):
     """Every rank gathers all tokens of the group and takes the rows of its own experts; results are reduce-scattered.
 
-    Moves P*T rows whatever k is, with one collective instead of three. No shape depends on the routing and no host waits. The
-    price is room for all rows that could come here: dropless P * min(k, e) / k times as many as equally busy experts take.
+    Moves P*T rows whatever k is, with one collective instead of three. No shape depends on the routing and no host waits; the
+    price is room for all rows that could come here (`room`).
     """
 
     name = "allgather"
@@ -205,14 +206,24 @@ def _pad_rows(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[0]), value=value)
 
 
-def build_dispatcher(kind: str, num_experts: int, k: int, group: dist.ProcessGroup | None) -> LocalDispatcher:
-    """kind: auto, alltoall or allgather; one rank always dispatches locally.
+def build_dispatcher(
+    kind: str, num_experts: int, k: int, group: dist.ProcessGroup | None, capacity_factor: float = math.inf
+) -> LocalDispatcher:
+    """kind: auto, alltoall or allgather; one rank always dispatches locally. capacity_factor: inf when nothing is dropped.
 
-    auto gathers when that moves no more rows than an exchange would, and reserves at most twice the rows that are used.
+    auto gathers when that moves no more rows than an exchange would, and a capacity keeps the room small.
     """
     if group is None or dist.get_world_size(group) == 1:
         return LocalDispatcher(num_experts)
     if kind == "auto":
         ranks = dist.get_world_size(group)
-        kind = "allgather" if k >= ranks and ranks * min(k, num_experts // ranks) <= 2 * k else "alltoall"
+        kind = "allgather" if k >= ranks and room(num_experts, k, ranks, capacity_factor) <= MOST_ROOM else "alltoall"
     return {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}[kind](num_experts, group)
+
+
+MOST_ROOM = 1.25
+
+
+def room(num_experts: int, k: int, ranks: int, capacity_factor: float) -> float:
+    """Rows for which an all-gather has room, over the rows of equally busy experts. Dropless, 8 experts, k 2, 2 ranks: 2.0."""
+    return min(ranks * min(k, num_experts // ranks) / k, capacity_factor)

@@ -9,6 +9,7 @@ from megatron_moe.model.gpt import GPT
 from megatron_moe.model.init import build_on_meta, initialize_parameters
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.mpu.mesh import ParallelMesh, build_mesh
+from megatron_moe.parallel.compile import apply_compile
 from megatron_moe.parallel.expert import apply_expert_parallel, share_microbatch_counts
 from megatron_moe.parallel.recompute import apply_recompute
 from megatron_moe.parallel.tensor import apply_tensor_parallel
@@ -23,6 +24,8 @@ def parallelize(model: GPT, mesh: ParallelMesh, config: RunConfig) -> None:
     share_microbatch_counts(model, mesh.group("tp"))
     if config.training.recompute:
         apply_recompute(model, config.training.recompute)  # inside the FSDP units: recomputation needs their parameters gathered
+    if config.training.compile:
+        apply_compile(model)
     apply_zero(model, mesh, config.training.bf16)  # last: wraps whatever the blocks have become, and replaces the parameters
 
 

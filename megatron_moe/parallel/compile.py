@@ -10,9 +10,8 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import sysconfig
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +34,8 @@ REGIONS: dict[type[nn.Module], tuple[str, ...]] = {
 
 def apply_compile(model: GPT, backend: str = "inductor") -> None:
     """Replace the regions of every module by compiled ones. Names of modules and parameters stay."""
+    # torch stops at 8 graphs of a function, and a pyramid needs two for each number of experts
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for module in model.modules():
         for name in next((names for kind, names in REGIONS.items() if isinstance(module, kind)), ()):
             setattr(module, name, torch.compile(getattr(module, name), fullgraph=True, dynamic=False, backend=backend))
@@ -56,9 +57,24 @@ def of_any_rows(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if missing := max(2 - rows, 0):
             x_RD, row_weights_R = F.pad(x_RD, (0, 0, 0, missing)), F.pad(row_weights_R, (0, missing))
             offsets_E = torch.cat([offsets_E[:-1], offsets_E[-1:] + missing])
-        torch._dynamo.mark_dynamic(x_RD, 0, min=2)
-        torch._dynamo.mark_dynamic(row_weights_R, 0, min=2)
+        torch._dynamo.mark_dynamic(x_RD, 0)
+        torch._dynamo.mark_dynamic(row_weights_R, 0)
         y_RD = forward(x_RD, offsets_E, row_weights_R, has_spare_rows)
         return y_RD[:rows] if missing else y_RD
 
     return padded
+
+
+def compiler_problems(device_type: str) -> list[str]:
+    """What keeps inductor from compiling here, instead of a traceback in the first step: on a CPU it writes C++, on a GPU Triton,
+    whose launcher is C."""
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    wanted, names = ("CC", ("gcc", "clang", "cc")) if device_type == "cuda" else ("CXX", (default,))
+    given = os.environ.get(wanted)
+    if any(map(shutil.which, [given] if given else names)):
+        return []
+    language = "C" if wanted == "CC" else "C++"
+    return [
+        f"--compile needs a {language} compiler, and {given or ' or '.join(names)} is not there; install one (Debian and Ubuntu: "
+        f"apt-get install g++), set {wanted} to yours, or leave the flag out"
+    ]

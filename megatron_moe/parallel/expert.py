@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
@@ -25,7 +27,8 @@ def apply_expert_parallel(model: GPT, mesh: ParallelMesh, dispatcher: str) -> No
         for name, p in list(moe.experts.named_parameters()):
             whole = distribute_tensor(p.data, mesh.experts[ep]["ep", "etp"], expert_placements(name), src_data_rank=None)
             moe.experts.register_parameter(name, nn.Parameter(whole))
-        moe.dispatcher = build_dispatcher(dispatcher, moe.num_experts, moe.config.topk, mesh.expert_group(ep))
+        factor = moe.config.moe_train_capacity_factor if moe.config.moe_token_dropping else math.inf
+        moe.dispatcher = build_dispatcher(dispatcher, moe.num_experts, moe.config.topk, mesh.expert_group(ep), factor)
 
 
 def expert_placements(name: str) -> list[Placement]:

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_moe.checkpoint.preflight import checkpoint_problems
 from megatron_moe.config.data import MOCK_VOCAB_SIZE
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.loader import data_problems
 from megatron_moe.optimizer.schedule import build_schedule
+from megatron_moe.parallel.compile import compiler_problems
 from megatron_moe.tokenizers import Tokenizer, build_tokenizer
 
 
@@ -48,6 +51,8 @@ def prepare(run: RunConfig, world_size: int) -> Prepared:
     described = dataclasses.asdict(run.tokenizer) | {"fingerprint": fingerprint}
     prepared = Prepared(run, vocab_size, tokenizer.eod if tokenizer else -1, described)
     problems += checkpoint_problems(run, prepared.architecture)
+    if run.training.compile:
+        problems += compiler_problems("cuda" if torch.cuda.is_available() else "cpu")
     if (switch := run.training.kill_switch_file) and os.path.exists(switch):
         problems.append(f"--kill-switch-file {switch} is there already: the run would stop at once; remove the file to train")
     if problems:

@@ -73,8 +73,9 @@ def layer_keys(keys: Tensor, layer: int) -> Tensor:
 def uniform(keys: Tensor, stream_id: int, features: int, first_feature: int = 0) -> Tensor:
     """float32 [*keys.shape, features] in [0, 1), for features first_feature .. first_feature + features - 1."""
     per_stream = mix(keys + _wrap((stream_id + 1) * _GOLDEN))
-    feature = torch.arange(first_feature + 1, first_feature + features + 1, dtype=torch.int64, device=keys.device)
-    bits = mix(per_stream[..., None] + feature * _MIX1)
+    feature = torch.arange(first_feature, first_feature + features, dtype=torch.int64, device=keys.device)
+    # -~f is f + 1. A bitwise operation keeps the product out of the compiler's arithmetic on indices, which does not wrap around.
+    bits = mix(per_stream[..., None] - ~feature * _MIX1)
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24  # 24 bits are what a float32 holds exactly
 
 

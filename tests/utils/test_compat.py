@@ -13,7 +13,7 @@ from megatron_moe.utils import compat
 
 TESTED = {
     "grouped_mm", "all_gather_into_tensor", "local_slices", "all_to_all_rows", "all_gather_rows", "reduce_scatter_rows",
-    "fake_process_group",
+    "sum_over_ranks", "fake_process_group",
 }  # fmt: skip
 
 
@@ -100,6 +100,16 @@ def test_all_gather_rows_concatenates_and_its_backward_sums_over_ranks():
         ([0.0, 0.0, 1.0, 1.0], [3.0, 6.0]),
         ([0.0, 0.0, 1.0, 1.0], [9.0, 12.0]),
     ]
+
+
+def _sum():
+    x = torch.tensor([1, 10 * dist.get_rank()])
+    return compat.sum_over_ranks(x, dist.group.WORLD).tolist(), x.tolist()
+
+
+@pytest.mark.distributed
+def test_sum_over_ranks_leaves_its_input_alone():
+    assert run_distributed(_sum, 2) == [([2, 10], [1, 0]), ([2, 10], [1, 10])]
 
 
 @pytest.mark.distributed
