@@ -78,8 +78,8 @@ class ConvertConfig:
             for name in ("max_shard_size", "dtype"):
                 if getattr(self, name) is not None:
                     yield f"--{name.replace('_', '-')} is for --to safetensors; a run directory keeps the types of training and is not cut"
-        if self.include_optimizer and self.dtype == "bfloat16":
-            yield "--dtype bfloat16 rounds the weights that --include-optimizer wants to train on exactly; drop one of them"
+        if self.include_optimizer and self.dtype:
+            yield f"--dtype {self.dtype} rounds the weights that --include-optimizer wants to train on exactly; drop one of them"
 
 
 def checked_source(config: ConvertConfig) -> tuple[Source, dict]:
@@ -169,7 +169,8 @@ def verify(selection: Selection, target: Source, config: ConvertConfig) -> list[
     tokens, text = tokens_to_compare(selection.source)
     if difference := logits_difference(selection, target, tokens):
         return [f"logits   of {text}: up to {difference:g} apart"]
-    against = f"the source rounded to {config.dtype}" if config.dtype else "the source"
+    is_rounded = any(entry["dtype"] != selection.source.tensors[name]["dtype"] for name, entry in selection.tensors.items())
+    against = f"the source rounded to {config.dtype}" if config.dtype and is_rounded else "the source"
     print(f"verified against {against}:")
     print(f"  tensors  {len(target.tensors)} of {len(selection.tensors)}, {human_bytes(size)}: equal in every bit")
     print(f"  logits   of {text}: equal in every bit")

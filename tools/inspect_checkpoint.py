@@ -77,7 +77,7 @@ def summary(source: Source, config: InspectConfig) -> dict[str, Any]:
         "progress": meta.get("progress"),
         "versions": meta.get("versions"),
         "layout": {
-            "world_size": meta["world_size"],
+            "world_size": meta.get("world_size"),
             "tensor_parallel": settings.get("parallel", {}).get("tensor_model_parallel_size"),
             "expert_parallel": settings.get("moe", {}).get("moe_expert_parallel_size"),
             "zero_stage": settings.get("parallel", {}).get("zero_stage"),

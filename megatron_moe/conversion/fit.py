@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_moe.checkpoint.load import describe, differences
+from megatron_moe.checkpoint.load import SHOWN, describe, differences
 from megatron_moe.checkpoint.state import model_state, optimizer_state
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.run import RunConfig
@@ -43,22 +43,27 @@ def tensors_to_write(source: Source, with_optimizer: bool, dtype: str | None = N
     has_optimizer = any(name.startswith("optimizer.") for name in source.tensors)
     if with_optimizer and optimizer and not has_optimizer:
         raise ConfigError([f"--include-optimizer: {source.path} holds no optimizer state; leave the flag out"])
-    if problems := misfits(source.tensors, wanted, ("model.", "optimizer.") if with_optimizer else ("model.",)):
+    stored = {name: entry for name, entry in source.tensors.items() if with_optimizer or not name.startswith("optimizer.")}
+    if problems := misfits(stored, wanted):
         raise ConfigError([f"{source.path}: {problem}" for problem in problems])
     if dtype is not None:
         wanted |= {name: entry | {"dtype": dtype} for name, entry in model.items()}
-    return {name: wanted[name] for name in wanted}
+    return wanted
 
 
-def misfits(stored: Tensors, wanted: Tensors, complete: tuple[str, ...]) -> list[str]:
-    """Missing, misshapen and extra tensors; types that would lose something."""
+def misfits(stored: Tensors, wanted: Tensors) -> list[str]:
+    """Missing, misshapen and extra tensors, types that would lose something; the first ten of each kind."""
     widened = {
         name: entry | {"dtype": wanted[name]["dtype"]} if name in wanted and is_exact(entry["dtype"], wanted[name]["dtype"]) else entry
         for name, entry in stored.items()
     }
-    problems = differences(widened, wanted)
-    return problems + [
-        f"extra    {name}: in the checkpoint, not in this model" for name in stored if name not in wanted and name.startswith(complete)
+    lines = differences(widened, wanted)
+    lines += [f"extra    {name}: in the checkpoint, not in this model" for name in stored if name not in wanted]
+    kinds: dict[str, list[str]] = {}
+    for line in lines:
+        kinds.setdefault(line.split()[0], []).append(line)
+    return [
+        line for kind, some in kinds.items() for line in [*some[:SHOWN], *([f"{kind}: {len(some) - SHOWN} more"] * (len(some) > SHOWN))]
     ]
 
 

@@ -213,6 +213,7 @@ def test_extra_and_missing_tensors_are_named(folder, tmp_path, capsys):
     assert "missing  model.layers.3.attn.q_proj.weight: not in the checkpoint" in err
     assert "missing  model.layers.1.moe.experts.w1" in err
     assert f"extra    {EXPERTS}: in the checkpoint, not in this model" in err
+    assert "missing: 13 more" in err
 
 
 def test_a_folder_without_checksums_is_converted_with_a_note(folder, tmp_path, capsys):
