@@ -39,7 +39,6 @@ def train_here(flags: str) -> dict:
     parsed = parse_args(f"{SMALL} {flags}".split())
     check_to_train(parsed, dist.get_world_size())
     prepared = prepare(parsed.run, dist.get_world_size())
-    dist.barrier()  # as init_distributed does: a rank that still tries --save would take away the directory that another has begun to fill
     world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), dist.group.WORLD)
     try:
         run = set_up(prepared, world, ["test"])
