@@ -1,2 +1,203 @@
-"""x"""
-PEERS={}
+"""Experts as a model, not as code: a corpus of 8 dialects that a dense model of equal active size cannot hold.
+
+A dialect is a random permutation of 512 words, which says what follows each word; one word in ten is drawn at random instead.
+A document names its dialect by its first token. So there are 8 x 512 facts to know, and a token needs those of one dialect only.
+
+Every model takes the same steps on the same data through the product's own flags and `train_step`, and has two layers. `dense`
+has the active size of `experts`, which add 8 experts and a learned router to it. `random routing` has those experts too, and sends
+tokens to them by chance. `pyramid` (2 then 14 experts) is held against `experts` (8 then 8: as many parameters), `residual` (a dense
+MLP beside the experts) against `experts` and, since it computes two MLPs per token, against `dense, twice as wide`.
+Losses are those of held-out documents in nats, less the entropy that the corpus itself has: 0 is perfect.
+"""
+# T tokens, E experts, D dialects
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Options, Report, say, spread, table
+from benchmarks.product import Training, one_rank
+from megatron_moe.data.indexed_dataset import IndexedDatasetWriter
+from megatron_moe.moe.layer import MoELayer, moe_layers
+from megatron_moe.moe.routing import count_assignments
+
+PEERS: dict[str, str] = {}
+
+DIALECTS, WORDS, LENGTH, NOISE = 8, 512, 64, 0.1
+STEPS, SEEDS, DOCUMENTS = 700, 3, 24000
+EVALUATED = 8  # micro-batches
+COMMON = (
+    f"--num-layers 2 --expert-interval 1 --hidden-size 48 --num-attention-heads 4 --seq-length {LENGTH} --max-position-embeddings {LENGTH} "
+    f"--vocab-size {WORDS + DIALECTS} --make-vocab-size-divisible-by 8 --position-embedding-type rope --normalization RMSNorm "
+    "--disable-bias-linear --hidden-dropout 0 --attention-dropout 0 --micro-batch-size 32 --global-batch-size 32 --num-workers 0 "
+    "--lr 6e-3 --min-lr 6e-4 --lr-decay-style cosine --lr-warmup-fraction 0.03 --weight-decay 0.01 --adam-beta2 0.95 --split 95,5,0 "
+    "--tokenizer-type NullTokenizer --disable-moe-token-dropping --moe-loss-coeff 0.01"
+)
+DENSE, EXPERTS, RANDOM, PYRAMID, RESIDUAL, WIDE = "dense", "experts", "random routing", "pyramid", "residual", "dense, twice as wide"
+MODELS = {
+    DENSE: "--num-experts 1 --ffn-hidden-size 96",
+    EXPERTS: "--num-experts 8 --ffn-hidden-size 96",
+    RANDOM: "--num-experts 8 --ffn-hidden-size 96",
+    PYRAMID: "--num-experts 2 14 --ffn-hidden-size 96",
+    RESIDUAL: "--num-experts 8 --mlp-type residual --ffn-hidden-size 96",
+    WIDE: "--num-experts 1 --ffn-hidden-size 192",
+}
+# (a, b, what is said of b - a)
+COMPARISONS = [
+    (EXPERTS, DENSE, "learned experts against the dense model of equal active size"),
+    (RANDOM, DENSE, "random routing against the dense model"),
+    (PYRAMID, EXPERTS, "pyramid against as many experts in equal parts"),
+    (RESIDUAL, EXPERTS, "residual branch against none"),
+    (RESIDUAL, WIDE, "residual against the dense model of equal active size"),
+]
+
+
+def run(options: Options) -> Report:
+    steps, seeds, documents = (3, 1, 1200) if options.quick else (STEPS, options.rounds or SEEDS, DOCUMENTS)
+    report = Report("dialects", {"steps": steps, "seeds": seeds, "documents": documents, "flags": COMMON, "models": MODELS})
+    excess: dict[str, list[float]] = {name: [] for name in MODELS}
+    sizes: dict[str, int] = {}
+    information: list[list[float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = write_corpus(Path(folder) / "dialects", documents)
+        flags = f"{COMMON} --data-path {prefix} --train-iters {steps}"
+        with one_rank(f"{flags} {MODELS[EXPERTS]}") as (world, mesh):
+            for seed in range(seeds):  # models take turns: a slow minute of the machine matters to none, a seed to all
+                for name, own in MODELS.items():
+                    training = Training(f"{flags} {own} --seed {seed + 1}", world, mesh)
+                    with by_chance(seed) if name == RANDOM else contextlib.nullcontext():
+                        for _ in range(steps):
+                            training.step()
+                        excess[name].append(training.evaluate(EVALUATED) - entropy())
+                    sizes[name] = sum(p.numel() for p in training.model.parameters())
+                    say(f"seed {seed + 1}: {name}: {excess[name][-1]:.3f} nats above the entropy")
+                    if name == EXPERTS:
+                        joint = joint_counts(training)
+                        information.append([mutual_information(counts_DE) for counts_DE in joint])
+    conclude(report, excess, sizes, information, joint[-1])
+    return report
+
+
+# ---------------------------------------------------------------- the corpus
+
+
+def write_corpus(prefix: Path, documents: int) -> Path:
+    """Document i is of dialect i % 8, as long as a sample, so that every sample is one document."""
+    generator = np.random.default_rng(0)
+    follows = np.stack([generator.permutation(WORDS) for _ in range(DIALECTS)])
+    dialect = np.arange(documents) % DIALECTS
+    tokens = np.empty((documents, LENGTH), np.int64)
+    tokens[:, 0] = WORDS + dialect
+    tokens[:, 1] = generator.integers(0, WORDS, documents)
+    for i in range(2, LENGTH):
+        by_chance = generator.random(documents) < NOISE
+        tokens[:, i] = np.where(by_chance, generator.integers(0, WORDS, documents), follows[dialect, tokens[:, i - 1]])
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for document in tokens:
+            writer.add_document(document)
+    return prefix
+
+
+def entropy() -> float:
+    """Nats per token of the corpus, for a reader who knows the dialects: the label of a document's last token is the name of
+    the next one's dialect, that of its first token is any word."""
+    right = 1 - NOISE + NOISE / WORDS
+    word = -right * math.log(right) - NOISE * (1 - 1 / WORDS) * math.log(NOISE / WORDS)
+    return (math.log(WORDS) + (LENGTH - 2) * word + math.log(DIALECTS)) / LENGTH
+
+
+# ---------------------------------------------------------------- routing, seen and replaced
+
+
+@contextlib.contextmanager
+def by_chance(seed: int) -> Iterator[None]:
+    """Every token goes to experts drawn at random; their gate weights are still learned."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits_TE: Tensor, k: int, noise_TE: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return logits_TE.softmax(-1), torch.rand(logits_TE.shape, generator=generator).topk(k).indices
+
+    with mock.patch("megatron_moe.moe.layer.choose_experts", choose):
+        yield
+
+
+def joint_counts(training: Training) -> list[Tensor]:
+    """Per MoE layer: how often a token of each dialect went to each expert, on held-out documents, [D, E]."""
+    layers = moe_layers(training.model)
+    counts = [torch.zeros(DIALECTS, moe.num_experts) for moe in layers]
+    dialects: list[Tensor] = []
+
+    def watching(moe: MoELayer, total_DE: Tensor):
+        route = moe.route
+
+        def watched(*args):
+            routing = route(*args)
+            for d in range(DIALECTS):
+                total_DE[d] += count_assignments(routing.ids_TK[dialects[-1] == d], moe.num_experts)
+            return routing
+
+        return watched
+
+    forward = training.model.forward
+
+    def remembered(tokens_BS: Tensor, *args):
+        dialects.append((tokens_BS[:, :1] - WORDS).expand_as(tokens_BS).flatten())
+        return forward(tokens_BS, *args)
+
+    with contextlib.ExitStack() as stack:
+        for moe, total_DE in zip(layers, counts):
+            stack.enter_context(mock.patch.object(moe, "route", watching(moe, total_DE)))
+        stack.enter_context(mock.patch.object(training.model, "forward", remembered))
+        training.evaluate(EVALUATED)
+    return counts
+
+
+def mutual_information(counts_DE: Tensor) -> float:
+    """Bits that the expert of a token says about its dialect; 3 when each dialect has experts of its own, 0 when routing ignores it."""
+    p_DE = counts_DE.double() / counts_DE.sum()
+    independent_DE = p_DE.sum(1, keepdim=True) * p_DE.sum(0, keepdim=True)
+    return float(torch.special.xlogy(p_DE, p_DE / independent_DE.clamp_min(1e-30)).sum() / math.log(2))
+
+
+# ---------------------------------------------------------------- what came out
+
+
+def conclude(
+    report: Report, excess: dict[str, list[float]], sizes: dict[str, int], information: list[list[float]], counts_DE: Tensor
+) -> None:
+    rows = []
+    for name, values in excess.items():
+        rows.append([name, f"{sizes[name]:,}", f"{np.median(values):.3f}", f"{min(values):.3f}-{max(values):.3f}"])
+    report.tables.append(
+        f"nats above the entropy of the corpus ({entropy():.3f})\n" + table(["model", "parameters", "median", "seeds"], rows)
+    )
+    margins = {}
+    for a, b, what in COMPARISONS:
+        differences = [theirs - ours for ours, theirs in zip(excess[a], excess[b])]
+        margins[what] = {"median": spread(differences).median, "seeds": differences}
+    report.tables.append("gain in nats, seed by seed\n" + table(
+        ["comparison", "median", "seeds"],
+        [[what, f"{m['median']:+.3f}", f"{min(m['seeds']):+.3f} to {max(m['seeds']):+.3f}"] for what, m in margins.items()],
+    ))  # fmt: skip
+    shares_DE = counts_DE / counts_DE.sum(1, keepdim=True)
+    report.tables.append(
+        f"{EXPERTS}: bits that the expert says about the dialect (of {math.log2(DIALECTS):.0f}), by layer: "
+        + ", ".join(f"{np.median(bits):.2f}" for bits in zip(*information))
+        + "\nshare of each dialect's tokens by expert, last layer, last seed\n"
+        + table(
+            ["dialect", *map(str, range(shares_DE.shape[1]))], [[str(d), *(f"{s:.0%}" for s in row)] for d, row in enumerate(shares_DE)]
+        )
+    )
+    report.figures = {
+        "entropy": entropy(), "nats_above_entropy": excess, "parameters": sizes, "gains": margins, "bits_about_dialect_by_layer": information,
+        "share_by_dialect_and_expert": shares_DE.tolist(),
+    }  # fmt: skip
