@@ -8,11 +8,13 @@ mistake are answered at once. Mistakes are collected and reported together, exit
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from megatron_moe.config.command import CommandConfig
 from megatron_moe.config.deepspeed_json import WEAK_FIELDS, DeepSpeedJson, read_deepspeed
 from megatron_moe.config.flags import (
     ConfigError,
@@ -55,15 +57,24 @@ class Disagreement(str):
 
 
 class Parsed:
-    """A run, and what its command line said that has no effect.
+    """A run, what to do with it, and what its command line said that has no effect.
 
-    `deepspeed` is the JSON it was given, None without one; `missing` are the files of settings that are not here.
+    `missing` are the files of settings that are not here; `given` the names of the settings that some source gave; `deepspeed`
+    the JSON that was read, None without one.
     """
 
     def __init__(
-        self, run: RunConfig, warnings: list[str], not_yet: list[str], missing: list[MissingFile], deepspeed: DeepSpeedJson | None
+        self,
+        run: RunConfig,
+        warnings: list[str],
+        not_yet: list[str],
+        missing: list[MissingFile],
+        command: CommandConfig,
+        given: Iterable[str],
+        deepspeed: DeepSpeedJson | None,
     ):
-        self.run, self.warnings, self.not_yet, self.missing, self.deepspeed = run, warnings, not_yet, missing, deepspeed
+        self.run, self.warnings, self.not_yet, self.missing = run, warnings, not_yet, missing
+        self.command, self.given, self.deepspeed = command, frozenset(given), deepspeed
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -77,7 +88,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
                        help="YAML with the same names as the flags; the command line wins")  # fmt: skip
     start.add_argument("--deepspeed-config", "--deepscale-config", default=argparse.SUPPRESS, nargs="?", const="", metavar="FILE.json",
                        help="DeepSpeed JSON, read with or without --deepspeed; must agree with what is given here")  # fmt: skip
-    for group in GROUPS.values():
+    for group in (CommandConfig, *GROUPS.values()):
         add_config_group(parser, group)
     for name, (count, _) in (LEFTOVERS | NOT_YET).items():
         nargs: Any = {0: None, 1: "?", "*": "*"}[count]
@@ -93,14 +104,15 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "pretrain_gpt_moe.
     given, problems = read_options(parser, argv)
     others = {k.removeprefix("_other_"): _words(v) for k, v in given.items() if k.startswith("_other_")}
     preset, config_file = given.pop("preset", None), given.pop("config", None)
-    missing: list[MissingFile] = []
     classes = list(GROUPS.values())
     values: dict[str, Any] = {}
+    missing: list[MissingFile] = []
+    command = _command(given, problems)
     if preset is not None:
         if preset in PRESETS:
-            values = dict(PRESETS[preset])
+            values = dict(PRESETS[preset].settings)
         else:
-            problems.append(f"--preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
+            problems.append(_unknown_preset(preset))
     if config_file is not None:
         from_file, more = _read_yaml(config_file, problems, missing)
         others = more | others
@@ -120,12 +132,13 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "pretrain_gpt_moe.
     except ConfigError as error:
         problems += _with_origins(error.problems, deepspeed)
     if problems:
-        raise ConfigError([*problems, *map(str, missing)])
+        raise ConfigError([*problems, *([] if command.dry_run else map(str, missing))])
     warnings, not_yet = notes_on(others)
     if deepspeed is not None:
         warnings = [*deepspeed.warnings, *_differences(deepspeed, values), *warnings]
         not_yet += deepspeed.not_yet
-    return Parsed(run, [*run.warnings(), *repeated_options(parser, argv), *warnings], not_yet, missing, deepspeed)
+    warnings = [*run.warnings(), *repeated_options(parser, argv), *warnings]
+    return Parsed(run, warnings, not_yet, missing, command, values, deepspeed)
 
 
 def _words(value: Any) -> list[str]:
@@ -180,6 +193,21 @@ def _with_origins(problems: Iterable[str], deepspeed: DeepSpeedJson | None) -> I
         yield f"{problem} ({', '.join(keys)})" if keys else problem
 
 
+def _command(given: dict[str, Any], problems: list[str]) -> CommandConfig:
+    values = convert_all([CommandConfig], given, problems)
+    try:
+        return CommandConfig(**values)
+    except ConfigError as error:
+        problems += error.problems
+        return CommandConfig()
+
+
+def _unknown_preset(name: str) -> str:
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), PRESETS, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"--preset {name!r} is not known; {hint}use one of {', '.join(PRESETS)} (--list-presets says what they are)"
+
+
 def _overridden(weaker: dict[str, Any], stronger: dict[str, Any]) -> dict[str, Any]:
     """Later sources win, also over the same length in another unit: --lr-warmup-tokens replaces a preset's lr_warmup_fraction."""
     replaced = {n for lengths in (RUN_LENGTHS, DECAY_LENGTHS, WARMUP_LENGTHS) if stronger.keys() & set(lengths) for n in lengths}
@@ -187,7 +215,8 @@ def _overridden(weaker: dict[str, Any], stronger: dict[str, Any]) -> dict[str, A
 
 
 def _read_yaml(path: str, problems: list[str], missing: list[MissingFile]) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """Settings of a YAML file by field name; leftovers apart. Aliases work as on the command line."""
+    """Settings of a YAML file by field name; leftovers apart. Aliases work as on the command line. A file that is not there
+    goes to `missing`: a plan can do without, training cannot."""
     if not path:
         problems.append("--config wants a value")
         return {}, {}
@@ -220,8 +249,6 @@ def _read_yaml(path: str, problems: list[str], missing: list[MissingFile]) -> tu
         elif name in LEFTOVERS or name in NOT_YET:
             others |= {name: _words(value)} if value is not False else {}
         else:
-            import difflib
-
             near = difflib.get_close_matches(name, [*positive, *negative], 1)
             problems.append(f"--config {path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     return values, others

@@ -5,6 +5,7 @@ Written anew from what the commands say, with short paths: what matters is which
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +21,6 @@ class Launch:
     @property
     def flags(self) -> list[str]:
         """What stands behind the program."""
-        import shlex
-
         words = shlex.split(self.line)
         return words[next(i for i, w in enumerate(words) if w.endswith(".py")) + 1 :]
 
@@ -41,8 +40,8 @@ def ds_json(batch: int, micro: int, stage: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-PILE = "/data/pile_text_document"
-BLEND = "0.14336 /data/books 0.08962 /data/news 0.19336 /data/web 0.57366 /data/code"
+PILE = "data/pile_text_document"
+BLEND = "0.14336 data/part1 0.08962 data/part2 0.19336 data/part3 0.57366 data/part4"
 
 
 def example(
@@ -54,7 +53,7 @@ def example(
     is_moe = experts != "1"
     distill = (
         f"--mos --kd-beta-ce 1 --num-layers-teacher 24 --num-experts-teacher {teacher} --hidden-size-teacher {hidden} "
-        f"--num-attention-heads-teacher {heads} --load-teacher out/teacher/ "
+        f"--num-attention-heads-teacher {heads} --load-teacher teacher "
     )
     line = (
         "deepspeed ./pretrain_gpt.py --override-opt_param-scheduler --adam-beta1 0.9 --adam-beta2 0.95 "
@@ -66,11 +65,11 @@ def example(
         f"--hidden-size {hidden} --num-attention-heads {heads} --seq-length 2048 --max-position-embeddings 2048 "
         f"--train-tokens 300000000000 {length or '--train-samples 439453125'} --lr {lr} --min-lr {min_lr} --lr-decay-style cosine "
         f"--split 98,2,0 --log-interval 10 --eval-interval 100 --eval-iters 10 --save-interval {10000 if is_moe else 1000} "
-        "--weight-decay 0.1 --clip-grad 1.0 --hysteresis 2 --num-workers 0 --fp16 --load out/run --save out/run "
+        "--weight-decay 0.1 --clip-grad 1.0 --hysteresis 2 --num-workers 0 --fp16 --load run --save run "
         f"{distill if teacher else ''}"
         "--tensorboard-queue-size 1 --log-timers-to-tensorboard --log-batch-size-to-tensorboard --log-validation-ppl-to-tensorboard "
-        f"--tensorboard-dir out/tensorboard --checkpoint-activations {'--create-moe-param-group ' if is_moe else ''}"
-        f"--vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt --data-path {data} --data-impl mmap "
+        f"--tensorboard-dir tensorboard --checkpoint-activations {'--create-moe-param-group ' if is_moe else ''}"
+        f"--vocab-file data/gpt2-vocab.json --merge-file data/gpt2-merges.txt --data-path {data} --data-impl mmap "
         "--deepspeed --deepspeed_config ds_config.json --pipeline-model-parallel-size 1 "
         f"{'--no-pipeline-parallel ' if is_moe else ''}--deepspeed-activation-checkpointing"
     )
@@ -81,23 +80,23 @@ SHORT, LONG = "--train-iters 858306", "--train-iters 1716613"
 PYRAMID_350M, PYRAMID_1B = "32 32 32 32 32 32 32 32 32 32 64 64", "64 64 64 64 64 64 64 64 64 64 128 128"
 
 EXAMPLES = {
-    "125M+MoE-64": example(12, 768, 12, 256, 4, "4.5e-4", "4.5e-06", "64", 64, length=LONG),
-    "350M": example(24, 1024, 16, 256, 4, "3.0e-4", "3.0e-5"),
-    "350M+MoE-128": example(24, 1024, 16, 256, 4, "2.0e-4", "2e-06", "128", 64, length=LONG),
-    "350M+PR-MoE-32/64": example(24, 1024, 16, 256, 4, "3.0e-4", "1.0e-06", PYRAMID_350M, 64, length=LONG, residual=True),
-    "350M+PR-MoE-32/64+MoS": example(21, 1024, 16, 256, 4, "3.0e-4", "1.0e-06", "32 32 32 32 32 32 32 32 64 64", 64, length=LONG,
+    "gpt-125m-moe-64": example(12, 768, 12, 256, 4, "4.5e-4", "4.5e-06", "64", 64, length=LONG),
+    "gpt-350m": example(24, 1024, 16, 256, 4, "3.0e-4", "3.0e-5"),
+    "gpt-350m-moe-128": example(24, 1024, 16, 256, 4, "2.0e-4", "2e-06", "128", 64, length=LONG),
+    "gpt-350m-pr-moe-32-64": example(24, 1024, 16, 256, 4, "3.0e-4", "1.0e-06", PYRAMID_350M, 64, length=LONG, residual=True),
+    "gpt-350m-pr-moe-32-64-mos": example(21, 1024, 16, 256, 4, "3.0e-4", "1.0e-06", "32 32 32 32 32 32 32 32 64 64", 64, length=LONG,
                                      residual=True, teacher=PYRAMID_350M, data=BLEND),
-    "1.3B": example(24, 2048, 16, 512, 2, "2.0e-4", "2.0e-5", tp=4, ramp="--rampup-batch-size 32 32 1953125 "),
-    "1.3B+MoE-128": example(24, 2048, 16, 512, 8, "1.2e-4", "1.0e-6", "128", 64, length=SHORT),
-    "1.3B+PR-MoE-64/128": example(24, 2048, 16, 512, 8, "1.2e-4", "1.0e-6", PYRAMID_1B, 64, length=SHORT, residual=True, stage=2),
-    "1.3B+PR-MoE-64/128+MoS": example(21, 2048, 16, 512, 4, "1.2e-4", "1.0e-6", "64 64 64 64 64 64 64 64 128 128", 128, length=SHORT,
+    "gpt-1.3b": example(24, 2048, 16, 512, 2, "2.0e-4", "2.0e-5", tp=4, ramp="--rampup-batch-size 32 32 1953125 "),
+    "gpt-1.3b-moe-128": example(24, 2048, 16, 512, 8, "1.2e-4", "1.0e-6", "128", 64, length=SHORT),
+    "gpt-1.3b-pr-moe-64-128": example(24, 2048, 16, 512, 8, "1.2e-4", "1.0e-6", PYRAMID_1B, 64, length=SHORT, residual=True, stage=2),
+    "gpt-1.3b-pr-moe-64-128-mos": example(21, 2048, 16, 512, 4, "1.2e-4", "1.0e-6", "64 64 64 64 64 64 64 64 128 128", 128, length=SHORT,
                                       residual=True, stage=2, teacher=PYRAMID_1B, data=BLEND, ranks=128),
-    "6.7B": example(32, 4096, 32, 1024, 4, "1.2e-4", "1.2e-5", tp=8, std="0.01", ramp="--rampup-batch-size 32 32 4882812 "),
+    "gpt-6.7b": example(32, 4096, 32, 1024, 4, "1.2e-4", "1.2e-5", tp=8, std="0.01", ramp="--rampup-batch-size 32 32 4882812 "),
 }  # fmt: skip
 
 _COMMON = "--moe-loss-coeff 0.01 --moe-train-capacity-factor 1.25 --moe-eval-capacity-factor 2.0"
 TUTORIALS = {
-    "128 experts": Launch(
+    "experts-128": Launch(
         "deepspeed pretrain_gpt_moe.py --num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 2048 "
         "--max-position-embeddings 2048 --micro-batch-size 4 --global-batch-size 256 --train-iters 500000 --lr 0.0001 --min-lr 0.00001 "
         f"--lr-decay-style cosine --num-experts 128 --moe-expert-parallel-size 4 {_COMMON} --fp16 --deepspeed_config ds_config.json",
@@ -114,7 +113,7 @@ TUTORIALS = {
             },
         },
     ),
-    "8 experts, no dropping": Launch(
+    "experts-8": Launch(
         "deepspeed --num_gpus 8 pretrain_moe.py --model-parallel-size 1 --num-layers 32 --hidden-size 4096 --num-attention-heads 32 "
         "--seq-length 2048 --max-position-embeddings 4096 --micro-batch-size 2 --global-batch-size 256 --train-iters 500000 "
         "--save-interval 5000 --eval-interval 1000 --eval-iters 100 --lr 0.0001 --min-lr 0.00001 --lr-decay-style cosine "
@@ -130,7 +129,7 @@ TUTORIALS = {
             },
         },
     ),
-    "a list of experts as JSON": Launch(
+    "falling-pyramid": Launch(
         'deepspeed pretrain_gpt_moe.py --num-layers 24 --hidden-size 1024 --num-attention-heads 16 --num-experts "[128, 64, 32, 16]" '
         "--mlp-type residual --moe-expert-parallel-size 4 --moe-loss-coeff 0.01 --fp16",
         4,
@@ -138,3 +137,8 @@ TUTORIALS = {
 }  # fmt: skip
 
 ALL = EXAMPLES | TUTORIALS
+
+# The flags alone, as text.
+UPSTREAM = {name: shlex.join(launch.flags) for name, launch in EXAMPLES.items()}
+TEXTS = {name: shlex.join(launch.flags) for name, launch in TUTORIALS.items()}
+RANKS = {name: launch.ranks for name, launch in EXAMPLES.items()}

@@ -15,11 +15,12 @@ from megatron_moe.config.output import CheckpointConfig
 
 def checkpoint_problems(config: CheckpointConfig, architecture: dict[str, Any]) -> list[str]:
     """One sentence per mistake in the checkpoint flags; `architecture` is what the run is about to build."""
-    problems = list(_load_problems(config, architecture)) if config.load else []
+    problems = list(load_problems(config, architecture)) if config.load else []
     return problems + ([*_save_problems(Path(config.save)), *_branch_problems(config)] if config.save else [])
 
 
-def _load_problems(config: CheckpointConfig, architecture: dict[str, Any]) -> Iterator[str]:
+def load_problems(config: CheckpointConfig, architecture: dict[str, Any]) -> Iterator[str]:
+    """The part about --load. Only reads."""
     directory = Path(config.load)
     present = iterations_in(directory)
     if config.ckpt_step is not None and config.ckpt_step not in present:

@@ -9,6 +9,8 @@ from typing import Literal
 
 from megatron_moe.config.flags import checked, flag
 
+MOCK_VOCAB_SIZE = 512  # of made-up tokens, unless a flag says otherwise
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:

@@ -6,8 +6,10 @@ python -m megatron_moe.config.docs > docs/flags.md
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 
+from megatron_moe.config.command import CommandConfig
 from megatron_moe.config.flags import FieldSpec, fields_of, words_of
 from megatron_moe.config.leftovers import LEFTOVERS, NEUTRAL, NOT_YET, SWITCHES
 from megatron_moe.config.presets import PRESETS
@@ -30,7 +32,7 @@ def flags_page() -> str:
 
 
 def _settings() -> Iterator[str]:
-    for cls in GROUPS.values():
+    for cls in (CommandConfig, *GROUPS.values()):
         title, _, text = (cls.__doc__ or cls.__name__).strip().partition("\n")
         yield f"## {title.rstrip('.')}\n"
         if text.strip():
@@ -69,10 +71,13 @@ def _default_of(spec: FieldSpec) -> str:
 
 def _presets() -> Iterator[str]:
     yield "## Presets\n"
-    yield "A named set of flags to start from.\n"
-    for name, values in PRESETS.items():
-        yield f"`--preset {name}` is the same as\n"
-        yield "```\n" + "\n".join(" ".join(words_of(FIELDS[field], value)) for field, value in values.items()) + "\n```\n"
+    yield "A named set of flags to start from; `--list-presets` prints their sizes.\n"
+    for name, preset in PRESETS.items():
+        yield f"`--preset {name}`: {preset.what}. The same as\n"
+        # a flag and its value stay on one line
+        flags = [" ".join(words_of(FIELDS[field], value)).replace(" ", "\0") for field, value in preset.settings.items()]
+        lines = textwrap.wrap(" ".join(flags), 120, break_long_words=False, break_on_hyphens=False)
+        yield "```\n" + "\n".join(lines).replace("\0", " ") + "\n```\n"
 
 
 def _other_flags() -> Iterator[str]:

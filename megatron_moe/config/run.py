@@ -130,6 +130,12 @@ class RunConfig:
     def world_problems(self, world_size: int) -> Iterator[str]:
         """What is wrong with running this on `world_size` ranks."""
         p = self.parallel
+        if world_size % p.model_parallel_size and p.model_parallel_size > p.tensor_model_parallel_size:
+            yield (f"the number of ranks ({world_size}) must be divisible by --tensor-model-parallel-size "
+                   f"({p.tensor_model_parallel_size}) x --pipeline-model-parallel-size ({p.pipeline_model_parallel_size}) x "
+                   f"--context-parallel-size ({p.context_parallel_size}) = {p.model_parallel_size}; make the product one of "
+                   f"{_one_of(world_size)} or start another number of ranks")  # fmt: skip
+            return
         if world_size % p.model_parallel_size:
             yield (f"the number of ranks ({world_size}) must be divisible by --tensor-model-parallel-size "
                    f"({p.tensor_model_parallel_size}); use TP {_one_of(world_size)} or start another number of ranks")  # fmt: skip
@@ -154,11 +160,22 @@ class RunConfig:
                        f"--moe-expert-parallel-size to one of {_one_of(world_size)}")  # fmt: skip
 
     def train_problems(self) -> Iterator[str]:
-        """What is fine to look at but cannot be trained: unbuilt features, nothing to train on, no end."""
+        """What is fine to look at but cannot be trained."""
+        yield from self.not_built_yet()
+        yield from self.missing_to_train()
+
+    def not_built_yet(self) -> Iterator[str]:
+        """Settings of features that exist as a flag only."""
         for group in GROUPS:
             for s in fields_of(GROUPS[group]):
-                if s.info.not_yet and getattr(getattr(self, group), s.name) != s.default and s.name not in self._idle():
-                    yield f"{s.option}: {s.info.not_yet} is not built yet; leave the flag out"
+                value = getattr(getattr(self, group), s.name)
+                if s.info.not_yet and value != s.default and s.name not in self._idle():
+                    is_degree = s.kind is int and not s.many
+                    said = f" must be {s.default}, not {value}" if is_degree else ""
+                    yield f"{s.option}{said}: {s.info.not_yet} is not built yet; leave the flag out"
+
+    def missing_to_train(self) -> Iterator[str]:
+        """What a run needs and has no default: something to train on, an end, a vocabulary."""
         t = self.training
         if not (t.train_iters or t.train_samples or t.train_tokens):
             yield "how long to train is missing: give --train-iters, --train-samples or --train-tokens"
@@ -170,15 +187,19 @@ class RunConfig:
         if self.tokenizer.kind == "NullTokenizer" and not self.model.vocab_size:
             yield "--tokenizer-type NullTokenizer needs --vocab-size"
 
+    def train_ends(self, world_size: int) -> dict[str, int]:
+        """Optimizer steps until each of the given ends, by flag."""
+        t, batch = self.training, self.global_batch_size(world_size)
+        ends = {
+            "--train-iters": t.train_iters,
+            "--train-samples": -(-t.train_samples // batch) if t.train_samples else None,
+            "--train-tokens": -(-t.train_tokens // (batch * t.seq_length)) if t.train_tokens else None,
+        }
+        return {name: steps for name, steps in ends.items() if steps}
+
     def train_iterations(self, world_size: int) -> int:
         """Optimizer steps until the first of the given ends is reached."""
-        t, batch = self.training, self.global_batch_size(world_size)
-        ends = [t.train_iters] if t.train_iters else []
-        if t.train_samples:
-            ends.append(-(-t.train_samples // batch))
-        if t.train_tokens:
-            ends.append(-(-t.train_tokens // (batch * t.seq_length)))
-        return min(ends)
+        return min(self.train_ends(world_size).values())
 
     # ------------------------------------------------------------ to and from JSON
 

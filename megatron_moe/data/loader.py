@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +63,11 @@ def sources_of(data: DataConfig) -> list[list[Source]]:
     return [[Source(p, w, None) for w, p in blend_of(words) if w > 0] if words else [] for words in paths]
 
 
+def prefixes_of(data: DataConfig) -> list[str]:
+    """Every dataset that is read, once."""
+    return list(dict.fromkeys(s.prefix for sources in sources_of(data) for s in sources))
+
+
 def build_datasets(data: DataConfig, seq_length: int, seed: int, vocab_size: int) -> SplitDatasets:
     """The three datasets of a run. Raises ValueError for unusable files or when there is too little to train on.
 
@@ -79,6 +84,25 @@ def build_datasets(data: DataConfig, seq_length: int, seed: int, vocab_size: int
         parts = [(_build_one(data, open_once(s.prefix), s, name, seq_length, split_seed), s.weight) for s in sources]
         splits.append(_blend([(dataset, weight) for dataset, weight in parts if dataset is not None]))
     return SplitDatasets(*splits)
+
+
+class TrainingSize(NamedTuple):
+    """How much one dataset has to train on: its training split, in tokens and in samples."""
+
+    prefix: str
+    weight: float
+    tokens: int
+    samples: int
+
+
+def training_sizes(data: DataConfig, seq_length: int) -> list[TrainingSize]:
+    """Raises ValueError for unusable files, as `build_datasets` does."""
+    sizes = []
+    for source in sources_of(data)[0]:
+        indexed = IndexedDataset(source.prefix)
+        dataset = GPTDataset(indexed, _range_of(source, data, indexed), seq_length, 0, "train")
+        sizes.append(TrainingSize(source.prefix, source.weight, dataset.num_tokens, len(dataset)))
+    return sizes
 
 
 def _build_one(data: DataConfig, indexed: IndexedDataset, source: Source, name: str, seq_length: int, seed: int) -> GPTDataset | None:
@@ -113,15 +137,18 @@ def _blend(parts: list[tuple[GPTDataset, float]]) -> GPTDataset | BlendedDataset
 # ---------------------------------------------------------------- what is wrong, before anything starts
 
 
-def data_problems(data: DataConfig, seq_length: int, vocab_size: int, fingerprint: str | None = None) -> list[str]:
+def data_problems(
+    data: DataConfig, seq_length: int, vocab_size: int, fingerprint: str | None = None, unseen: Collection[str] = ()
+) -> list[str]:
     """Everything that would stop this run's data later, one sentence each; [] when it is fine.
 
     vocab_size: of the model, before padding. fingerprint: of the run's tokenizer, to compare with the one that made the data.
+    unseen: prefixes that are not looked at, because they are on another machine.
     """
     problems: list[str] = []
     opened: dict[str, IndexedDataset] = {}
     everything = sources_of(data)
-    for prefix in dict.fromkeys(s.prefix for sources in everything for s in sources):
+    for prefix in (p for p in prefixes_of(data) if p not in unseen):
         try:
             opened[prefix] = IndexedDataset(prefix)
             problems += _content_problems(opened[prefix], vocab_size, fingerprint)

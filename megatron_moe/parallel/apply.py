@@ -33,13 +33,19 @@ def build_parallel_mesh(config: RunConfig, device_type: str) -> ParallelMesh:
     return build_mesh(device_type, config.parallel.tensor_model_parallel_size, degrees, config.parallel.zero_stage)
 
 
-def build_parallel_model(config: RunConfig, vocab_size: int, mesh: ParallelMesh, device: torch.device) -> GPT:
-    """The sharded model with its initial weights; no rank ever holds more than its shards and one whole matrix."""
+def build_sharded_model(config: RunConfig, vocab_size: int, mesh: ParallelMesh) -> GPT:
+    """The parallel model of this rank without memory: its shards have shapes and no content."""
     dtype = torch.float64 if config.training.params_dtype == "float64" else torch.float32
     model = build_on_meta(lambda: GPT(config.model, config.moe, vocab_size), dtype)
     for moe in moe_layers(model):
         moe.experts.use_reference = config.training.moe_kernels == "reference"
     parallelize(model, mesh, config)
+    return model
+
+
+def build_parallel_model(config: RunConfig, vocab_size: int, mesh: ParallelMesh, device: torch.device) -> GPT:
+    """The sharded model with its initial weights; no rank ever holds more than its shards and one whole matrix."""
+    model = build_sharded_model(config, vocab_size, mesh)
     model.to_empty(device=device)
     initialize_parameters(
         model, config.training.seed, config.model.init_method_std, config.model.num_layers, config.moe.moe_identical_expert_init

@@ -156,6 +156,13 @@ def test_mistakes_in_yaml_are_said_beside_those_of_the_command_line(tmp_path, te
     assert any("--num-layers wants a whole number, not 'x'" in p for p in problems)
 
 
+def test_a_file_of_settings_that_is_not_there_is_said_with_the_other_mistakes_and_noted_in_a_dry_run(tmp_path):
+    file = str(tmp_path / "none.yaml")
+    assert len(problems_of(*TINY, "--config", file, "--topk", "x")) == 2
+    assert [m.path for m in parse_args([*TINY, "--config", file, "--dry-run"]).missing] == [file]
+    assert "--topk" in the_problem(*TINY, "--config", file, "--topk", "x", "--dry-run")
+
+
 def test_yaml_that_is_not_text_or_not_there_is_a_clear_mistake(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_bytes(b"lr: \xff\xfe")
@@ -185,6 +192,8 @@ def test_abbreviations_are_not_guessed():
 def test_an_unknown_choice_gets_a_near_miss():
     assert "did you mean 'residual'" in the_problem(*TINY, "--mlp-type", "residul")
     assert "use one of tiny" in the_problem("--preset", "big", *TINY[2:], "--mock-data", "--train-iters", "1")
+    for near in ("gpt-350m-moe128", "GPT_350M_MoE_128", "350m-moe-128"):
+        assert "did you mean 'gpt-350m-moe-128'?" in the_problem("--preset", near, "--mock-data", "--train-iters", "1")
 
 
 def test_all_problems_of_all_groups_are_said_at_once():

@@ -77,7 +77,7 @@ def test_a_translated_command_is_the_same_run_and_needs_no_json(name, translated
 
 
 def test_the_table_says_what_became_of_each_flag_and_each_key(translated):
-    launch = ALL["1.3B+PR-MoE-64/128"]
+    launch = ALL["gpt-1.3b-pr-moe-64-128"]
     write_json(launch)
     _, table, words, _ = translated(launch.line)
     rows = [line.removeprefix("# ").split(" | ")[0].split() for line in table.splitlines() if " | " in line]
@@ -174,7 +174,7 @@ def test_a_line_is_found_in_a_script_with_its_continuations_quotes_and_pipe(caps
 
 
 def test_the_output_is_a_script(capsys):
-    translate_launch.main(["--", *shlex.split(ALL["350M+MoE-128"].line.replace("--deepspeed_config ds_config.json", ""))])
+    translate_launch.main(["--", *shlex.split(ALL["gpt-350m-moe-128"].line.replace("--deepspeed_config ds_config.json", ""))])
     Path("new.sh").write_text(capsys.readouterr().out)
     assert subprocess.run(["bash", "-n", "new.sh"], timeout=20).returncode == 0
 

@@ -11,16 +11,29 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from megatron_moe.utils import compat
 
-TESTED = {"grouped_mm", "all_gather_into_tensor", "local_slices", "all_to_all_rows", "all_gather_rows", "reduce_scatter_rows"}
+TESTED = {
+    "grouped_mm", "all_gather_into_tensor", "local_slices", "all_to_all_rows", "all_gather_rows", "reduce_scatter_rows",
+    "fake_process_group",
+}  # fmt: skip
 
 
 def test_every_name_has_a_test_here():
     defined = {
         name
         for name, value in vars(compat).items()
-        if not name.startswith("_") and not inspect.ismodule(value) and name not in ("annotations", "Tensor", "DTensor")
+        if not name.startswith("_") and not inspect.ismodule(value) and name not in ("annotations", "Tensor", "DTensor", "Iterator")
     }
-    assert defined - {"compute_local_shape_and_global_offset"} == TESTED
+    assert defined - {"compute_local_shape_and_global_offset", "contextmanager"} == TESTED
+
+
+def test_fake_process_group_shards_like_a_rank_of_a_real_one():
+    whole = torch.empty(10, 6, device="meta")
+    for rank, rows in ((0, 3), (2, 3), (3, 1)):  # 10 rows over 4 ranks: 3 3 3 1
+        with compat.fake_process_group(rank, 4):
+            assert (dist.get_rank(), dist.get_world_size()) == (rank, 4)
+            shard = distribute_tensor(whole, init_device_mesh("cpu", (4,)), [Shard(0)], src_data_rank=None)
+            assert shard.to_local().shape == (rows, 6)
+    assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
