@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import socket
 import sys
@@ -61,6 +60,7 @@ def loopback_store(size: int, timeout: timedelta) -> dist.Store:
     return dist.TCPStore("127.0.0.1", port, size, True, timeout=timeout, master_listen_fd=listener.detach())
 
 
+<<<<<<< HEAD
 def in_turn(world: World, work: Callable[[], Any]) -> Any:
     """`work()` on rank 0, then on one rank of every other machine, then on the rest: what the first leave on a disk, shared or
     not, those after them find. Collective."""
@@ -85,13 +85,15 @@ def progress_is_over() -> None:
     faulthandler.cancel_dump_traceback_later()
 
 
+=======
+>>>>>>> death
 def explain_lost_rank(error: RuntimeError, rank: int, timeout_minutes: float) -> str | None:
     """What an error of the backend means when another rank hangs or is gone; None for any other error."""
     text = str(error).lower()
     if any(sign in text for sign in ("timed out waiting", "watchdog caught collective operation timeout")):
         return (
             f"rank {rank} waited for another rank longer than --distributed-timeout-minutes {timeout_minutes:g}. Each rank has printed "
-            "above where it is ('Timeout'): look for the one that is not in a collective. If that one was only slow, raise the timeout"
+            "above where it is ('no step has ended'): look for the one that is not in a collective. If that one was only slow, raise the timeout"
         )
     if any(sign in text for sign in ("connection closed by peer", "connection reset by peer", "broken pipe")):
         return f"rank {rank} lost the connection to another rank, which has ended: see its own message above"

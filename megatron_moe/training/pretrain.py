@@ -32,19 +32,12 @@ from megatron_moe.optimizer.groups import build_optimizer
 from megatron_moe.optimizer.schedule import LearningRateSchedule, build_schedule
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
 from megatron_moe.training.checkpoints import Progress, describe, resume, save
-from megatron_moe.training.distributed import (
-    World,
-    end_distributed,
-    expect_progress,
-    explain_lost_rank,
-    in_turn,
-    init_distributed,
-    progress_is_over,
-)
+from megatron_moe.training.distributed import World, end_distributed, explain_lost_rank, in_turn, init_distributed
 from megatron_moe.training.evaluate import evaluate
 from megatron_moe.training.preflight import Prepared
 from megatron_moe.training.signals import Stopper
 from megatron_moe.training.step import StepResult, train_step
+from megatron_moe.training.watchdog import Watchdog
 from megatron_moe.utils.logging import logger, setup_logging
 
 EXIT_MARKER = "exit.json"
@@ -63,6 +56,7 @@ class Run:
     datasets: SplitDatasets
     tracker: Tracker
     stopper: Stopper
+    watchdog: Watchdog
     manager: CheckpointManager | None
     lock: DirectoryLock | None  # on rank 0, with --save
     progress: Progress
@@ -77,7 +71,7 @@ class Run:
         return self.config.global_batch_size(self.world.size)
 
     def close(self) -> None:
-        progress_is_over()
+        self.watchdog.close()
         self.stopper.close()
         self.tracker.close()
         if self.lock:
@@ -132,7 +126,8 @@ def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
     seq_length, seed = config.training.seq_length, config.training.seed
     datasets = in_turn(world, lambda: build_datasets(config.data, seq_length, seed, prepared.vocab_size, progress.ordered_samples))
     stopper = Stopper(config.training, world.cpu_group)
-    return Run(prepared, world, mesh, model, optimizer, schedule, datasets, tracker, stopper, manager, lock, progress, total)
+    watchdog = Watchdog(world.rank, config.parallel.distributed_timeout_minutes)
+    return Run(prepared, world, mesh, model, optimizer, schedule, datasets, tracker, stopper, watchdog, manager, lock, progress, total)
 
 
 def train(run: Run) -> None:
@@ -144,7 +139,7 @@ def train(run: Run) -> None:
     evaluated = progress.iteration if run_evaluation(run) else -1
     throughput.restart()
     while reason is None:
-        expect_progress(config.parallel.distributed_timeout_minutes)
+        run.watchdog.step()
         microbatches = [next(batches).to(run.world.device) for _ in range(config.num_microbatches(run.world.size))]
         # the rate of the step after which this much is consumed: the first step does not run at zero
         rate = run.schedule.at(progress.iteration + 1, progress.consumed_samples + samples, progress.consumed_tokens + tokens)
