@@ -60,7 +60,6 @@ def loopback_store(size: int, timeout: timedelta) -> dist.Store:
     return dist.TCPStore("127.0.0.1", port, size, True, timeout=timeout, master_listen_fd=listener.detach())
 
 
-<<<<<<< HEAD
 def in_turn(world: World, work: Callable[[], Any]) -> Any:
     """`work()` on rank 0, then on one rank of every other machine, then on the rest: what the first leave on a disk, shared or
     not, those after them find. Collective."""
@@ -73,20 +72,6 @@ def in_turn(world: World, work: Callable[[], Any]) -> Any:
     return result
 
 
-def expect_progress(timeout_minutes: float) -> None:
-    """Called before every step: when the next call is overdue, faulthandler prints where each thread of this rank is.
-
-    Just before the collectives give up, so that also the rank that the others wait for says where it hangs.
-    """
-    faulthandler.dump_traceback_later(0.9 * 60 * timeout_minutes, file=2)
-
-
-def progress_is_over() -> None:
-    faulthandler.cancel_dump_traceback_later()
-
-
-=======
->>>>>>> death
 def explain_lost_rank(error: RuntimeError, rank: int, timeout_minutes: float) -> str | None:
     """What an error of the backend means when another rank hangs or is gone; None for any other error."""
     text = str(error).lower()
