@@ -2,7 +2,9 @@
 # Sourced by the other scripts: finds or makes the Python environment.
 #
 #   set_up     leaves the interpreter in $PYTHON, with everything of requirements.txt importable
-#   launch     torchrun on this machine, listening on the loopback interface only
+#   launch     torchrun on this machine, listening on the loopback interface only; on several with NNODES
+#   smoke      small sizes for a pretrain_*.sh script, when SMOKE=1
+#   pretrain   the training command of a pretrain_*.sh script, or its plan with DRY_RUN=1
 #
 # The active virtual environment is used if there is one, else .venv in this repository; the system's Python is left as it is.
 # A torch >= 2.11 that is already there is kept. When the requirements have not changed since the last time, nothing is run.
@@ -12,6 +14,7 @@ REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # per process; several processes share the cores
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1    # else workers that torchrun restarts read stale peer addresses
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}" # seconds between a signal and kill -9: a save takes time
 export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
 say() { printf '== %s\n' "$*"; }
@@ -153,13 +156,72 @@ set_up() {
 }
 
 # torchrun --nproc-per-node $1 with the other arguments. Rendezvous is a file and addresses are 127.0.0.1: `--standalone` would open a
-# port on every interface of the machine.
+# port on every interface of the machine. With NNODES above 1 the nodes meet at MASTER_ADDR:MASTER_PORT instead.
 launch() {
   local ranks="$1" meeting status=0
   shift
+  if [ "${NNODES:-1}" -gt 1 ]; then
+    launch_node "$ranks" "$@"
+    return
+  fi
   meeting=$(mktemp -d)
   "$PYTHON" -m torch.distributed.run --rdzv-backend c10d --rdzv-endpoint "$meeting/store" --rdzv-conf store_type=file \
     --local-addr 127.0.0.1 --nproc-per-node "$ranks" "$@" || status=$?
   rm -rf "$meeting"
   return "$status"
+}
+
+# This node's part of a launch on NNODES nodes. The same command runs on each, with NODE_RANK 0 on the one that is MASTER_ADDR.
+launch_node() {
+  local ranks="$1" host=false
+  shift
+  [ -n "${MASTER_ADDR:-}" ] || die "NNODES is $NNODES: set MASTER_ADDR, the same on every node, to the name or address of the first"
+  [ -n "${NODE_RANK:-}" ] || die "NNODES is $NNODES: set NODE_RANK, to 0 on the node that is MASTER_ADDR ($MASTER_ADDR), to 1, 2, ... on the others"
+  if [ "$NODE_RANK" -eq 0 ]; then host=true; fi
+  # read_timeout: how long the others wait for the first one
+  "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --rdzv-id "${RDZV_ID:-megatron_moe}" --rdzv-backend c10d \
+    --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv-conf "is_host=$host,read_timeout=600" --nproc-per-node "$ranks" "$@"
+}
+
+# ---------------------------------------------------------------- what the pretrain_*.sh scripts share
+
+# With SMOKE=1: sizes that a laptop trains in seconds on made-up tokens. What makes the recipe stays: experts, a pyramid, the
+# residual branch, expert and tensor parallelism, precision, recomputation, schedule.
+smoke() {
+  if [ "${SMOKE:-0}" != 1 ]; then return; fi
+  NUM_GPUS=1
+  if [ "${MP_SIZE:-1}" -gt 1 ]; then MP_SIZE=2 NUM_GPUS=2; fi
+  case "${NUM_EXPERTS:-1}" in
+    1) ;;
+    *\ *) NUM_EXPERTS="2 4" EP_SIZE=2 NUM_GPUS=2 ;;
+    *) NUM_EXPERTS=4 EP_SIZE=2 NUM_GPUS=2 ;;
+  esac
+  NUM_LAYERS=4 HIDDEN_SIZE=64 NUM_ATTN_HEADS=4 SEQ_LEN=32 MICRO_BATCH_SIZE=1 GLOBAL_BATCH_SIZE=4
+  TRAIN_TOKENS=640 LR_DECAY_TOKENS=640 WARMUP_TOKENS=128 # 5 steps
+  LOG_INTERVAL=1 EVAL_INTERVAL=1000 EVAL_ITERS=1
+  DATA=(--mock-data)
+  ON_CPU=1
+  SAVE=$(mktemp -d)
+  trap 'rm -rf "$SAVE"; say "SMOKE=1 keeps nothing: $SAVE is gone" >&2' EXIT
+}
+
+# pretrain_gpt_moe.py with these flags, on NUM_GPUS processes over NNODES nodes. DRY_RUN=1 prints the plan for them instead. With ON_CPU=1
+# the processes leave GPUs alone.
+pretrain() {
+  local each have
+  set_up >&2 # standard output belongs to the plan
+  if [ "${DRY_RUN:-0}" = 1 ]; then
+    "$PYTHON" "$REPO/pretrain_gpt_moe.py" --dry-run --dry-run-world-size "$NUM_GPUS" "$@"
+    return
+  fi
+  [ $((NUM_GPUS % ${NNODES:-1})) -eq 0 ] || die "NUM_GPUS ($NUM_GPUS, of all nodes together) must be divisible by NNODES ($NNODES)"
+  each=$((NUM_GPUS / ${NNODES:-1}))
+  if [ "${ON_CPU:-0}" = 1 ]; then
+    set -- --distributed-backend gloo "$@"
+  else
+    have=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    [ "$have" -ge "$each" ] || die "this machine has $have GPUs, and NUM_GPUS ($NUM_GPUS) / NNODES (${NNODES:-1}) asks for $each; change them, or \
+start with SMOKE=1 (a small version, on CPUs), ON_CPU=1 (this one, on CPUs) or DRY_RUN=1 (what it would be)"
+  fi
+  launch "$each" "$REPO/pretrain_gpt_moe.py" "$@"
 }

@@ -1,5 +1,6 @@
-"""Paths and threads for all tests, the policy on skips, and the end of the worker pools."""
+"""Paths and threads for all tests, the policy on skips, the end of the worker pools."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,11 @@ TESTS = Path(__file__).resolve().parent
 for path in (TESTS, TESTS.parent):  # `import distributed_pool` and `import megatron_moe` without installing anything
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))
+
+if importlib.util.find_spec("hypothesis") is None:  # an extra: with the core packages alone the other tests run all the same
+    import hypothesis_stand_in
+
+    hypothesis_stand_in.install()
 
 
 def pytest_addoption(parser):

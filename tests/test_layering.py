@@ -18,7 +18,8 @@ LAYERS = [
     {"moe", "optimizer", "data"},
     {"model"},
     {"parallel"},
-    {"checkpoint", "conversion", "metrics"},
+    {"checkpoint", "metrics"},
+    {"conversion"},
     {"training", "inference"},
     {"deepspeed"},
     {"arguments"},  # beside the entry points, which are everything outside of the package

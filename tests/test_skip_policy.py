@@ -12,8 +12,8 @@ TESTS = Path(__file__).resolve().parent
 
 
 def run_pytest(folder: Path, tests: str, allowed: str) -> subprocess.CompletedProcess:
-    (folder / "conftest.py").write_text((TESTS / "conftest.py").read_text())
-    (folder / "skip_policy.py").write_text((TESTS / "skip_policy.py").read_text())
+    for name in ("conftest.py", "skip_policy.py", "hypothesis_stand_in.py"):
+        (folder / name).write_text((TESTS / name).read_text())
     (folder / "distributed_pool.py").write_text("def close_pools(): pass\n")
     (folder / "allowed.txt").write_text(allowed)
     (folder / "test_sample.py").write_text(tests)

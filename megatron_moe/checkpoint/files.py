@@ -44,6 +44,13 @@ def iterations_in(directory: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
+def other_format(directory: Path) -> str | None:
+    """What to do with a directory that holds weights, but no checkpoint of ours."""
+    if any((directory / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return "it holds safetensors; tools/convert_checkpoint.py --from safetensors --to native makes a run directory of them"
+    return None
+
+
 def temporary_name(name: str, purpose: str = "tmp") -> str:
     return f"{name}.{purpose}-{uuid.uuid4().hex[:8]}"
 
@@ -54,6 +61,17 @@ def leftovers_in(directory: Path) -> list[Path]:
         return []
     pattern = re.compile(rf"(iter_\d{{7,}}|{re.escape(TRACKER)})\.tmp-(del-)?[0-9a-f]{{8}}")
     return sorted(entry for entry in directory.iterdir() if pattern.fullmatch(entry.name))
+
+
+def run_directory(directory: str | Path, step: int | None) -> tuple[Path, int | None]:
+    """runs/a/iter_0000100 -> (runs/a, 100)."""
+    path = Path(directory)
+    match = re.fullmatch(r"iter_(\d{7,})", path.name)
+    if match is None:
+        return path, step
+    if step not in (None, int(match[1])):
+        raise ValueError(f"{path} is the checkpoint of iteration {int(match[1])}, not of {step}; give the run directory {path.parent}")
+    return path.parent, int(match[1])
 
 
 # ---------------------------------------------------------------- manifest

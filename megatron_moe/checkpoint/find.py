@@ -12,6 +12,7 @@ from megatron_moe.checkpoint.files import (
     file_problems,
     iteration_name,
     iterations_in,
+    other_format,
     read_manifest,
     tracker_note,
 )
@@ -53,7 +54,8 @@ def _candidates(directory: Path, step: int | None) -> list[int]:
     """Iterations to try, in this order; an error when there is nothing to try."""
     present = iterations_in(directory)
     if not present:
-        raise CheckpointError(f"no checkpoint in {directory}: it has no directory named {iteration_name(100)} or alike")
+        why = other_format(directory) or f"it has no directory named {iteration_name(100)} or alike"
+        raise CheckpointError(f"no checkpoint in {directory}: {why}")
     if step is None:
         return present[::-1]
     if step not in present:

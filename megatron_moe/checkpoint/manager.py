@@ -20,14 +20,14 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_moe.checkpoint.files import (
@@ -49,6 +49,8 @@ from megatron_moe.checkpoint.load import describe, explain
 from megatron_moe.checkpoint.ranks import Ranks
 
 log = logging.getLogger(__name__)
+
+Fetch = Callable[[str], Tensor]  # name -> the tensor
 
 HEADROOM = 1 << 20  # bytes beyond the tensors: zip headers, .metadata, manifest
 # What torch's zip writer says when a write comes back short.
@@ -72,8 +74,10 @@ class CheckpointManager:
         """Delete what killed saves have left behind; returns it."""
         return self.ranks.first("sweeping unfinished saves", self._sweep)
 
-    def save(self, iteration: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> Path:
+    def save(self, iteration: int, tensors: Mapping[str, Tensor], meta: dict[str, Any], fetch: Fetch | None = None) -> Path:
         """Write one checkpoint; returns its directory, or raises the same CheckpointError on every rank.
+
+        With `fetch`, `tensors` only say shapes and dtypes (device meta); each is fetched by name when its turn comes.
 
         `tensors` is this rank's flat dict of Tensor and DTensor. Names equal on two ranks are the same tensor.
         An intact checkpoint of this iteration with the same tensors is kept as it is: resuming and stopping at once
@@ -86,7 +90,7 @@ class CheckpointManager:
         building = self.ranks.first(f"saving {final.name}", lambda: self._begin(final, tensors_size(content), meta))
         try:
             self.ranks.all(f"saving {final.name}", lambda: _check_visible(building))
-            self.ranks.all(f"saving {final.name}", lambda: self._write(building, tensors, tensors_size(content)))
+            self.ranks.all(f"saving {final.name}", lambda: self._write(building, tensors, tensors_size(content), fetch))
             written = self.ranks.all(f"checking {final.name}", lambda: self._written(building))
             files = {name: entry for part in written for name, entry in part.items()}
             manifest = Manifest(iteration, self.ranks.size, content, files, meta)
@@ -149,14 +153,22 @@ class CheckpointManager:
         building.mkdir()
         return building
 
-    def _write(self, building: Path, tensors: Mapping[str, Tensor], size: int) -> None:
+    def _write(self, building: Path, tensors: Mapping[str, Tensor], size: int, fetch: Fetch | None) -> None:
         """Every rank: write the shards."""
         # thread_count=1: with more, a write that failed in a thread is reported as a success.
-        writer = FileSystemWriter(building, single_file_per_rank=True, sync_files=True, thread_count=1)
+        # A file for each fetched tensor: torch keeps the tensors of a file in memory until it closes the file.
+        writer = FileSystemWriter(building, single_file_per_rank=fetch is None, sync_files=True, thread_count=1)
+        planner = FetchingPlanner(fetch) if fetch else None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             try:
-                dcp.save(dict(tensors), storage_writer=writer, process_group=self.ranks.group, no_dist=not self.ranks.is_distributed)
+                dcp.save(
+                    dict(tensors),
+                    storage_writer=writer,
+                    planner=planner,
+                    process_group=self.ranks.group,
+                    no_dist=not self.ranks.is_distributed,
+                )
             except CheckpointException as error:
                 causes = [cause for cause, _ in error.failures.values()]
                 text = explain(error)
@@ -188,6 +200,17 @@ class CheckpointManager:
                 remove_directory(path)
             except OSError as error:  # the new checkpoint is safe; a full disk will be noticed at the next save
                 log.warning("cannot delete %s: %s", path, error)
+
+
+class FetchingPlanner(DefaultSavePlanner):
+    """Plans with tensors of the meta device, and asks for the numbers of one when it is written."""
+
+    def __init__(self, fetch: Fetch):
+        super().__init__()
+        self.fetch = fetch
+
+    def lookup_object(self, index: Any) -> Tensor:
+        return self.fetch(index.fqn)
 
 
 # ---------------------------------------------------------------- helpers

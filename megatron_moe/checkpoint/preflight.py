@@ -9,25 +9,41 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.checkpoint.compare import architecture_differences
-from megatron_moe.checkpoint.files import CheckpointError, iteration_name, iterations_in, read_manifest
+from megatron_moe.checkpoint.files import TRACKER, CheckpointError, Manifest, iteration_name, iterations_in, other_format, read_manifest
+from megatron_moe.config.data import DataConfig
+from megatron_moe.config.flags import fields_of
 from megatron_moe.config.output import CheckpointConfig
+from megatron_moe.config.run import RunConfig
+
+# What else a run that goes on must have in common with its checkpoint.
+ORDER_SETTINGS = ("data_order", "train_data_exact_num_epochs")
 
 
-def checkpoint_problems(config: CheckpointConfig, architecture: dict[str, Any]) -> list[str]:
+def checkpoint_problems(run: RunConfig, architecture: dict[str, Any]) -> list[str]:
     """One sentence per mistake in the checkpoint flags; `architecture` is what the run is about to build."""
-    problems = list(_load_problems(config, architecture)) if config.load else []
+    config = run.checkpoint
+    problems = list(load_problems(run, architecture)) if config.load else []
     return problems + ([*_save_problems(Path(config.save)), *_branch_problems(config)] if config.save else [])
 
 
-def _load_problems(config: CheckpointConfig, architecture: dict[str, Any]) -> Iterator[str]:
+def load_problems(run: RunConfig, architecture: dict[str, Any]) -> Iterator[str]:
+    """The part about --load. Only reads."""
+    config = run.checkpoint
     directory = Path(config.load)
     present = iterations_in(directory)
     if config.ckpt_step is not None and config.ckpt_step not in present:
         yield f"--ckpt-step {config.ckpt_step}: {directory} has {_known(present)}"
+    elif not present and config.exit_on_missing_checkpoint:
+        yield f"--load {directory}: there is no checkpoint in it, and --exit-on-missing-checkpoint wants one"
     elif not present and not _is_same(config.load, config.save):
         yield f"--load {directory}: {_why_empty(directory)}"
+    elif not present and (tracker := directory / TRACKER).exists():
+        yield (
+            f"--load {directory}: {TRACKER} says {tracker.read_text(errors='replace')[:40]!r}, but there is no checkpoint in it; "
+            "bring the checkpoints back, or delete that file to start from nothing"
+        )
     elif present:
-        yield from _architecture_problems(directory, [config.ckpt_step] if config.ckpt_step is not None else present[::-1], architecture)
+        yield from _content_problems(run, [config.ckpt_step] if config.ckpt_step is not None else present[::-1], architecture)
 
 
 def _known(present: list[int]) -> str:
@@ -40,40 +56,76 @@ def _why_empty(directory: Path) -> str:
         return f"this is one checkpoint; give --load {directory.parent} --ckpt-step {step}"
     if not directory.is_dir():
         return "there is no such directory; only the directory of --save may be new"
-    return f"there is no checkpoint in it (no {iteration_name(100)} or alike); only the directory of --save may be empty"
+    return (
+        other_format(directory)
+        or f"there is no checkpoint in it (no {iteration_name(100)} or alike); only the directory of --save may be empty"
+    )
 
 
-def _architecture_problems(directory: Path, iterations: list[int], architecture: dict[str, Any]) -> Iterator[str]:
+def _content_problems(run: RunConfig, iterations: list[int], architecture: dict[str, Any]) -> Iterator[str]:
     """Of the first checkpoint whose manifest can be read: that is the one that will be loaded."""
-    unreadable = []
+    directory, unreadable = Path(run.checkpoint.load), []
     for iteration in iterations:
         try:
-            meta = read_manifest(directory / iteration_name(iteration)).meta
+            manifest = read_manifest(directory / iteration_name(iteration))
         except CheckpointError as error:
             unreadable.append(str(error))
             continue
-        if table := architecture_differences(meta.get("architecture", architecture), architecture):
-            head = f"--load {directory}: {iteration_name(iteration)} is of another architecture"
-            yield "\n    ".join([head, *table])
+        where = f"--load {directory}: {iteration_name(iteration)}"
+        if table := architecture_differences(manifest.meta.get("architecture", architecture), architecture):
+            yield "\n    ".join([f"{where} is of another architecture", *table])
+        saved = manifest.meta.get("config") or run.to_dict()
+        yield from _state_problems(where, run, saved, manifest)
+        if not run.checkpoint.finetune:
+            yield from _order_problems(where, run, saved)
         return
     yield f"--load {directory}: no checkpoint can be read: {'; '.join(unreadable[:3])}"
 
 
+def _state_problems(where: str, run: RunConfig, saved: dict[str, Any], manifest: Manifest) -> Iterator[str]:
+    """What the tensors depend on besides the architecture, and whether those of the optimizer are there."""
+    wants_optimizer = not (run.checkpoint.finetune or run.checkpoint.no_load_optim)
+    if table := architecture_differences(*(_state_settings(s, wants_optimizer) for s in (saved, run.to_dict()))):
+        remedy = "give them again" + (", or --no-load-optim where it is only the optimizer" if wants_optimizer else "")
+        yield "\n    ".join([f"{where} was saved with other settings; {remedy}", *table])
+    if wants_optimizer and run.optimizer.has_state and manifest.tensors and not any(n.startswith("optimizer.") for n in manifest.tensors):
+        yield (
+            f"{where} holds weights without optimizer state (saved with --no-save-optim, or converted without --include-optimizer); "
+            "add --no-load-optim to go on from its iteration and place in the data with a fresh optimizer, or --finetune to start at "
+            "iteration 0"
+        )
+
+
+def _state_settings(settings: dict[str, Any], with_optimizer: bool) -> dict[str, Any]:
+    dtype = {"params_dtype": settings.get("training", {}).get("params_dtype")}
+    return dtype | ({"optimizer": settings.get("optimizer", {}).get("optimizer")} if with_optimizer else {})
+
+
+def _order_problems(where: str, run: RunConfig, saved: dict[str, Any]) -> Iterator[str]:
+    """Another order would repeat some of the samples that were consumed and leave out others."""
+    for field in fields_of(DataConfig):
+        then = saved.get("data", {}).get(field.name, field.default)  # a checkpoint from before there was this flag
+        now = getattr(run.data, field.name)
+        if field.name in ORDER_SETTINGS and now != then:
+            wanted = f"give {field.option} {then}" if then is not None else "leave it out"
+            yield (
+                f"{where} has read its data with {field.option} {_shown(then)} and this run has {_shown(now)}: {wanted}, "
+                f"or start anew from its weights with --finetune and another --save"
+            )
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else str(value)
+
+
 def _save_problems(directory: Path) -> Iterator[str]:
-    """Try it: make the directory and a file in it, then remove whatever was not there before."""
-    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    """Try it, with a file that never has a name. Nothing is made: every rank asks, and one would remove what another just used."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
+        nearest = next(path for path in (directory, *directory.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         yield f"--save {directory}: cannot write there ({error.strerror or error}); choose another directory"
-    finally:
-        for path in made:  # deepest first; one that another process has filled meanwhile stays
-            try:
-                path.rmdir()
-            except OSError:
-                break
 
 
 def _branch_problems(config: CheckpointConfig) -> Iterator[str]:

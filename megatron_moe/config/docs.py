@@ -6,12 +6,14 @@ python -m megatron_moe.config.docs > docs/flags.md
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 
-from megatron_moe.config.flags import FieldSpec, fields_of
-from megatron_moe.config.leftovers import LEFTOVERS, NOT_YET
+from megatron_moe.config.command import CommandConfig
+from megatron_moe.config.flags import FieldSpec, fields_of, words_of
+from megatron_moe.config.leftovers import LEFTOVERS, NEUTRAL, NOT_YET, SWITCHES
 from megatron_moe.config.presets import PRESETS
-from megatron_moe.config.run import GROUPS
+from megatron_moe.config.run import FIELDS, GROUPS
 
 HEAD = """\
 # Flags
@@ -20,7 +22,8 @@ HEAD = """\
 
 Every setting of `pretrain_gpt_moe.py`, under the spelling of Megatron-LM or Megatron-DeepSpeed where they have it.
 Dashes and underscores are the same in flag names. A YAML file given by `--config FILE.yaml` uses the same names without the
-leading dashes. Precedence, lowest first: defaults, `--preset NAME`, `--config FILE.yaml`, command line.
+leading dashes. Precedence, lowest first: defaults, `--preset NAME`, `--config FILE.yaml`, command line. `--deepspeed-config FILE.json`
+must agree with the last two ([from_megatron_deepspeed.md](from_megatron_deepspeed.md)); it overrides the first two.
 """
 
 
@@ -29,7 +32,7 @@ def flags_page() -> str:
 
 
 def _settings() -> Iterator[str]:
-    for cls in GROUPS.values():
+    for cls in (CommandConfig, *GROUPS.values()):
         title, _, text = (cls.__doc__ or cls.__name__).strip().partition("\n")
         yield f"## {title.rstrip('.')}\n"
         if text.strip():
@@ -68,26 +71,28 @@ def _default_of(spec: FieldSpec) -> str:
 
 def _presets() -> Iterator[str]:
     yield "## Presets\n"
-    yield "A named set of flags to start from.\n"
-    for name, values in PRESETS.items():
-        yield f"`--preset {name}` is the same as\n"
-        yield "```\n" + "\n".join(_preset_line(field, value) for field, value in values.items()) + "\n```\n"
-
-
-def _preset_line(field: str, value: object) -> str:
-    option = field.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{option}" if value else f"--no-{option}"
-    return f"--{option} {_plain(value)}"
+    yield "A named set of flags to start from; `--list-presets` prints their sizes.\n"
+    for name, preset in PRESETS.items():
+        yield f"`--preset {name}`: {preset.what}. The same as\n"
+        # a flag and its value stay on one line
+        flags = ["\0".join(words_of(FIELDS[field], value)) for field, value in preset.settings.items()]
+        lines = textwrap.wrap(" ".join(flags), 120, break_long_words=False, break_on_hyphens=False)
+        yield "```\n" + "\n".join(lines).replace("\0", " ") + "\n```\n"
 
 
 def _other_flags() -> Iterator[str]:
     yield "## Not built yet\n"
-    yield "These are understood, and refused when they are used to train.\n"
-    yield from _table(("flag", "feature"), ((f"`--{name}`", what) for name, (_, what) in NOT_YET.items()))
+    yield "These are understood, and refused when they are used to train, unless their value asks for nothing.\n"
+    yield from _table(("flag", "feature"), ((f"`--{name}`", _feature(name)) for name in NOT_YET))
     yield "## Accepted without effect\n"
     yield "Upstream launch scripts pass these. They are accepted with a warning.\n"
     yield from _table(("flag", "why it has no effect"), ((f"`--{name}`", why) for name, (_, why) in LEFTOVERS.items()))
+
+
+def _feature(name: str) -> str:
+    neutral = f"{NEUTRAL[name]} asks for nothing" if name in NEUTRAL else ""
+    needless = f"asks for nothing without {' or '.join(f'`--{s}`' for s in SWITCHES[name])}" if name in SWITCHES else ""
+    return NOT_YET[name][1] + (f"; {neutral or needless}" if neutral or needless else "")
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:

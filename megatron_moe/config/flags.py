@@ -32,6 +32,9 @@ class ConfigError(ValueError):
         self.problems = list(dict.fromkeys(problems))
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self):
+        return ConfigError, (self.problems,)  # pickled by its problems, not by the text that was made of them
+
 
 @dataclasses.dataclass(frozen=True)
 class FlagInfo:
@@ -68,7 +71,7 @@ class FieldSpec:
 
     @property
     def option(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return "--" + self.name.rstrip("_").replace("_", "-")  # the field of --from is called from_
 
     @property
     def options(self) -> list[str]:
@@ -230,6 +233,54 @@ def int_list(words: list[str]) -> tuple[int, ...]:
 _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf$|-nan$", re.IGNORECASE)
 
 
+@dataclasses.dataclass(frozen=True)
+class GivenOption:
+    """One flag of a command line with the words behind it."""
+
+    spelled: str
+    option: str  # the same with dashes
+    words: tuple[str, ...]
+    dest: str | None  # None: no such flag
+
+    def __str__(self) -> str:
+        return " ".join([self.spelled, *self.words])
+
+
+def given_options(parser: argparse.ArgumentParser, argv: Iterable[str]) -> list[GivenOption]:
+    """The command line cut at its flags, in order. Words before the first flag have no flag: an option of ''."""
+    actions = {s: a for a in parser._actions for s in a.option_strings}
+    found: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if re.match(r"--?[A-Za-z]", word):
+            name, equals, value = word.partition("=")
+            found.append((name, [value] if equals else []))
+        elif found:
+            found[-1][1].append(word)
+        else:
+            found.append(("", [word]))
+    named = [(spelled, normalise([spelled])[0], tuple(words)) for spelled, words in found]
+    return [GivenOption(s, option, words, actions[option].dest if option in actions else None) for s, option, words in named]
+
+
+def repeated_options(parser: argparse.ArgumentParser, argv: Iterable[str]) -> list[str]:
+    """One warning for each setting that was given several times with different values: the last one counts."""
+    spellings: dict[str, list[str]] = {}
+    meanings: dict[str, set[Any]] = {}
+    actions = {s: a for a in parser._actions for s in a.option_strings}
+    for given in given_options(parser, argv):
+        if given.dest is not None:
+            spellings.setdefault(given.dest, []).append(str(given))
+            meanings.setdefault(given.dest, set()).add(given.words or actions[given.option].const)
+    return [f"{' and '.join(spellings[dest])} are both given: the last one counts" for dest, values in meanings.items() if len(values) > 1]
+
+
+def words_of(spec: FieldSpec, value: Any) -> list[str]:
+    """A typed value as words of a command line: the inverse of `convert`, for every value but None."""
+    if spec.kind is bool:
+        return [spec.option if value else (f"--{spec.info.negative[0]}" if spec.info.negative else spec.negative_options[0])]
+    return [spec.option, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+
+
 def read_options(parser: argparse.ArgumentParser, argv: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """Options that were given (dest -> text) and the problems found; unknown flags get a near miss."""
     actions = {s: a for a in parser._actions for s in a.option_strings}
@@ -292,7 +343,10 @@ def parse_tool(groups: type | tuple[type, ...], prog: str, argv: Iterable[str] |
                                      description=(sys.modules[classes[0].__module__].__doc__ or "").strip() or None)  # fmt: skip
     for cls in classes:
         add_config_group(parser, cls)
-    raw, problems = read_options(parser, sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    raw, problems = read_options(parser, argv)
+    for warning in repeated_options(parser, argv):
+        print(f"{prog}: {warning}", file=sys.stderr)
     values = convert_all(classes, raw, problems)
     configs = _build_groups(classes, values, problems)
     if problems:

@@ -1,7 +1,11 @@
-"""Upstream flags that have no meaning here: accepted, warned about once, listed in docs/flags.md.
+"""Upstream flags that are no setting here: accepted, and listed in docs/flags.md.
 
-name -> (number of values, why). `?` is an optional value, `*` any number.
+LEFTOVERS have no meaning here and are warned about once. NOT_YET belong to features that are not there yet: they parse, and are
+refused when used to train, unless their value or the rest of the command asks for nothing.
+name -> (number of values, why). `*` is any number.
 """
+
+from __future__ import annotations
 
 LEFTOVERS: dict[str, tuple[int | str, str]] = {
     # launcher and engine
@@ -15,12 +19,27 @@ LEFTOVERS: dict[str, tuple[int | str, str]] = {
     "no-bias-dropout-fusion": (0, "fusion is left to torch"),
     "no-gradient-accumulation-fusion": (0, "fusion is left to torch"),
     "use-flash-attn": (0, "scaled_dot_product_attention picks the fastest kernel"),
+    "use-flash-attn-v1": (0, "scaled_dot_product_attention picks the fastest kernel"),
     "use-flash-attn-v2": (0, "scaled_dot_product_attention picks the fastest kernel"),
+    "use-flash-attn-triton": (0, "scaled_dot_product_attention picks the fastest kernel"),
+    "use-flash-attn-builder": (0, "scaled_dot_product_attention picks the fastest kernel"),
+    "no-persist-layer-norm": (0, "the norms are torch's"),
+    "disable-mem-efficient-ln": (0, "the norms are torch's"),
+    "embedding-weights-in-fp32": (0, "parameters are always float32"),
+    "fp16-lm-cross-entropy": (0, "the loss is always computed in float32"),
+    "no-initialization": (0, "weights are drawn, and replaced by those of --load"),
     "no-query-key-layer-scaling": (0, "queries and keys are never scaled by the layer number"),
     "no-async-tensor-model-parallel-allreduce": (0, "communication order is torch's"),
     "attention-softmax-in-fp32": (0, "the attention kernel accumulates in float32"),
     "accumulate-allreduce-grads-in-fp32": (0, "gradients are always accumulated and reduced in float32"),
     "use-distributed-optimizer": (0, "sharding of optimizer state is --zero-stage"),
+    "DDP-impl": (1, "replicas and shards are FSDP2's; see --zero-stage"),
+    "no-contiguous-buffers-in-local-ddp": (0, "FSDP2 lays gradients out itself"),
+    "no-scatter-gather-tensors-in-pipeline": (0, "what pipeline stages exchange is torch's choice"),
+    "use-ring-exchange-p2p": (0, "what pipeline stages exchange is torch's choice"),
+    "overlap-p2p-communication": (0, "what pipeline stages exchange is torch's choice"),
+    "empty-unused-memory-level": (1, "torch manages the memory"),
+    "lazy-mpu-init": (1, "torchrun has set up the ranks"),
     "use-mcore-models": (0, "there is one model"),
     "transformer-impl": (1, "there is one implementation"),
     # MoE
@@ -33,6 +52,7 @@ LEFTOVERS: dict[str, tuple[int | str, str]] = {
     "checkpoint-num-layers": (1, "every layer is a checkpoint"),
     "recompute-method": (1, "every layer is a checkpoint"),
     "recompute-num-layers": (1, "every layer is a checkpoint"),
+    "distribute-saved-activations": (0, "checkpoints are not split over ranks"),
     "distribute-checkpointed-activations": (0, "checkpoints are not split over ranks"),
     "partition-activations": (0, "checkpoints are not split over ranks"),
     "contigious-checkpointing": (0, "torch manages the memory of checkpoints"),
@@ -56,6 +76,11 @@ LEFTOVERS: dict[str, tuple[int | str, str]] = {
     "override-opt-param-scheduler": (0, "the schedule always follows the command line"),
     "use-checkpoint-opt-param-scheduler": (0, "the schedule always follows the command line"),
     "use-checkpoint-args": (0, "--load compares the checkpoint's architecture with the command line and names what differs"),
+    "no-load-lr-state": (0, "the schedule always follows the command line"),
+    "no-load-rng": (0, "random numbers follow from --seed and the iteration: a checkpoint has no state of them"),
+    "no-save-rng": (0, "random numbers follow from --seed and the iteration: a checkpoint has no state of them"),
+    "trust-remote-code": (0, "a tokenizer is a file of data: no code of others runs"),
+    "aml-data-download-path": (1, "data is read from where --data-path says"),
     "data-impl": (1, "datasets are MMIDIDX files, and recognised by what is in them"),
     "dataloader-type": (1, "every run resumes by consumed samples"),
     "repeated-dataloader": (0, "training goes on into the next epoch by itself"),
@@ -69,22 +94,25 @@ LEFTOVERS: dict[str, tuple[int | str, str]] = {
     "log-learning-rate-to-tensorboard": (0, "every logged number goes to every writer"),
     "log-loss-scale-to-tensorboard": (0, "every logged number goes to every writer"),
     "log-optimizer-states-to-tensorboard": (0, "every logged number goes to every writer"),
+    "log-world-size-to-tensorboard": (0, "the number of ranks is in the start event of metrics.jsonl"),
+    "no-log-learnig-rate-to-tensorboard": (0, "every logged number goes to every writer"),
+    "no-log-loss-scale-to-tensorboard": (0, "every logged number goes to every writer"),
     "tensorboard-log-interval": (1, "TensorBoard follows --log-interval"),
     "log-num-zeros-in-grad": (0, "not computed"),
     "log-params-norm": (0, "not computed"),
     "timing-log-level": (1, "not computed"),
+    "timing-log-option": (1, "not computed"),
+    "no-barrier-with-level-1-timing": (0, "not computed"),
     # fp16 settings that bf16 and fp32 runs carry along
-    "initial-loss-scale": (1, "there is no loss scale without --fp16"),
-    "min-loss-scale": (1, "there is no loss scale without --fp16"),
-    "loss-scale": (1, "there is no loss scale without --fp16"),
-    "loss-scale-window": (1, "there is no loss scale without --fp16"),
-    "hysteresis": (1, "there is no loss scale without --fp16"),
+    "initial-loss-scale": (1, "there is a loss scale in fp16 training only, which is not built yet"),
+    "min-loss-scale": (1, "there is a loss scale in fp16 training only, which is not built yet"),
+    "loss-scale": (1, "there is a loss scale in fp16 training only, which is not built yet"),
+    "loss-scale-window": (1, "there is a loss scale in fp16 training only, which is not built yet"),
+    "hysteresis": (1, "there is a loss scale in fp16 training only, which is not built yet"),
 }
 
 # Flags of features that are planned: parsed, and refused when used to train.
 NOT_YET: dict[str, tuple[int | str, str]] = {
-    "deepspeed-config": (1, "reading a DeepSpeed JSON"),
-    "deepscale-config": (1, "reading a DeepSpeed JSON"),
     "mos": (0, "Mixture-of-Students distillation"),
     "kd": (0, "knowledge distillation"),
     "kd-alpha-ce": (1, "knowledge distillation"),
@@ -97,22 +125,102 @@ NOT_YET: dict[str, tuple[int | str, str]] = {
     "hidden-size-teacher": (1, "knowledge distillation"),
     "num-attention-heads-teacher": (1, "knowledge distillation"),
     "num-layers-per-virtual-pipeline-stage": (1, "pipeline parallelism"),
+    "standalone-embedding-stage": (0, "pipeline parallelism"),
+    "enable-zbh1-pipeline": (0, "zero-bubble pipeline schedules"),
+    "enable-zbh1-exact-semantics": (0, "zero-bubble pipeline schedules"),
     "cpu-optimizer": (0, "CPU offload"),
     "ds-sequence-parallel-size": (1, "sequence parallelism"),
     "random-ltd": (0, "random layer-token dropping"),
     "data-efficiency-curriculum-learning": (0, "curriculum learning"),
     "force-ds-sequence-parallel": (0, "sequence parallelism"),
+    "ds-sequence-parallel-fpdt": (0, "sequence parallelism"),
+    "ds-sequence-parallel-fpdt-chunk-size": (1, "sequence parallelism"),
+    "ds-sequence-parallel-fpdt-offloading": (0, "sequence parallelism"),
     "return-data-index": (0, "the data efficiency library"),
     "num-experts-switch": (1, "Megatron's SwitchMLP"),
-    "exit-on-missing-checkpoint": (0, "refusing an empty --load directory"),
-    "kill-switch-file": (1, "stopping by a file"),
     "load-tag": (1, "DeepSpeed checkpoint tags"),
     "universal-checkpoint": (0, "DeepSpeed universal checkpoints"),
-    "train-data-exact-num-epochs": (1, "Megatron's own data order"),
+    "train-idx-path": (1, "index files of the data efficiency library"),
+    "train-desc-path": (1, "index files of the data efficiency library"),
+    "train-doc-idx-path": (1, "index files of the data efficiency library"),
+    "train-sample-idx-path": (1, "index files of the data efficiency library"),
+    "train-shuffle-idx-path": (1, "index files of the data efficiency library"),
     "skip-train": (0, "evaluation without training"),
     "inference": (0, "evaluation without training"),
     "wandb-project": (1, "Weights & Biases"),
     "wandb-entity": (1, "Weights & Biases"),
     "wandb-exp-name": (1, "Weights & Biases"),
-    "profile": (0, "the profiler"),
+    "wandb-save-dir": (1, "Weights & Biases"),
+    "profile": (1, "the profiler"),
+    "profile-steps": (1, "the profiler"),
+    "profile-step-start": (1, "the profiler"),
+    "profile-step-end": (1, "the profiler"),
+    "profile-ranks": ("*", "the profiler"),
+    "weight-decay-incr-style": (1, "a growing weight decay"),
+    "start-weight-decay": (1, "a growing weight decay"),
+    "end-weight-decay": (1, "a growing weight decay"),
+    "rotary-percent": (1, "rotary positions in a part of each head"),
+    "openai-gelu": (0, "GELU by the tanh formula"),
+    "squared-relu": (0, "squared ReLU"),
+    "init-method-xavier-uniform": (0, "uniform initial weights"),
+    "apply-layernorm-1p": (0, "norm weights around zero"),
+    "apply-residual-connection-post-layernorm": (0, "residuals behind the norm"),
+    "fp32-residual-connection": (0, "a float32 residual stream"),
+    "fp8-e4m3": (0, "fp8 training"),
+    "fp8-hybrid": (0, "fp8 training"),
 }
+
+# Flags of NOT_YET at these values ask for nothing: what upstream does without the flag.
+NEUTRAL: dict[str, str] = {"ds-sequence-parallel-size": "1", "weight-decay-incr-style": "constant", "rotary-percent": "1"}
+
+# Settings of a feature in NOT_YET: without one of its switches they ask for nothing.
+_DISTILLATION, _FPDT, _WANDB, _PROFILER = ("mos", "kd"), ("ds-sequence-parallel-fpdt",), ("wandb-project",), ("profile",)
+SWITCHES: dict[str, tuple[str, ...]] = {
+    "kd-alpha-ce": _DISTILLATION,
+    "kd-beta-ce": _DISTILLATION,
+    "kd-temp": _DISTILLATION,
+    "load-teacher": _DISTILLATION,
+    "num-layers-teacher": _DISTILLATION,
+    "num-experts-teacher": _DISTILLATION,
+    "hidden-size-teacher": _DISTILLATION,
+    "num-attention-heads-teacher": _DISTILLATION,
+    "ds-sequence-parallel-fpdt-chunk-size": _FPDT,
+    "ds-sequence-parallel-fpdt-offloading": _FPDT,
+    "wandb-entity": _WANDB,
+    "wandb-exp-name": _WANDB,
+    "wandb-save-dir": _WANDB,
+    "profile-steps": _PROFILER,
+    "profile-step-start": _PROFILER,
+    "profile-step-end": _PROFILER,
+    "profile-ranks": _PROFILER,
+}
+
+
+def notes_on(given: dict[str, list[str]]) -> tuple[list[str], list[str]]:
+    """Warnings, and what keeps a command from training, for the flags of this file that were given with their words."""
+    warnings = [f"--{name} has no effect: {LEFTOVERS[name][1]}" for name in given if name in LEFTOVERS]
+    not_yet = []
+    for name in (n for n in given if n in NOT_YET):
+        if why := asks_for_nothing(name, given):
+            warnings.append(f"--{name} has no effect: {why}")
+        else:
+            not_yet.append(f"--{name}: {NOT_YET[name][1]} is not built yet; leave the flag out")
+    return warnings, not_yet
+
+
+def asks_for_nothing(name: str, given: dict[str, list[str]]) -> str | None:
+    """Why a flag of NOT_YET changes nothing as it was given, or None."""
+    words = given[name]
+    if name in NEUTRAL and len(words) == 1 and _same(words[0], NEUTRAL[name]):
+        return f"{words[0]} is what happens without it"
+    switches = SWITCHES.get(name, ())
+    if switches and not given.keys() & set(switches):
+        return f"it is a setting of {' and '.join('--' + s for s in switches)}"
+    return None
+
+
+def _same(a: str, b: str) -> bool:
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return a == b

@@ -29,7 +29,9 @@ class ModelConfig:
         "learned_absolute", "learned position vectors, or rotary positions in the attention"
     )
     use_rotary_position_embeddings: bool = flag(False, "same as --position-embedding-type rope")
-    rotary_base: float = flag(10000.0, "base of the rotary frequencies (theta)", names=("rope-theta",), above=0)
+    rotary_base: float = flag(
+        10000.0, "base of the rotary frequencies (theta)", names=("rope-theta", "rotary-position-embeddings-theta"), above=0
+    )
     normalization: Literal["LayerNorm", "RMSNorm"] = flag("LayerNorm", "normalisation layer")
     layernorm_epsilon: float = flag(1e-5, "epsilon inside the normalisation", names=("norm-epsilon",), above=0)
     swiglu: bool = flag(False, "gated SiLU units in the MLP and the experts, instead of GELU")

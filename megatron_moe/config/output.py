@@ -15,11 +15,17 @@ class CheckpointConfig:
 
     save: str | None = flag(None, "run directory: configuration, metrics and checkpoints", metavar="DIR")
     save_interval: int | None = flag(None, "steps between checkpoints; the last step is always saved", minimum=1)
+    save_failure: Literal["stop", "continue"] = flag(
+        "stop", "what follows a save that fails, for a full disk say; continue: an alert, and training goes on to the next save"
+    )
     keep_last: int | None = flag(None, "delete older checkpoints and keep this many", minimum=1)
     load: str | None = flag(None, "run directory to go on from; may be the one of --save, which is then allowed to be empty", metavar="DIR")
     ckpt_step: int | None = flag(None, "load this iteration and no other; the newest that verifies when not given",
                                  names=("load-iteration",), minimum=0)  # fmt: skip
     ckpt_verify: Literal["crc", "size", "off"] = flag("crc", "how a checkpoint is checked before it is loaded")
+    exit_on_missing_checkpoint: bool = flag(
+        False, "refuse to start when --load holds no checkpoint, also where it is the directory of --save"
+    )
     finetune: bool = flag(False, "take the weights only: iteration, data position and optimizer start fresh")
     no_load_optim: bool = flag(False, "leave the optimizer state of the checkpoint alone")
     no_save_optim: bool = flag(False, "save weights only")
@@ -30,6 +36,8 @@ class CheckpointConfig:
     def problems(self) -> Iterator[str]:
         if self.ckpt_step is not None and not self.load:
             yield f"--ckpt-step ({self.ckpt_step}) needs --load DIR"
+        if self.exit_on_missing_checkpoint and not self.load:
+            yield "--exit-on-missing-checkpoint needs --load DIR"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_moe.config.data import DataConfig, TokenizerConfig
-from megatron_moe.config.flags import ConfigError, bound_problems, fields_of
+from megatron_moe.config.flags import ConfigError, FieldSpec, bound_problems, fields_of
 from megatron_moe.config.model import ModelConfig, divisors
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.output import CheckpointConfig, LoggingConfig
@@ -28,6 +28,7 @@ GROUPS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
 }
+FIELDS: dict[str, FieldSpec] = {s.name: s for group in GROUPS.values() for s in fields_of(group)}
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,18 @@ class RunConfig:
             self.moe.experts_per_layer(m.num_layers)
         except ValueError as error:
             yield str(error)
+        if self.data.data_order == "megatron" and t.seed >= 2**32:
+            yield f"--data-order megatron takes a --seed below {2**32}, not {t.seed}: that is all that Megatron's generator can be given"
+
+    def _idle(self) -> tuple[str, ...]:
+        """Switches about the tensor-parallel ranks ask for nothing where there is one such rank."""
+        return ("sequence_parallel", "enable_expert_tensor_parallelism") if self.parallel.tensor_model_parallel_size == 1 else ()
 
     def warnings(self) -> Iterator[str]:
         """What is allowed but probably not meant."""
+        for name in self._idle():
+            if getattr(self.parallel, name):
+                yield f"--{name.replace('_', '-')} has no effect with --tensor-model-parallel-size 1"
         if self.checkpoint.save_interval and not self.checkpoint.save:
             yield f"--save-interval ({self.checkpoint.save_interval}) has no effect without --save DIR"
         experts = self.moe.num_experts
@@ -113,7 +123,8 @@ class RunConfig:
         return world_size // self.parallel.model_parallel_size
 
     def global_batch_size(self, world_size: int) -> int:
-        return self.training.global_batch_size or self.training.micro_batch_size * self.data_parallel_size(world_size)
+        t = self.training
+        return t.global_batch_size or t.micro_batch_size * (t.gradient_accumulation_steps or 1) * self.data_parallel_size(world_size)
 
     def num_microbatches(self, world_size: int) -> int:
         return self.global_batch_size(world_size) // (self.training.micro_batch_size * self.data_parallel_size(world_size))
@@ -121,13 +132,22 @@ class RunConfig:
     def world_problems(self, world_size: int) -> Iterator[str]:
         """What is wrong with running this on `world_size` ranks."""
         p = self.parallel
+        if world_size % p.model_parallel_size and p.model_parallel_size > p.tensor_model_parallel_size:
+            yield (f"the number of ranks ({world_size}) must be divisible by --tensor-model-parallel-size "
+                   f"({p.tensor_model_parallel_size}) x --pipeline-model-parallel-size ({p.pipeline_model_parallel_size}) x "
+                   f"--context-parallel-size ({p.context_parallel_size}) = {p.model_parallel_size}; make the product one of "
+                   f"{_one_of(world_size)} or start another number of ranks")  # fmt: skip
+            return
         if world_size % p.model_parallel_size:
             yield (f"the number of ranks ({world_size}) must be divisible by --tensor-model-parallel-size "
                    f"({p.tensor_model_parallel_size}); use TP {_one_of(world_size)} or start another number of ranks")  # fmt: skip
             return
-        dp, micro = self.data_parallel_size(world_size), self.training.micro_batch_size
+        dp, micro, steps = self.data_parallel_size(world_size), self.training.micro_batch_size, self.training.gradient_accumulation_steps
         batch = self.global_batch_size(world_size)
-        if batch % (micro * dp):
+        if steps and batch != micro * steps * dp:
+            yield (f"--global-batch-size ({batch}) must be --micro-batch-size ({micro}) x --gradient-accumulation-steps ({steps}) x "
+                   f"data-parallel size ({dp}) = {micro * steps * dp}; use {' or '.join(_batches_that_fit(batch, micro, steps, dp))}")  # fmt: skip
+        elif batch % (micro * dp):
             unit = micro * dp
             below = batch // unit * unit
             yield (f"--global-batch-size ({batch}) must be divisible by --micro-batch-size ({micro}) x data-parallel size ({dp}) = "
@@ -142,11 +162,22 @@ class RunConfig:
                        f"--moe-expert-parallel-size to one of {_one_of(world_size)}")  # fmt: skip
 
     def train_problems(self) -> Iterator[str]:
-        """What is fine to look at but cannot be trained: unbuilt features, nothing to train on, no end."""
+        """What is fine to look at but cannot be trained."""
+        yield from self.not_built_yet()
+        yield from self.missing_to_train()
+
+    def not_built_yet(self) -> Iterator[str]:
+        """Settings of features that exist as a flag only."""
         for group in GROUPS:
             for s in fields_of(GROUPS[group]):
-                if s.info.not_yet and getattr(getattr(self, group), s.name) != s.default:
-                    yield f"{s.option}: {s.info.not_yet} is not built yet; leave the flag out"
+                value = getattr(getattr(self, group), s.name)
+                if s.info.not_yet and value != s.default and s.name not in self._idle():
+                    is_degree = s.kind is int and not s.many
+                    said = f" must be {s.default}, not {value}" if is_degree else ""
+                    yield f"{s.option}{said}: {s.info.not_yet} is not built yet; leave the flag out"
+
+    def missing_to_train(self) -> Iterator[str]:
+        """What a run needs and has no default: something to train on, an end, a vocabulary."""
         t = self.training
         if not (t.train_iters or t.train_samples or t.train_tokens):
             yield "how long to train is missing: give --train-iters, --train-samples or --train-tokens"
@@ -158,15 +189,30 @@ class RunConfig:
         if self.tokenizer.kind == "NullTokenizer" and not self.model.vocab_size:
             yield "--tokenizer-type NullTokenizer needs --vocab-size"
 
+    def train_ends(self, world_size: int) -> dict[str, int]:
+        """Optimizer steps until each of the given ends, by flag."""
+        t, batch = self.training, self.global_batch_size(world_size)
+        ends = {
+            "--train-iters": t.train_iters,
+            "--train-samples": -(-t.train_samples // batch) if t.train_samples else None,
+            "--train-tokens": -(-t.train_tokens // (batch * t.seq_length)) if t.train_tokens else None,
+        }
+        return {name: steps for name, steps in ends.items() if steps}
+
     def train_iterations(self, world_size: int) -> int:
         """Optimizer steps until the first of the given ends is reached."""
+        return min(self.train_ends(world_size).values())
+
+    def wanted_samples(self, world_size: int) -> tuple[int, int, int]:
+        """How many samples of training, validation and test Megatron would order for this run.
+
+        Its rules: --train-samples, else --train-iters global batches (also when --train-tokens ends the run earlier); new
+        validation samples for every evaluation and for one more; test samples for one evaluation.
+        """
         t, batch = self.training, self.global_batch_size(world_size)
-        ends = [t.train_iters] if t.train_iters else []
-        if t.train_samples:
-            ends.append(-(-t.train_samples // batch))
-        if t.train_tokens:
-            ends.append(-(-t.train_tokens // (batch * t.seq_length)))
-        return min(ends)
+        iterations = t.train_samples // batch if t.train_samples else t.train_iters or self.train_iterations(world_size)
+        evaluations = iterations // t.eval_interval + 1 if t.eval_interval else 1
+        return t.train_samples or iterations * batch, evaluations * t.eval_iters * batch, t.eval_iters * batch
 
     # ------------------------------------------------------------ to and from JSON
 
@@ -201,6 +247,15 @@ class RunConfig:
 def digest(data: Any) -> str:
     """Short hex digest of JSON-like data, for cache keys and names."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _batches_that_fit(batch: int, micro: int, steps: int, dp: int) -> Iterator[str]:
+    """One of the three sizes each, changed so that their product holds."""
+    yield f"--global-batch-size {micro * steps * dp}"
+    if batch % (micro * dp) == 0:
+        yield f"--gradient-accumulation-steps {batch // (micro * dp)}"
+    if batch % (steps * dp) == 0:
+        yield f"--micro-batch-size {batch // (steps * dp)}"
 
 
 def _one_of(n: int) -> str:

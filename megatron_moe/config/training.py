@@ -15,6 +15,11 @@ class TrainingConfig:
 
     micro_batch_size: int = flag(1, "sequences per rank and forward pass", minimum=1)
     global_batch_size: int | None = flag(None, "sequences per optimizer step; micro batch x data-parallel size when not given", minimum=1)
+    gradient_accumulation_steps: int | None = flag(
+        None,
+        "microbatches per optimizer step (DeepSpeed's word): gives the global batch, or must agree with --global-batch-size",
+        minimum=1,
+    )
     seq_length: int = flag(1024, "tokens per sequence", minimum=1)
     train_iters: int | None = flag(None, "optimizer steps; an upper bound when samples or tokens are given too", minimum=1)
     train_samples: int | None = flag(None, "sequences to train on", minimum=1)
@@ -39,12 +44,19 @@ class TrainingConfig:
     moe_kernels: Literal["auto", "reference"] = flag(
         "auto", "expert matrix products: auto takes torch's grouped_mm where it can; reference is the plain loop, also in float64"
     )
+    compile: bool = flag(
+        False,
+        "compile the model with torch.compile: the first steps take a minute or two longer, the others less; on a CPU this needs a C++ compiler",
+    )
     deterministic_mode: bool = flag(False, "refuse operations without a deterministic implementation")
     eval_interval: int = flag(1000, "steps between evaluations; 0: only at the end", minimum=0)
     eval_iters: int = flag(100, "global batches per evaluation; 0 switches evaluation off", minimum=0)
     exit_interval: int | None = flag(None, "save and exit when the iteration is divisible by this", minimum=1)
     exit_duration_in_mins: float | None = flag(None, "save and exit after this many minutes", above=0)
-    exit_signal_handler: bool = flag(False, "on SIGTERM, SIGINT or SIGUSR1 finish the step, save and exit")
+    kill_switch_file: str | None = flag(None, "save and exit when this file appears", metavar="FILE")
+    exit_signal_handler: bool = flag(
+        True, "on SIGTERM, SIGINT or SIGUSR1 finish the step, save and exit; a second signal ends at once. --no-...: the first one does"
+    )
 
     def __post_init__(self) -> None:
         checked(self)
@@ -105,3 +117,8 @@ class OptimizerConfig:
         warmups = [n for n in WARMUP_LENGTHS if getattr(self, n)]
         if len(warmups) > 1:
             yield f"give the warm-up in one unit only, not {' and '.join('--' + n.replace('_', '-') for n in warmups)}"
+
+    @property
+    def has_state(self) -> bool:
+        """Whether it remembers anything of earlier steps."""
+        return self.optimizer == "adam" or self.sgd_momentum > 0

@@ -49,7 +49,8 @@ class BlendedDataset:
             # A weight of zero would still win ties at the points where all others are exactly on their share.
             raise ValueError(f"weights of a blend must be above zero, not {list(weights)}; leave the dataset out instead")
         self.datasets = list(datasets)
-        self.weights = [w / sum(weights) for w in weights]
+        # numpy's sum: Megatron's, and unlike Python's the same under every version
+        self.weights = (np.array(weights, np.float64) / np.sum(np.array(weights, np.float64))).tolist()
         self._counts = [[0] * len(weights)]  # before each chunk
         self._chunks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 

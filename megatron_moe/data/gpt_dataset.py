@@ -13,22 +13,16 @@ samples a run wants, nor on ranks, workers or batch sizes, so a run can be prolo
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_moe.config.data import split_shares
+from megatron_moe.data import index_cache
+from megatron_moe.data.index_cache import cache_name, check_permutation, load_or_draw
 from megatron_moe.data.indexed_dataset import IndexedDataset
-from megatron_moe.utils.atomic import atomic_write
-
-logger = logging.getLogger(__name__)
-
-# Below this many windows an order takes milliseconds to draw, and a file per epoch would only litter the folder.
-CACHE_FROM = 1 << 18
 
 
 def split_ranges(split: str, count: int) -> list[int]:
@@ -52,7 +46,11 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     numpy must not reorder the data of a run that is being resumed.
     """
     words = np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(count)
-    return np.argsort(words, kind="stable").astype(np.uint32 if count < 2**32 else np.uint64)
+    return np.argsort(words, kind="stable").astype(_order_dtype(count))
+
+
+def _order_dtype(count: int) -> type:
+    return np.uint32 if count < 2**32 else np.uint64
 
 
 class GPTDataset:
@@ -80,7 +78,7 @@ class GPTDataset:
         self.num_tokens = indexed.start_of(last) - self.first_token
         self._count = self._count_windows()
         self._cache = Path(cache_path) if cache_path else Path(indexed.prefix).parent / "index-cache"
-        self._orders: dict[int, np.ndarray] = {}
+        self._orders: dict[int, Any] = {}
 
     def _count_windows(self) -> int:
         count = (self.num_tokens - 1) // self.seq_length
@@ -102,56 +100,36 @@ class GPTDataset:
     def __getitem__(self, index: int) -> dict:
         if index < 0:
             raise IndexError(f"sample {index}: samples are counted from 0, without end")
-        epoch, position = divmod(int(index), self._count)
+        return {"text": self._text(int(index)).astype(np.int64), "sample_id": int(index)}
+
+    def _text(self, index: int) -> np.ndarray:
+        """The seq_length + 1 tokens of a sample."""
+        epoch, position = divmod(index, self._count)
         window = int(self._order(epoch)[position]) if self.shuffle else position
-        tokens = self.indexed.read(self.first_token + window * self.seq_length, self.seq_length + 1)
-        return {"text": tokens.astype(np.int64), "sample_id": int(index)}
+        return self.indexed.read(self.first_token + window * self.seq_length, self.seq_length + 1)
 
     # ------------------------------------------------------------ the order of an epoch
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """The permutation of an epoch. Two are kept: batches at the end of an epoch reach into the next."""
+    def _order(self, epoch: int) -> Any:
+        """The order of an epoch. Two are kept: batches at the end of an epoch reach into the next."""
         if epoch not in self._orders:
             self._orders = {e: order for e, order in self._orders.items() if abs(e - epoch) == 1}
             while len(self._orders) > 1:
                 del self._orders[min(self._orders)]
-            self._orders[epoch] = self._load_order(epoch) if self._count >= CACHE_FROM else epoch_order(self.seed, epoch, self._count)
+            self._orders[epoch] = self._make_order(epoch)
         return self._orders[epoch]
 
-    def _load_order(self, epoch: int) -> np.ndarray:
-        """The order from the cache if it is there and sound, else drawn and left there for others."""
-        path = self._cache_file(epoch)
-        try:
-            return _checked_order(np.load(path, mmap_mode="r", allow_pickle=False), self._count)
-        except FileNotFoundError:
-            pass
-        except (ValueError, OSError, EOFError) as error:
-            logger.warning("rebuilding the index cache %s: %s", path, error)
-        order = epoch_order(self.seed, epoch, self._count)
-        self._store(path, order)
-        return order
+    def _make_order(self, epoch: int) -> np.ndarray:
+        count = self._count
+        if count < index_cache.CACHE_FROM:
+            return epoch_order(self.seed, epoch, count)
+        path = self._cache_file(f"epoch{epoch}", self.seed, epoch)
+        check = partial(check_permutation, count=count, dtype=_order_dtype(count))
+        return load_or_draw([path], lambda: [epoch_order(self.seed, epoch, count)], check)[0]
 
-    def _cache_file(self, epoch: int) -> Path:
-        """A name that differs as soon as anything differs that the order depends on, the data's .idx included."""
+    def _cache_file(self, name: str, *key: Any) -> Path:
+        """The name differs as soon as anything differs that the order depends on, the data's .idx included."""
         if not hasattr(self, "_digest"):
             self._digest = self.indexed.digest()  # reads the .idx once more: only for datasets that use the cache
-        key = [self._digest, self.seq_length, self.document_range, self.seed, epoch]
-        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-        return self._cache / f"{Path(self.indexed.prefix).name}-{self.split_name}-epoch{epoch}-{name}.npy"
-
-    def _store(self, path: Path, order: np.ndarray) -> None:
-        try:
-            os.makedirs(self._cache, exist_ok=True)
-            with atomic_write(path) as file:
-                np.save(file, order, allow_pickle=False)
-        except OSError as error:
-            logger.warning("no index cache in %s (%s): orders stay in memory; --data-cache-path moves it", self._cache, error.strerror)
-
-
-def _checked_order(order: np.ndarray, count: int) -> np.ndarray:
-    """Cheap proof that a cached file is a permutation of range(count): shape, type, range and sum."""
-    if order.shape != (count,) or order.dtype != (np.uint32 if count < 2**32 else np.uint64):
-        raise ValueError(f"it holds {order.dtype}{list(order.shape)} where {count} positions are wanted")
-    if int(order.max()) >= count or int(order.sum(dtype=np.uint64)) != count * (count - 1) // 2:
-        raise ValueError(f"it is not a permutation of {count} positions")
-    return order
+        stem = f"{Path(self.indexed.prefix).name}-{self.split_name}-{name}"
+        return self._cache / cache_name(stem, [self._digest, self.seq_length, self.document_range, *key])

@@ -13,13 +13,14 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 import multiprocessing
 import multiprocessing.util
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,10 +30,12 @@ from megatron_moe.data.batch import Batch
 from megatron_moe.data.blended import BlendedDataset
 from megatron_moe.data.gpt_dataset import GPTDataset, split_ranges
 from megatron_moe.data.indexed_dataset import IndexedDataset
+from megatron_moe.data.megatron_order import MegatronDataset, make_plan, share_of
 from megatron_moe.data.mock import MockDataset
 
 logger = logging.getLogger(__name__)
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the trainer answers them, its workers do not
 SPLITS = ("train", "valid", "test")
 SCANNED_TOKENS = 1 << 22  # how many tokens are looked at to find one outside the vocabulary
 SCANNED_PIECES = 64
@@ -52,41 +55,86 @@ class Source(NamedTuple):
     prefix: str
     weight: float
     split: int | None
+    has_weight: bool  # it was given with one, as in a blend
+
+    def wanted(self, samples: int) -> int:
+        """How many samples Megatron orders of this dataset when `samples` of all are wanted."""
+        return share_of(samples, self.weight) if self.has_weight else samples
 
 
 def sources_of(data: DataConfig) -> list[list[Source]]:
     """What training, validation and test are read from, in this order. A weight of zero leaves a dataset out."""
     if data.data_path:
-        pairs = [(w, p) for w, p in blend_of(data.data_path) if w > 0]
-        return [[Source(p, w, split) for w, p in pairs] for split in range(3)]
+        return [_sources(data.data_path, split) for split in range(3)]
     paths = (data.train_data_path, data.valid_data_path, data.test_data_path)
-    return [[Source(p, w, None) for w, p in blend_of(words) if w > 0] if words else [] for words in paths]
+    return [_sources(words, None) if words else [] for words in paths]
 
 
-def build_datasets(data: DataConfig, seq_length: int, seed: int, vocab_size: int) -> SplitDatasets:
+def prefixes_of(data: DataConfig) -> list[str]:
+    """Every dataset that is read, once."""
+    return list(dict.fromkeys(s.prefix for sources in sources_of(data) for s in sources))
+
+
+def _sources(words: tuple[str, ...], split: int | None) -> list[Source]:
+    return [Source(prefix, weight, split, len(words) > 1) for weight, prefix in blend_of(words) if weight > 0]
+
+
+def build_datasets(data: DataConfig, seq_length: int, seed: int, vocab_size: int, wanted: Sequence[int] | None = None) -> SplitDatasets:
     """The three datasets of a run. Raises ValueError for unusable files or when there is too little to train on.
 
-    `vocab_size` is what mock data draws from. The order of validation and test does not depend on the seed of the run, so
-    that runs with different seeds are measured on the same samples.
+    `vocab_size` is what mock data draws from. `wanted`: samples of each split that Megatron's order is drawn for.
+    In the stable order validation and test do not depend on the seed of the run, so that runs with different seeds are
+    measured on the same samples; in Megatron's they do.
     """
-    seeds = (seed, 1, 2)
+    is_megatron = data.data_order == "megatron"
+    assert not is_megatron or wanted is not None, "Megatron's order needs to know how many samples are wanted"
+    seeds = (seed, seed, seed) if is_megatron else (seed, 1, 2)
     if data.mock_data:
         # Far from each other: --seed 1 must not train on the validation text.
         return SplitDatasets(*(MockDataset(vocab_size, seq_length, 3 * s + k) for k, s in enumerate(seeds)))
     open_once = functools.cache(IndexedDataset)
     splits = []
-    for name, sources, split_seed in zip(SPLITS, sources_of(data), seeds):
-        parts = [(_build_one(data, open_once(s.prefix), s, name, seq_length, split_seed), s.weight) for s in sources]
+    for split, (name, sources) in enumerate(zip(SPLITS, sources_of(data))):
+        samples = wanted[split] if is_megatron else None
+        parts = [(_build_one(data, open_once(s.prefix), s, name, seq_length, seeds[split], samples), s.weight) for s in sources]
         splits.append(_blend([(dataset, weight) for dataset, weight in parts if dataset is not None]))
     return SplitDatasets(*splits)
 
 
-def _build_one(data: DataConfig, indexed: IndexedDataset, source: Source, name: str, seq_length: int, seed: int) -> GPTDataset | None:
+class TrainingSize(NamedTuple):
+    """How much one dataset has to train on: its training split, in tokens and in samples."""
+
+    prefix: str
+    weight: float
+    tokens: int
+    samples: int
+
+
+def training_sizes(data: DataConfig, seq_length: int) -> list[TrainingSize]:
+    """Raises ValueError for unusable files, as `build_datasets` does."""
+    sizes = []
+    for source in sources_of(data)[0]:
+        indexed = IndexedDataset(source.prefix)
+        dataset = GPTDataset(indexed, _range_of(source, data, indexed), seq_length, 0, "train")
+        sizes.append(TrainingSize(source.prefix, source.weight, dataset.num_tokens, len(dataset)))
+    return sizes
+
+
+def _build_one(
+    data: DataConfig, indexed: IndexedDataset, source: Source, name: str, seq_length: int, seed: int, samples: int | None
+) -> GPTDataset | None:
+    """The dataset of one source, in Megatron's order for its part of `samples` if they are given; None without any data."""
     first, last = _range_of(source, data, indexed)
     if first == last:
         return None
+    arguments = (indexed, (first, last), seq_length, seed, name, data.data_cache_path)
     try:
-        return GPTDataset(indexed, (first, last), seq_length, seed, name, data.data_cache_path)
+        if samples is None:
+            return GPTDataset(*arguments)
+        exact = data.train_data_exact_num_epochs if name == "train" else None
+        dataset = MegatronDataset(*arguments, samples=source.wanted(samples), exact_epochs=exact)
+        dataset.prepare()
+        return dataset
     except ValueError as error:
         if name == "train":
             raise
@@ -113,15 +161,24 @@ def _blend(parts: list[tuple[GPTDataset, float]]) -> GPTDataset | BlendedDataset
 # ---------------------------------------------------------------- what is wrong, before anything starts
 
 
-def data_problems(data: DataConfig, seq_length: int, vocab_size: int, fingerprint: str | None = None) -> list[str]:
+def data_problems(
+    data: DataConfig,
+    seq_length: int,
+    vocab_size: int,
+    fingerprint: str | None = None,
+    samples: int | None = None,
+    unseen: Collection[str] = (),
+) -> list[str]:
     """Everything that would stop this run's data later, one sentence each; [] when it is fine.
 
     vocab_size: of the model, before padding. fingerprint: of the run's tokenizer, to compare with the one that made the data.
+    samples: how many the whole run takes, to compare with --train-data-exact-num-epochs.
+    unseen: prefixes that are not looked at, because they are on another machine.
     """
     problems: list[str] = []
     opened: dict[str, IndexedDataset] = {}
     everything = sources_of(data)
-    for prefix in dict.fromkeys(s.prefix for sources in everything for s in sources):
+    for prefix in (p for p in prefixes_of(data) if p not in unseen):
         try:
             opened[prefix] = IndexedDataset(prefix)
             problems += _content_problems(opened[prefix], vocab_size, fingerprint)
@@ -130,10 +187,23 @@ def data_problems(data: DataConfig, seq_length: int, vocab_size: int, fingerprin
     for source in everything[0]:
         if source.prefix in opened:
             try:
-                GPTDataset(opened[source.prefix], _range_of(source, data, opened[source.prefix]), seq_length, 0, "train")
+                dataset = GPTDataset(opened[source.prefix], _range_of(source, data, opened[source.prefix]), seq_length, 0, "train")
+                if data.train_data_exact_num_epochs and samples:
+                    problems += _exact_epochs_problems(dataset, source.weight, samples, data.train_data_exact_num_epochs)
             except ValueError as error:
                 problems.append(str(error))
     return problems
+
+
+def _exact_epochs_problems(dataset: GPTDataset, weight: float, samples: int, epochs: int) -> Iterator[str]:
+    taken = math.floor(weight * (samples - 1)) + 1  # the most that a blend takes of it: it is never ahead of its weight by one
+    has = make_plan(dataset.num_tokens, dataset.seq_length, taken, epochs).num_samples
+    if taken > has:
+        needed = make_plan(dataset.num_tokens, dataset.seq_length, taken).epochs
+        yield (
+            f"--train-data-exact-num-epochs {epochs} of {dataset.indexed.prefix} has {has} samples and the run takes {taken}; "
+            f"give {needed}, or shorten the run"
+        )
 
 
 def _content_problems(indexed: IndexedDataset, vocab_size: int, fingerprint: str | None) -> Iterator[str]:
@@ -220,7 +290,12 @@ def build_loader(
         worker_init_fn=leash.start_worker,
         pin_memory=torch.cuda.is_available(),
     )
-    batches = iter(loader)
+    # Workers that get a signal before they ignore it die of it; a new process inherits what its parent blocks.
+    allowed = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
     multiprocessing.util.Finalize(batches, leash.release, exitpriority=100)
     return batches
 
@@ -228,7 +303,7 @@ def build_loader(
 class _Leash:
     """Keeps data workers alive through signals, and ends them when the trainer ends.
 
-    SIGTERM and Ctrl-C reach the whole process group, and workers that die of them take the trainer along before it has
+    The signals that stop a run reach the whole process group, and workers that die of them take the trainer along before it has
     saved. But SIGTERM is also how Python's own exit ends them, and then waits for them: workers that merely ignore it
     while the loader is still in use hang the trainer's exit for ever. So Python's exit sets a flag first, which they watch.
     """
@@ -237,8 +312,8 @@ class _Leash:
         self._over = multiprocessing.RawValue("b", 0)  # without a lock, which a killed worker could hold
 
     def start_worker(self, worker: int) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_moe.checkpoint.files import run_directory
 from megatron_moe.checkpoint.find import find_checkpoint
 from megatron_moe.checkpoint.load import load_tensors
 from megatron_moe.checkpoint.state import model_state
 from megatron_moe.config.data import TokenizerConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.gpt import GPT
-from megatron_moe.model.init import build_on_meta
-from megatron_moe.moe.layer import moe_layers
+from megatron_moe.model.plain import build_plain
 from megatron_moe.tokenizers import Tokenizer, build_tokenizer
 
 
@@ -55,27 +54,6 @@ def load_for_inference(
     load_tensors(found.path, model_state(model))
     eod = meta["eod"] if meta["eod"] >= 0 else restored.eod if restored else None
     return Loaded(model.eval(), run, vocab_size, eod, restored, found.path, tuple(found.notes))
-
-
-def run_directory(directory: str | Path, step: int | None) -> tuple[Path, int | None]:
-    """runs/a/iter_0000100 -> (runs/a, 100)."""
-    path = Path(directory)
-    match = re.fullmatch(r"iter_(\d{7,})", path.name)
-    if match is None:
-        return path, step
-    if step not in (None, int(match[1])):
-        raise ValueError(f"{path} is the checkpoint of iteration {int(match[1])}, not of {step}; give the run directory {path.parent}")
-    return path.parent, int(match[1])
-
-
-def build_plain(run: RunConfig, vocab_size: int) -> GPT:
-    """The model of a run without memory and without parallelism. Dropless: a token's fate must not depend on its neighbours."""
-    moe = dataclasses.replace(run.moe, moe_token_dropping=False)
-    dtype = torch.float64 if run.training.params_dtype == "float64" else torch.float32
-    model = build_on_meta(lambda: GPT(run.model, moe, vocab_size), dtype)
-    for layer in moe_layers(model):
-        layer.experts.use_reference = run.training.moe_kernels == "reference"
-    return model
 
 
 def restore_tokenizer(saved: dict[str, Any], given: TokenizerConfig, null_size: int | None, vocab_size: int) -> Tokenizer | None:

@@ -1,4 +1,4 @@
-"""Plain PyTorch definitions of every kernel: what is right, in any dtype, float64 included."""
+"""Plain PyTorch definitions of every kernel: what is right, in any dtype, float64 included. They read the offsets on the host."""
 # R rows, D input width, F output width, E experts; T tokens, V padded vocabulary
 
 from __future__ import annotations
@@ -11,12 +11,22 @@ from torch import Tensor
 def grouped_mm(x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
     """Rows grouped by expert times their expert's matrix -> [R, F].
 
-    offsets_E: int32, end of each expert's rows (running sum of rows per expert); offsets_E[-1] == R.
-    An expert without rows takes part with zero rows, so that its gradient is zero and never None.
+    offsets_E: int32, end of each expert's rows (running sum of rows per expert). Rows behind the last one are spare: they are
+    not read, and come out as zero.
     """
-    rows_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)).tolist()
-    # unbind, not w[e]: every index would make a gradient of the size of the whole stack
-    return torch.cat([x @ w for x, w in zip(x_RD.split(rows_E), w_EDF.unbind())])
+    groups = _groups(x_RD, offsets_E)
+    spare = x_RD.new_zeros(x_RD.shape[0] - sum(len(x) for x in groups), w_EDF.shape[2])
+    return torch.cat([*(x @ w for x, w in zip(groups, w_EDF.unbind())), spare])
+
+
+def grouped_outer(x_RD: Tensor, y_RF: Tensor, offsets_E: Tensor) -> Tensor:
+    """Sum over each expert's rows of x_r (outer) y_r -> [E, D, F]: the gradient of its matrix; zero for an expert without rows."""
+    return torch.stack([x.t() @ y for x, y in zip(_groups(x_RD, offsets_E), _groups(y_RF, offsets_E))])
+
+
+def _groups(x: Tensor, offsets_E: Tensor) -> list[Tensor]:
+    ends = offsets_E.tolist()
+    return [x[start:end] for start, end in zip([0, *ends], ends)]
 
 
 def cross_entropy(logits_TV: Tensor, labels_T: Tensor, vocab_size: int) -> Tensor:

@@ -46,9 +46,9 @@ class JsonlWriter:
         try:
             while line:
                 line = line[self._file.write(line) :]
-        except OSError:  # disk full: leave no half line behind
+        except OSError as error:  # disk full: leave no half line behind
             self._file.truncate(start)
-            raise
+            raise OSError(error.errno, f"{error.strerror}: the metrics of this step cannot be written", self._file.name) from error
 
     def close(self) -> None:
         self._file.close()

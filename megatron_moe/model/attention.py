@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.model.rope import rotate
-from megatron_moe.utils.random import Purpose, stream, uniform
+from megatron_moe.utils.random import Purpose, layer_keys, uniform
 
 
 @dataclass
@@ -22,12 +22,16 @@ class Context:
     segments_BS: Tensor | None = None  # document number; tokens attend within their own document
     keys_BS: Tensor | None = None  # sources of dropout and routing noise; None in evaluation
 
+    def of_layer(self, layer: int) -> Context:
+        """With the keys from which the parts of `layer` draw."""
+        return self if self.keys_BS is None else replace(self, keys_BS=layer_keys(self.keys_BS, layer))
+
 
 class CausalCore:
     """How queries meet keys: all keys are here. Swapped by context parallelism."""
 
-    def __init__(self, layer: int, dropout: float):
-        self.layer, self.dropout, self.first_head = layer, dropout, 0
+    def __init__(self, dropout: float):
+        self.dropout, self.first_head = dropout, 0
 
     def __call__(self, q_BHSh: Tensor, k_BHSh: Tensor, v_BHSh: Tensor, context: Context) -> Tensor:
         keys = context.keys_BS if self.dropout else None
@@ -43,7 +47,7 @@ class CausalCore:
         scores = q_BHSh @ k_BHSh.transpose(-1, -2) * q_BHSh.shape[-1] ** -0.5
         wide = torch.promote_types(scores.dtype, torch.float32)
         probs_BHSS = scores.to(wide).masked_fill(~visible(context), float("-inf")).softmax(-1)
-        draws = uniform(context.keys_BS, stream(self.layer, Purpose.ATTENTION_DROPOUT), heads * length, self.first_head * length)
+        draws = uniform(context.keys_BS, Purpose.ATTENTION_DROPOUT, heads * length, self.first_head * length)
         keep_BHSS = (draws >= self.dropout).unflatten(-1, (heads, length)).transpose(1, 2)
         return (probs_BHSS * keep_BHSS / (1.0 - self.dropout)).to(v_BHSh.dtype) @ v_BHSh
 
@@ -60,7 +64,7 @@ def visible(context: Context) -> Tensor:
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(h)) v over the tokens before; biases and rotary positions by configuration."""
 
-    def __init__(self, layer: int, config: ModelConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         D, self.head_dim = config.hidden_size, config.head_dim
         self.rotary_base = config.rotary_base if config.position_embedding_type == "rope" else None
@@ -70,7 +74,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, kv_width, bias=config.add_bias_linear)
         self.v_proj = nn.Linear(D, kv_width, bias=config.add_bias_linear)
         self.out_proj = nn.Linear(q_width, D, bias=config.add_bias_linear)
-        self.core = CausalCore(layer, config.attention_dropout)
+        self.core = CausalCore(config.attention_dropout)
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         # -1, not the number of heads: under tensor parallelism a projection yields this rank's heads only

@@ -12,7 +12,7 @@ from megatron_moe.model.attention import Attention, Context
 from megatron_moe.model.mlp import MLP
 from megatron_moe.model.norm import build_norm
 from megatron_moe.moe.layer import MoELayer, call
-from megatron_moe.utils.random import Purpose, dropout, stream
+from megatron_moe.utils.random import Purpose, dropout
 
 
 class Block(nn.Module):
@@ -20,14 +20,15 @@ class Block(nn.Module):
 
     Feed-forward is the dense MLP, or the experts, or for `--mlp-type residual` both, mixed per token by a learned two-way
     softmax: c_0 experts(x) + c_1 mlp(x) (DeepSpeed-MoE, arXiv 2201.05596 section 4.1.1; coefficients as in its code).
-    `run_attention` and `run_mlp` are swapped for recomputing runners; routing is outside of both.
+    `run_attention` and `run_mlp` are swapped for recomputing runners; routing is outside of both. `attend`, `feed_forward`,
+    `normalise` and `finish` may be compiled.
     """
 
     def __init__(self, layer: int, num_experts: int, config: ModelConfig, moe: MoEConfig):
         super().__init__()
         is_moe, is_residual = num_experts > 1, moe.mlp_type == "residual"
         self.layer, self.dropout = layer, config.hidden_dropout
-        self.attn_norm, self.attn, self.mlp_norm = build_norm(config), Attention(layer, config), build_norm(config)
+        self.attn_norm, self.attn, self.mlp_norm = build_norm(config), Attention(config), build_norm(config)
         self.mlp = MLP(config) if not is_moe or is_residual else None
         self.moe = None
         if is_moe:
@@ -36,28 +37,34 @@ class Block(nn.Module):
         self.run_attention = self.run_mlp = call
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
-        x_BSD = self.run_attention(self._attend, x_BSD, context)
+        mine = context.of_layer(self.layer)
+        x_BSD = self.run_attention(self.attend, x_BSD, mine)
         if self.moe is None:
-            return self.run_mlp(self._feed_forward, x_BSD, context)
-        return x_BSD + self._dropout(self._mixture(self.mlp_norm(x_BSD), context), context, Purpose.MLP_OUTPUT_DROPOUT)
+            return self.run_mlp(self.feed_forward, x_BSD, mine)
+        h_TD = self.normalise(x_BSD)
+        keys_T = context.keys_BS.flatten() if context.keys_BS is not None else None
+        # in training every rank has a micro-batch of the same size; evaluation asks the others
+        y_TD = self.moe(h_TD, keys_T, h_TD.shape[0] if self.training else None)
+        run = call if self.coefficient is None else self.run_mlp  # without a dense branch there is nothing worth recomputing
+        return run(self.finish, x_BSD, h_TD, y_TD, mine)
 
-    def _attend(self, x_BSD: Tensor, context: Context) -> Tensor:
+    def attend(self, x_BSD: Tensor, context: Context) -> Tensor:
         y_BSD = self.attn(self.attn_norm(x_BSD), context)
         return x_BSD + self._dropout(y_BSD, context, Purpose.ATTENTION_OUTPUT_DROPOUT)
 
-    def _feed_forward(self, x_BSD: Tensor, context: Context) -> Tensor:
+    def feed_forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         return x_BSD + self._dropout(self.mlp(self.mlp_norm(x_BSD)), context, Purpose.MLP_OUTPUT_DROPOUT)
 
-    def _mixture(self, h_BSD: Tensor, context: Context) -> Tensor:
-        keys_T = context.keys_BS.flatten() if context.keys_BS is not None else None
-        y_BSD = self.moe(h_BSD.flatten(0, 1), keys_T).view_as(h_BSD)
-        if self.coefficient is None:
-            return y_BSD
-        c_BS2 = F.softmax(self.coefficient(h_BSD), dim=-1)
-        return self.run_mlp(self._add_dense, y_BSD * c_BS2[..., :1], h_BSD, c_BS2[..., 1:])
+    def normalise(self, x_BSD: Tensor) -> Tensor:
+        return self.mlp_norm(x_BSD).flatten(0, 1)
 
-    def _add_dense(self, y_BSD: Tensor, h_BSD: Tensor, share_BS1: Tensor) -> Tensor:
-        return y_BSD + self.mlp(h_BSD) * share_BS1
+    def finish(self, x_BSD: Tensor, h_TD: Tensor, y_TD: Tensor, context: Context) -> Tensor:
+        """Mix the experts' answer with the dense MLP's, where there is one, and add it to the stream."""
+        h_BSD, y_BSD = h_TD.view_as(x_BSD), y_TD.view_as(x_BSD)
+        if self.coefficient is not None:
+            c_BS2 = F.softmax(self.coefficient(h_BSD), dim=-1)
+            y_BSD = y_BSD * c_BS2[..., :1] + self.mlp(h_BSD) * c_BS2[..., 1:]
+        return x_BSD + self._dropout(y_BSD, context, Purpose.MLP_OUTPUT_DROPOUT)
 
     def _dropout(self, y_BSD: Tensor, context: Context, purpose: Purpose) -> Tensor:
-        return dropout(y_BSD, self.dropout, context.keys_BS, stream(self.layer, purpose))
+        return dropout(y_BSD, self.dropout, context.keys_BS, purpose)

@@ -19,7 +19,7 @@ from megatron_moe.model.attention import Context
 from megatron_moe.model.block import Block
 from megatron_moe.model.loss import token_losses
 from megatron_moe.model.norm import build_norm
-from megatron_moe.utils.random import Purpose, dropout, stream
+from megatron_moe.utils.random import Purpose, dropout
 
 
 class GPT(nn.Module):
@@ -53,19 +53,24 @@ class GPT(nn.Module):
     ) -> Tensor:
         """x: tokens, or the hidden states of the stage before. Returns losses [B, S] with labels, else logits [B, S, V]."""
         context = Context(positions_BS, segments_BS, keys_BS)
-        h_BSD = self._embed(x, context) if self.embedding is not None else x
+        h_BSD = self.embed(x, context) if self.embedding is not None else x
         for block in self.layers.values():
             h_BSD = block(h_BSD, context)
         if self.norm is None:
             return h_BSD
-        logits_BSV = self.project(self.norm(h_BSD), self.output_weight)
-        return logits_BSV if labels_BS is None else self.token_losses(logits_BSV, labels_BS, self.vocab_size)
+        return self.logits(h_BSD) if labels_BS is None else self.losses(h_BSD, labels_BS)
 
-    def _embed(self, tokens_BS: Tensor, context: Context) -> Tensor:
+    def logits(self, h_BSD: Tensor) -> Tensor:
+        return self.project(self.norm(h_BSD), self.output_weight)
+
+    def losses(self, h_BSD: Tensor, labels_BS: Tensor) -> Tensor:
+        return self.token_losses(self.logits(h_BSD), labels_BS, self.vocab_size)
+
+    def embed(self, tokens_BS: Tensor, context: Context) -> Tensor:
         h_BSD = self.embedding(tokens_BS)
         if self.position_embedding is not None:
             h_BSD = h_BSD + self.position_embedding(context.positions_BS)
-        return dropout(h_BSD, self.config.hidden_dropout, context.keys_BS, stream(0, Purpose.EMBEDDING_DROPOUT))
+        return dropout(h_BSD, self.config.hidden_dropout, context.keys_BS, Purpose.EMBEDDING_DROPOUT)
 
     @property
     def output_weight(self) -> Tensor:

@@ -2,12 +2,16 @@
 
 A dispatcher is an object handed to the layer; all of them have one interface and one row order:
 
-  plan(ids_TK) -> plan                                    counts, splits, order: no gradient, never recomputed
+  plan(ids_TK, limits) -> plan                            counts, splits, order: no gradient, never recomputed
   dispatch(x_TD, ids_TK, weights_TK, plan=None) -> rows_RD, offsets_e, row_weights_R, plan
   combine(rows_RD, plan) -> y_TD                          plain sum of a token's rows
 
 Rows arrive sorted by (expert, source rank, token, choice); offsets_e (int32) are the ends of the experts' rows. ids of -1
-(dropped) make no row.
+(dropped) belong to no expert.
+
+Where the number of rows is not known without asking the device, there are as many as there can be at most: those behind the
+last expert's are spare (`plan.has_spare_rows`). They have weight 0; the experts owe zeros for them, and zero gradients. Only the
+all-to-all asks - once per layer, for the sizes it must know on the host - and has no spare rows.
 
 Worked example, 4 experts on 2 ranks, k = 1: rank 0 routes tokens a b c to experts 2 0 2, rank 1 routes d e to 0 3.
 Rank 0 owns experts 0 and 1 and receives [b, d], offsets [2, 2]; rank 1 receives [a, c, e], offsets [2, 3].
@@ -16,6 +20,7 @@ Rank 0 owns experts 0 and 1 and receives [b, d], offsets [2, 2]; rank 1 receives
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +31,15 @@ from megatron_moe.moe.routing import count_assignments
 from megatron_moe.utils.compat import all_gather_rows, all_to_all_rows, reduce_scatter_rows
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What the caller knows before the ids: each word saves rows, or a wait for the device."""
+
+    is_dropless: bool = False  # no id is -1
+    capacity: int | None = None  # rows that an expert takes from one rank at most
+    most_tokens: int | None = None  # of any rank of the group
+
+
 @dataclass
 class LocalPlan:
     """Which assignment fills each row."""
@@ -34,6 +48,7 @@ class LocalPlan:
     offsets_E: Tensor  # int32
     num_tokens: int
     k: int
+    has_spare_rows: bool
 
     @property
     def token_R(self) -> Tensor:
@@ -48,22 +63,33 @@ class LocalDispatcher:
     def __init__(self, num_experts: int):
         self.num_experts = num_experts
 
-    def plan(self, ids_TK: Tensor) -> LocalPlan:
+    def plan(self, ids_TK: Tensor, limits: Limits = Limits()) -> LocalPlan:
+        return self._plan(ids_TK, most_rows(ids_TK.numel(), self.num_experts, limits.capacity), not limits.is_dropless)
+
+    def _plan(self, ids_TK: Tensor, rows: int, has_spare_rows: bool) -> LocalPlan:
         order_A, counts_E = self._order(ids_TK)
-        return LocalPlan(order_A[: int(counts_E.sum())], counts_E.cumsum(0).to(torch.int32), *ids_TK.shape)
+        return LocalPlan(order_A[:rows], counts_E.cumsum(0).to(torch.int32), *ids_TK.shape, has_spare_rows)
 
     def _order(self, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """Assignments by expert, dropped ones behind the last expert, to be cut off; and how many each expert has."""
+        """Assignments by expert, dropped ones behind the last expert; and how many each expert has."""
         by_expert_A = torch.where(ids_TK < 0, self.num_experts, ids_TK).reshape(-1).argsort(stable=True)
         return by_expert_A, count_assignments(ids_TK, self.num_experts)
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: LocalPlan | None = None):
         plan = plan or self.plan(ids_TK)
-        rows_RD = x_TD.index_select(0, plan.token_R)
-        return rows_RD, plan.offsets_E, weights_TK.reshape(-1).index_select(0, plan.slot_R), plan
+        rows_RD, weights_R = x_TD.index_select(0, plan.token_R), weights_TK.reshape(-1).index_select(0, plan.slot_R)
+        if plan.has_spare_rows:
+            row_R = torch.arange(len(weights_R), device=weights_R.device)
+            weights_R = torch.where(row_R < plan.offsets_E[-1], weights_R, 0.0)
+        return rows_RD, plan.offsets_E, weights_R, plan
 
     def combine(self, rows_RD: Tensor, plan: LocalPlan) -> Tensor:
         return _sum_rows(rows_RD, plan.token_R, plan.num_tokens)
+
+
+def most_rows(assignments: int, num_experts: int, capacity: int | None) -> int:
+    """Rows that these experts can get from one rank, of this many assignments."""
+    return assignments if capacity is None else min(assignments, num_experts * capacity)
 
 
 def _sum_rows(rows_RD: Tensor, token_R: Tensor, num_tokens: int) -> Tensor:
@@ -82,6 +108,7 @@ class AllToAllPlan:
     receive_P: list[int]
     arrival_R: Tensor  # row r of the experts is the arrival_R[r]-th row received
     offsets_e: Tensor
+    has_spare_rows: bool = False
 
 
 class AllToAllDispatcher(LocalDispatcher):
@@ -93,14 +120,14 @@ class AllToAllDispatcher(LocalDispatcher):
         super().__init__(num_experts)
         self.group, self.ranks = group, dist.get_world_size(group)
 
-    def plan(self, ids_TK: Tensor) -> AllToAllPlan:
+    def plan(self, ids_TK: Tensor, limits: Limits = Limits()) -> AllToAllPlan:
         order_A, counts_E = self._order(ids_TK)
         send_Pe = counts_E.view(self.ranks, -1)
         receive_Pe = torch.empty_like(send_Pe)
         dist.all_to_all_single(receive_Pe, send_Pe, group=self.group)
         # the one host sync of the layer: collectives want their sizes on the host
         send_P, receive_P = torch.stack([send_Pe.sum(1), receive_Pe.sum(1)]).tolist()
-        local = LocalPlan(order_A[: sum(send_P)], counts_E.cumsum(0).to(torch.int32), *ids_TK.shape)
+        local = LocalPlan(order_A[: sum(send_P)], counts_E.cumsum(0).to(torch.int32), *ids_TK.shape, False)
         # rows arrive source by source; a stable sort by expert keeps (source, token) order within each expert
         expert_R = torch.arange(send_Pe.shape[1], device=ids_TK.device).repeat(self.ranks)
         expert_R = expert_R.repeat_interleave(receive_Pe.flatten(), output_size=sum(receive_P))
@@ -128,11 +155,16 @@ class AllGatherPlan:
     tokens_here: int
     padded_tokens: int  # per rank: every rank contributes as many as the longest
 
+    @property
+    def has_spare_rows(self) -> bool:
+        return self.local.has_spare_rows
+
 
 class AllGatherDispatcher(LocalDispatcher):
     """Every rank gathers all tokens of the group and takes the rows of its own experts; results are reduce-scattered.
 
-    Moves P*T rows whatever k is: the right choice when k reaches the number of ranks, and one collective instead of three.
+    Moves P*T rows whatever k is, with one collective instead of three. No shape depends on the routing and no host waits; the
+    price is room for all rows that could come here (`room`).
     """
 
     name = "allgather"
@@ -143,14 +175,20 @@ class AllGatherDispatcher(LocalDispatcher):
         self.experts_here = num_experts // self.ranks
         self.first_expert = dist.get_rank(group) * self.experts_here
 
-    def plan(self, ids_TK: Tensor) -> AllGatherPlan:
-        longest = torch.tensor(ids_TK.shape[0], device=ids_TK.device)
-        dist.all_reduce(longest, dist.ReduceOp.MAX, group=self.group)
-        padded = int(longest)
+    def plan(self, ids_TK: Tensor, limits: Limits = Limits()) -> AllGatherPlan:
+        padded = limits.most_tokens if limits.most_tokens is not None else self._most_tokens(ids_TK)
         gathered = all_gather_rows(_pad_rows(ids_TK, padded, -1), self.group)
         here = (gathered >= self.first_expert) & (gathered < self.first_expert + self.experts_here)
-        local = LocalDispatcher(self.experts_here).plan(torch.where(here, gathered - self.first_expert, -1))
+        # the k experts of a token are different ones, so at most min(k, experts here) of them are here
+        rows = self.ranks * most_rows(padded * min(ids_TK.shape[1], self.experts_here), self.experts_here, limits.capacity)
+        local = LocalDispatcher(self.experts_here)._plan(torch.where(here, gathered - self.first_expert, -1), rows, True)
         return AllGatherPlan(local, ids_TK.shape[0], padded)
+
+    def _most_tokens(self, ids_TK: Tensor) -> int:
+        """Ask the ranks, and wait for the answer: for callers whose ranks may hold unequal numbers of tokens."""
+        most = torch.full((), ids_TK.shape[0], device=ids_TK.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+        return int(most)
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: AllGatherPlan | None = None):
         plan = plan or self.plan(ids_TK)
@@ -168,10 +206,24 @@ def _pad_rows(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[0]), value=value)
 
 
-def build_dispatcher(kind: str, num_experts: int, k: int, group: dist.ProcessGroup | None) -> LocalDispatcher:
-    """kind: auto, alltoall or allgather; one rank always dispatches locally."""
+def build_dispatcher(
+    kind: str, num_experts: int, k: int, group: dist.ProcessGroup | None, capacity_factor: float = math.inf
+) -> LocalDispatcher:
+    """kind: auto, alltoall or allgather; one rank always dispatches locally. capacity_factor: inf when nothing is dropped.
+
+    auto gathers when that moves no more rows than an exchange would, and a capacity keeps the room small.
+    """
     if group is None or dist.get_world_size(group) == 1:
         return LocalDispatcher(num_experts)
     if kind == "auto":
-        kind = "allgather" if k >= dist.get_world_size(group) else "alltoall"
+        ranks = dist.get_world_size(group)
+        kind = "allgather" if k >= ranks and room(num_experts, k, ranks, capacity_factor) <= MOST_ROOM else "alltoall"
     return {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}[kind](num_experts, group)
+
+
+MOST_ROOM = 1.25
+
+
+def room(num_experts: int, k: int, ranks: int, capacity_factor: float) -> float:
+    """Rows for which an all-gather has room, over the rows of equally busy experts. Dropless, 8 experts, k 2, 2 ranks: 2.0."""
+    return min(ranks * min(k, num_experts // ranks) / k, capacity_factor)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,23 +37,25 @@ class Experts(nn.Module):
             if w is not None:
                 nn.init.normal_(w, std=0.02)
 
-    def forward(self, x_RD: Tensor, offsets_E: Tensor, row_weights_R: Tensor) -> Tensor:
-        """offsets_E: int32, end of each expert's rows. Returns [R, D]."""
-        expert_R = None
-        if self.b1 is not None:
-            rows_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1))
-            expert_R = torch.repeat_interleave(rows_E.long(), output_size=x_RD.shape[0])
-        h_RF = self._linear(x_RD, self.w1, self.b1, offsets_E, expert_R)
-        if self.swiglu:
-            h_RF = F.silu(self._linear(x_RD, self.w_gate, self.b_gate, offsets_E, expert_R)) * h_RF
-        else:
-            h_RF = F.gelu(h_RF)
+    def forward(self, x_RD: Tensor, offsets_E: Tensor, row_weights_R: Tensor, has_spare_rows: bool = False) -> Tensor:
+        """offsets_E: int32, end of each expert's rows; there may be rows behind the last, of weight 0. Returns [R, D]."""
+        linear = partial(self._linear, offsets_E, _expert_of_row(x_RD, offsets_E) if self.b1 is not None else None, has_spare_rows)
+        h_RF = linear(x_RD, self.w1, self.b1)
+        h_RF = F.silu(linear(x_RD, self.w_gate, self.b_gate)) * h_RF if self.swiglu else F.gelu(h_RF)
         row_weights_R1 = row_weights_R[:, None].to(h_RF.dtype)
-        y_RD = grouped_gemm(h_RF * row_weights_R1, local_weight(self.w2), offsets_E, self.use_reference)
-        if self.b2 is not None:  # the bias belongs to the expert's output, so it is weighted too
-            y_RD = y_RD + row_weights_R1 * local_weight(self.b2).index_select(0, expert_R)
-        return y_RD
+        # the bias belongs to the expert's output, so it is weighted too
+        return linear(h_RF * row_weights_R1, self.w2, self.b2, row_weights_R1)
 
-    def _linear(self, x_RD: Tensor, w: Tensor, b: Tensor | None, offsets_E: Tensor, expert_R: Tensor | None) -> Tensor:
-        y_RF = grouped_gemm(x_RD, local_weight(w), offsets_E, self.use_reference)
-        return y_RF if b is None else y_RF + local_weight(b).index_select(0, expert_R)
+    def _linear(self, offsets_E: Tensor, expert_R: Tensor | None, has_spare_rows: bool,
+                x: Tensor, w: Tensor, b: Tensor | None, bias_weights_R1: Tensor | None = None) -> Tensor:  # fmt: skip
+        y = grouped_gemm(x, local_weight(w), offsets_E, self.use_reference, has_spare_rows)
+        if b is None:
+            return y
+        bias = local_weight(b).index_select(0, expert_R)
+        return y + (bias if bias_weights_R1 is None else bias_weights_R1 * bias)
+
+
+def _expert_of_row(x_RD: Tensor, offsets_E: Tensor) -> Tensor:
+    """[R]; a spare row counts to the last expert. (repeat_interleave would need the numbers of rows on the host.)"""
+    row_R = torch.arange(x_RD.shape[0], dtype=offsets_E.dtype, device=offsets_E.device)
+    return torch.searchsorted(offsets_E, row_R, right=True).clamp_max(offsets_E.shape[0] - 1)

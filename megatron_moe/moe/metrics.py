@@ -34,19 +34,23 @@ class RoutingStats:
     def reset(self) -> None:
         self.sums = None
 
-    @torch.no_grad()
-    def add(self, probs_TE: Tensor, counts_E: Tensor, kept: Tensor, aux: Tensor, z: Tensor) -> None:
-        entropy = torch.special.entr(probs_TE).sum()
-        tokens = torch.full((), float(probs_TE.shape[0]), device=probs_TE.device)  # filled there: a copy would make the host wait
-        scalars = torch.stack([s.double() for s in (tokens, counts_E.sum() - kept, entropy, aux.detach(), z.detach())])
-        step = torch.cat([counts_E.double(), scalars])
-        self.sums = step if self.sums is None else self.sums + step
+    def add(self, measured: Tensor) -> None:
+        self.sums = measured if self.sums is None else self.sums + measured
 
     def vector(self, device: torch.device) -> Tensor:
         """float64 [E + 5] to be summed over ranks; zeros when nothing ran."""
         if self.sums is None:
             return torch.zeros(self.num_experts + self.SCALARS, dtype=torch.float64, device=device)
         return self.sums
+
+
+@torch.no_grad()
+def measure(probs_TE: Tensor, counts_E: Tensor, kept: Tensor, aux: Tensor, z: Tensor) -> Tensor:
+    """float64 [E + 5], what RoutingStats adds up: assignments per expert, then the SCALARS."""
+    entropy = torch.special.entr(probs_TE).sum()
+    tokens = torch.full((), float(probs_TE.shape[0]), device=probs_TE.device)  # filled there: a copy would make the host wait
+    scalars = torch.stack([s.double() for s in (tokens, counts_E.sum() - kept, entropy, aux.detach(), z.detach())])
+    return torch.cat([counts_E.double(), scalars])
 
 
 def summarise(layer: int, vector: Tensor) -> LayerLoad:

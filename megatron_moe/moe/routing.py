@@ -32,6 +32,7 @@ class Routing:
     ids_TK: Tensor  # int64; -1: dropped
     weights_TK: Tensor  # float; 0 where dropped
     counts_E: Tensor  # int64, before dropping
+    measured: Tensor  # for the statistics: moe.metrics.measure
 
 
 def expert_capacity(num_tokens: int, num_experts: int, factor: float, k: int, min_capacity: int) -> int:

@@ -9,6 +9,7 @@ from megatron_moe.model.gpt import GPT
 from megatron_moe.model.init import build_on_meta, initialize_parameters
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.mpu.mesh import ParallelMesh, build_mesh
+from megatron_moe.parallel.compile import apply_compile
 from megatron_moe.parallel.expert import apply_expert_parallel, share_microbatch_counts
 from megatron_moe.parallel.recompute import apply_recompute
 from megatron_moe.parallel.tensor import apply_tensor_parallel
@@ -23,6 +24,8 @@ def parallelize(model: GPT, mesh: ParallelMesh, config: RunConfig) -> None:
     share_microbatch_counts(model, mesh.group("tp"))
     if config.training.recompute:
         apply_recompute(model, config.training.recompute)  # inside the FSDP units: recomputation needs their parameters gathered
+    if config.training.compile:
+        apply_compile(model)
     apply_zero(model, mesh, config.training.bf16)  # last: wraps whatever the blocks have become, and replaces the parameters
 
 
@@ -33,13 +36,19 @@ def build_parallel_mesh(config: RunConfig, device_type: str) -> ParallelMesh:
     return build_mesh(device_type, config.parallel.tensor_model_parallel_size, degrees, config.parallel.zero_stage)
 
 
-def build_parallel_model(config: RunConfig, vocab_size: int, mesh: ParallelMesh, device: torch.device) -> GPT:
-    """The sharded model with its initial weights; no rank ever holds more than its shards and one whole matrix."""
+def build_sharded_model(config: RunConfig, vocab_size: int, mesh: ParallelMesh) -> GPT:
+    """The parallel model of this rank without memory: its shards have shapes and no content."""
     dtype = torch.float64 if config.training.params_dtype == "float64" else torch.float32
     model = build_on_meta(lambda: GPT(config.model, config.moe, vocab_size), dtype)
     for moe in moe_layers(model):
         moe.experts.use_reference = config.training.moe_kernels == "reference"
     parallelize(model, mesh, config)
+    return model
+
+
+def build_parallel_model(config: RunConfig, vocab_size: int, mesh: ParallelMesh, device: torch.device) -> GPT:
+    """The sharded model with its initial weights; no rank ever holds more than its shards and one whole matrix."""
+    model = build_sharded_model(config, vocab_size, mesh)
     model.to_empty(device=device)
     initialize_parameters(
         model, config.training.seed, config.model.init_method_std, config.model.num_layers, config.moe.moe_identical_expert_init

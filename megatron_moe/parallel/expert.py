@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
@@ -11,6 +13,7 @@ from megatron_moe.moe.dispatch import build_dispatcher
 from megatron_moe.moe.experts import STACKS
 from megatron_moe.moe.layer import MoELayer, moe_layers
 from megatron_moe.mpu.mesh import ParallelMesh
+from megatron_moe.utils.compat import sum_over_ranks
 
 
 def apply_expert_parallel(model: GPT, mesh: ParallelMesh, dispatcher: str) -> None:
@@ -24,7 +27,8 @@ def apply_expert_parallel(model: GPT, mesh: ParallelMesh, dispatcher: str) -> No
         for name, p in list(moe.experts.named_parameters()):
             whole = distribute_tensor(p.data, mesh.experts[ep]["ep", "etp"], expert_placements(name), src_data_rank=None)
             moe.experts.register_parameter(name, nn.Parameter(whole))
-        moe.dispatcher = build_dispatcher(dispatcher, moe.num_experts, moe.config.topk, mesh.expert_group(ep))
+        factor = moe.config.moe_train_capacity_factor if moe.config.moe_token_dropping else math.inf
+        moe.dispatcher = build_dispatcher(dispatcher, moe.num_experts, moe.config.topk, mesh.expert_group(ep), factor)
 
 
 def expert_placements(name: str) -> list[Placement]:
@@ -41,9 +45,7 @@ def share_microbatch_counts(model: GPT, group: dist.ProcessGroup) -> None:
     """A microbatch is spread over the ranks of `group` (cp x tp): routing counts of the balance loss are summed over it."""
 
     def sum_counts(counts_E: Tensor) -> Tensor:
-        counts_E = counts_E.clone()
-        dist.all_reduce(counts_E, group=group)
-        return counts_E
+        return sum_over_ranks(counts_E, group)
 
     if dist.get_world_size(group) > 1:
         for moe in moe_layers(model):

@@ -76,9 +76,10 @@ def slice_tokens(moe: MoELayer, group: dist.ProcessGroup) -> None:
     tokens: list[int] = []  # of the forward under way: the hook after needs what the hook before saw
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x_TD, keys_T = (*args, None)[:2]
+        x_TD, keys_T, most_tokens = (*args, None, None)[:3]
         tokens[:] = [x_TD.shape[0]]
-        return _Slice.apply(x_TD, group), None if keys_T is None else keys_T[_bounds(keys_T.shape[0], group)]
+        keys_t = None if keys_T is None else keys_T[_bounds(keys_T.shape[0], group)]
+        return _Slice.apply(x_TD, group), keys_t, None if most_tokens is None else _longest(most_tokens, group)
 
     def after(_: nn.Module, args: tuple[Any, ...], y_tD: Tensor) -> Tensor:
         return _Gather.apply(y_tD, tokens[0], group)
@@ -89,16 +90,19 @@ def slice_tokens(moe: MoELayer, group: dist.ProcessGroup) -> None:
 
 def _bounds(tokens: int, group: dist.ProcessGroup) -> slice:
     """This rank's tokens: equal slices, the last ones shorter or empty when they do not divide."""
-    each = -(-tokens // dist.get_world_size(group))
+    each = _longest(tokens, group)
     first = min(dist.get_rank(group) * each, tokens)
     return slice(first, min(first + each, tokens))
 
 
+def _longest(tokens: int, group: dist.ProcessGroup) -> int:
+    return -(-tokens // dist.get_world_size(group))
+
+
 def _all_gather_tokens(x_tD: Tensor, tokens: int, group: dist.ProcessGroup) -> Tensor:
-    ranks = dist.get_world_size(group)
-    each = -(-tokens // ranks)
+    each = _longest(tokens, group)
     padded = torch.nn.functional.pad(x_tD, (0, 0, 0, each - x_tD.shape[0])).contiguous()
-    out = padded.new_empty(each * ranks, x_tD.shape[1])
+    out = padded.new_empty(each * dist.get_world_size(group), x_tD.shape[1])
     all_gather_into_tensor(out, padded, group=group)
     return out[:tokens]
 

@@ -58,9 +58,16 @@ def _spare_dims(experts: nn.Module, ranks: int):
     return lambda p: Shard(dims[id(p)] if dims[id(p)] > 0 and p.shape[dims[id(p)]] % ranks == 0 else 0)
 
 
+def gathered_dtype(name: str, p: nn.Parameter, bf16: bool) -> torch.dtype:
+    """What a parameter is while it is gathered: bf16 if that is computed in, except for the router."""
+    return torch.bfloat16 if bf16 and not name.endswith("moe.gate.weight") else p.dtype
+
+
 def sync_gradients(model: nn.Module, zero_stage: int, is_last_microbatch: bool) -> None:
-    """Before each microbatch: stages 0 and 1 reduce whole gradients once per step, 2 and 3 after every microbatch."""
+    """Before each microbatch: stages 0 and 1 reduce whole gradients once per step, 2 and 3 after every microbatch; stage 3
+    frees gathered parameters after every backward, the others keep them until the last one of the step."""
     model.set_requires_gradient_sync(is_last_microbatch or zero_stage >= 2)
+    model.set_reshard_after_backward(is_last_microbatch or zero_stage == 3)
     model.set_is_last_backward(is_last_microbatch)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_moe.checkpoint.find import find_checkpoint
 from megatron_moe.checkpoint.load import load_tensors
 from megatron_moe.checkpoint.manager import CheckpointManager
 from megatron_moe.checkpoint.state import model_state, optimizer_state
+from megatron_moe.config.data import split_shares
 from megatron_moe.model.gpt import GPT
 from megatron_moe.training.distributed import World
 from megatron_moe.training.preflight import Prepared
@@ -25,6 +27,8 @@ class Progress:
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    # Megatron's data order alone: training, validation and test samples it was drawn for, by the first run, for good
+    ordered_samples: list[int] | None = None
 
     def advance(self, samples: int, tokens: int) -> None:
         self.iteration += 1
@@ -69,7 +73,24 @@ def resume(prepared: Prepared, model: GPT, optimizer: torch.optim.Optimizer, wor
         complete.append("optimizer.")
     load_tensors(found.path, tensors, complete, world.cpu_group)
     progress = Progress() if c.finetune else Progress(**found.meta["progress"])
-    return progress, str(found.path), found.notes
+    return progress, str(found.path), [*found.notes, *([] if c.finetune else _data_notes(prepared, found.meta, world))]
+
+
+def _data_notes(prepared: Prepared, meta: dict[str, Any], world: World) -> Iterator[str]:
+    """What a person should know about the samples that follow: that they are other ones, or where they come from."""
+    now, then = prepared.run.to_dict(), meta["config"]
+    for group, name, meaning in (("training", "seed", int), ("training", "seq_length", int), ("data", "split", split_shares)):
+        if meaning(now[group][name]) != meaning(then[group][name]):
+            yield (
+                f"--{name.replace('_', '-')} is {now[group][name]} and was {then[group][name]} when the checkpoint was saved: the data are "
+                f"ordered anew, so that samples consumed before can come again and others be left out"
+            )
+    ordered = meta["progress"].get("ordered_samples")
+    if ordered and ordered[0] < prepared.run.wanted_samples(world.size)[0]:
+        yield (
+            f"the data order was drawn for {ordered[0]} samples by the first run and is kept; this run wants "
+            f"{prepared.run.wanted_samples(world.size)[0]}: after the last epoch of that order a further one begins"
+        )
 
 
 def has_checkpoints(directory: str) -> bool:

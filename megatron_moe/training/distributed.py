@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,6 +59,43 @@ def loopback_store(size: int, timeout: timedelta) -> dist.Store:
     listener.bind(("127.0.0.1", port))
     listener.listen()
     return dist.TCPStore("127.0.0.1", port, size, True, timeout=timeout, master_listen_fd=listener.detach())
+
+
+def in_turn(world: World, work: Callable[[], Any]) -> Any:
+    """`work()` on rank 0, then on one rank of every other machine, then on the rest: what the first leave on a disk, shared or
+    not, those after them find. Collective."""
+    mine = 0 if world.rank == 0 else 1 if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+    result = None
+    for turn in range(3):
+        if turn == mine:
+            result = work()
+        dist.barrier(group=world.cpu_group)
+    return result
+
+
+def expect_progress(timeout_minutes: float) -> None:
+    """Called before every step: when the next call is overdue, faulthandler prints where each thread of this rank is.
+
+    Just before the collectives give up, so that also the rank that the others wait for says where it hangs.
+    """
+    faulthandler.dump_traceback_later(0.9 * 60 * timeout_minutes, file=2)
+
+
+def progress_is_over() -> None:
+    faulthandler.cancel_dump_traceback_later()
+
+
+def explain_lost_rank(error: RuntimeError, rank: int, timeout_minutes: float) -> str | None:
+    """What an error of the backend means when another rank hangs or is gone; None for any other error."""
+    text = str(error).lower()
+    if any(sign in text for sign in ("timed out waiting", "watchdog caught collective operation timeout")):
+        return (
+            f"rank {rank} waited for another rank longer than --distributed-timeout-minutes {timeout_minutes:g}. Each rank has printed "
+            "above where it is ('Timeout'): look for the one that is not in a collective. If that one was only slow, raise the timeout"
+        )
+    if any(sign in text for sign in ("connection closed by peer", "connection reset by peer", "broken pipe")):
+        return f"rank {rank} lost the connection to another rank, which has ended: see its own message above"
+    return None
 
 
 def end_distributed() -> None:

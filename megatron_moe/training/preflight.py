@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_moe.checkpoint.preflight import checkpoint_problems
+from megatron_moe.config.data import MOCK_VOCAB_SIZE
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.loader import data_problems
 from megatron_moe.optimizer.schedule import build_schedule
-from megatron_moe.tokenizers import build_tokenizer
-
-MOCK_VOCAB_SIZE = 512
+from megatron_moe.parallel.compile import compiler_problems
+from megatron_moe.tokenizers import Tokenizer, build_tokenizer
 
 
 @dataclass(frozen=True)
@@ -32,30 +36,47 @@ class Prepared:
 
 def prepare(run: RunConfig, world_size: int) -> Prepared:
     """Raises ConfigError with all problems of schedule, tokenizer, data and checkpoint directories."""
-    problems: list[str] = []
     tokenizer = None
     if run.tokenizer.kind:
         try:
             tokenizer = build_tokenizer(run.tokenizer, run.model.vocab_size)
         except ValueError as error:
             raise ConfigError([str(error)]) from None
-    vocab_size = run.model.vocab_size or (tokenizer.vocab_size if tokenizer else MOCK_VOCAB_SIZE)
-    if tokenizer and run.tokenizer.kind == "NullTokenizer":
-        vocab_size = tokenizer.vocab_size
-    if tokenizer and tokenizer.vocab_size > vocab_size:
-        problems.append(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab_size}; raise --vocab-size or leave it out")
-    d = run.data
-    if tokenizer is None and (d.reset_position_ids or d.reset_attention_mask or d.eod_mask_loss):
-        problems.append("--reset-position-ids, --reset-attention-mask and --eod-mask-loss need the tokenizer's end-of-document token")
-    if not d.mock_data:
-        problems += data_problems(d, run.training.seq_length, vocab_size, tokenizer.fingerprint if tokenizer else None)
-    described = dataclasses.asdict(run.tokenizer) | {"fingerprint": tokenizer.fingerprint if tokenizer else None}
+    vocab_size = vocab_size_of(run, tokenizer)
+    fingerprint = tokenizer.fingerprint if tokenizer else None
+    problems = [*tokenizer_problems(run, tokenizer), *schedule_problems(run, world_size)]
+    if not run.data.mock_data:
+        samples = run.train_iterations(world_size) * run.global_batch_size(world_size)
+        problems += data_problems(run.data, run.training.seq_length, vocab_size, fingerprint, samples)
+    described = dataclasses.asdict(run.tokenizer) | {"fingerprint": fingerprint}
     prepared = Prepared(run, vocab_size, tokenizer.eod if tokenizer else -1, described)
-    problems += checkpoint_problems(run.checkpoint, prepared.architecture)
-    try:
-        build_schedule(run.optimizer, run.training, run.global_batch_size(world_size), run.train_iterations(world_size))
-    except ValueError as error:
-        problems.append(str(error))
+    problems += checkpoint_problems(run, prepared.architecture)
+    if run.training.compile:
+        problems += compiler_problems("cuda" if torch.cuda.is_available() else "cpu")
+    if (switch := run.training.kill_switch_file) and os.path.exists(switch):
+        problems.append(f"--kill-switch-file {switch} is there already: the run would stop at once; remove the file to train")
     if problems:
         raise ConfigError(problems)
     return prepared
+
+
+def vocab_size_of(run: RunConfig, tokenizer: Tokenizer | None) -> int:
+    """Before padding: the flag's, else the tokenizer's, else that of mock data."""
+    if tokenizer and run.tokenizer.kind == "NullTokenizer":
+        return tokenizer.vocab_size
+    return run.model.vocab_size or (tokenizer.vocab_size if tokenizer else MOCK_VOCAB_SIZE)
+
+
+def tokenizer_problems(run: RunConfig, tokenizer: Tokenizer | None) -> Iterator[str]:
+    vocab_size, d = vocab_size_of(run, tokenizer), run.data
+    if tokenizer and tokenizer.vocab_size > vocab_size:
+        yield f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab_size}; raise --vocab-size or leave it out"
+    if run.tokenizer.kind is None and (d.reset_position_ids or d.reset_attention_mask or d.eod_mask_loss):
+        yield "--reset-position-ids, --reset-attention-mask and --eod-mask-loss need the tokenizer's end-of-document token"
+
+
+def schedule_problems(run: RunConfig, world_size: int) -> Iterator[str]:
+    try:
+        build_schedule(run.optimizer, run.training, run.global_batch_size(world_size), run.train_iterations(world_size))
+    except ValueError as error:
+        yield str(error)

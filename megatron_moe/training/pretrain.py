@@ -6,14 +6,20 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_moe import mpu
+from megatron_moe.checkpoint.files import CheckpointError, iteration_name, write_through
+from megatron_moe.checkpoint.lock import DirectoryLock
 from megatron_moe.checkpoint.manager import CheckpointManager
+from megatron_moe.checkpoint.ranks import Ranks
+from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch, make_batch
 from megatron_moe.data.loader import SplitDatasets, build_datasets, build_loader
 from megatron_moe.metrics.throughput import Throughput, peak_memory_bytes, tflops_per_device
@@ -26,12 +32,22 @@ from megatron_moe.optimizer.groups import build_optimizer
 from megatron_moe.optimizer.schedule import LearningRateSchedule, build_schedule
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
 from megatron_moe.training.checkpoints import Progress, describe, resume, save
-from megatron_moe.training.distributed import World, end_distributed, init_distributed
+from megatron_moe.training.distributed import (
+    World,
+    end_distributed,
+    expect_progress,
+    explain_lost_rank,
+    in_turn,
+    init_distributed,
+    progress_is_over,
+)
 from megatron_moe.training.evaluate import evaluate
 from megatron_moe.training.preflight import Prepared
 from megatron_moe.training.signals import Stopper
 from megatron_moe.training.step import StepResult, train_step
 from megatron_moe.utils.logging import logger, setup_logging
+
+EXIT_MARKER = "exit.json"
 
 
 @dataclass
@@ -48,16 +64,24 @@ class Run:
     tracker: Tracker
     stopper: Stopper
     manager: CheckpointManager | None
+    lock: DirectoryLock | None  # on rank 0, with --save
     progress: Progress
     total_iterations: int
 
     @property
-    def config(self):
+    def config(self) -> RunConfig:
         return self.prepared.run
 
     @property
     def global_batch_size(self) -> int:
         return self.config.global_batch_size(self.world.size)
+
+    def close(self) -> None:
+        progress_is_over()
+        self.stopper.close()
+        self.tracker.close()
+        if self.lock:
+            self.lock.close()
 
 
 def pretrain(prepared: Prepared, warnings: list[str], command: list[str]) -> None:
@@ -69,10 +93,13 @@ def pretrain(prepared: Prepared, warnings: list[str], command: list[str]) -> Non
     try:
         run = set_up(prepared, world, command)
         train(run)
-        run.stopper.close()
-        run.tracker.close()
+        run.close()
         if world.rank == 0:
             print(next_commands(run), flush=True)
+    except RuntimeError as error:
+        if (text := explain_lost_rank(error, world.rank, prepared.run.parallel.distributed_timeout_minutes)) is not None:
+            raise RuntimeError(text) from error
+        raise
     finally:
         mpu.set_default_mesh(None)
         end_distributed()
@@ -83,15 +110,13 @@ def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
     config = prepared.run
     if config.training.deterministic_mode:
         torch.use_deterministic_algorithms(True)
+    lock = claim_directory(Path(config.checkpoint.save), prepared, world, command) if config.checkpoint.save else None
     total = config.train_iterations(world.size)
     schedule = build_schedule(config.optimizer, config.training, config.global_batch_size(world.size), total)
     mesh = build_parallel_mesh(config, world.device.type)
     mpu.set_default_mesh(mesh)
     model = build_parallel_model(config, prepared.vocab_size, mesh, world.device)
     optimizer = build_optimizer(model, config.optimizer)  # after FSDP, which replaces the parameters
-    if world.rank == 0 and config.checkpoint.save:
-        write_config(Path(config.checkpoint.save), prepared, command)
-    dist.barrier(group=world.cpu_group)
     tracker = build_tracker(config.logging, config.checkpoint.save, world.rank, total, config.global_batch_size(world.size))
     manager = CheckpointManager(config.checkpoint.save, world.cpu_group, config.checkpoint.keep_last) if config.checkpoint.save else None
     report_start(prepared, world, mesh, model, tracker, total)
@@ -102,9 +127,12 @@ def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
             logger.warning(note)
             tracker.event("alert", reason=note)
         tracker.event("load", iteration=progress.iteration, path=path)
-    datasets = build_datasets(config.data, config.training.seq_length, config.training.seed, prepared.vocab_size)
+    if config.data.data_order == "megatron" and progress.ordered_samples is None:
+        progress.ordered_samples = list(config.wanted_samples(world.size))
+    seq_length, seed = config.training.seq_length, config.training.seed
+    datasets = in_turn(world, lambda: build_datasets(config.data, seq_length, seed, prepared.vocab_size, progress.ordered_samples))
     stopper = Stopper(config.training, world.cpu_group)
-    return Run(prepared, world, mesh, model, optimizer, schedule, datasets, tracker, stopper, manager, progress, total)
+    return Run(prepared, world, mesh, model, optimizer, schedule, datasets, tracker, stopper, manager, lock, progress, total)
 
 
 def train(run: Run) -> None:
@@ -116,6 +144,7 @@ def train(run: Run) -> None:
     evaluated = progress.iteration if run_evaluation(run) else -1
     throughput.restart()
     while reason is None:
+        expect_progress(config.parallel.distributed_timeout_minutes)
         microbatches = [next(batches).to(run.world.device) for _ in range(config.num_microbatches(run.world.size))]
         # the rate of the step after which this much is consumed: the first step does not run at zero
         rate = run.schedule.at(progress.iteration + 1, progress.consumed_samples + samples, progress.consumed_tokens + tokens)
@@ -139,6 +168,8 @@ def train(run: Run) -> None:
     if run.manager and progress.iteration:
         save_checkpoint(run)
     run.tracker.event("stop", iteration=progress.iteration, reason=reason)
+    if run.manager and run.world.rank == 0:
+        write_exit_marker(run, reason)
 
 
 def loader_of(run: Run) -> Iterator[Batch]:
@@ -220,10 +251,17 @@ def stop_if_not_finite(run: Run, lm_loss: float, norm: float) -> None:
 
 
 def save_checkpoint(run: Run, result: StepResult | None = None) -> None:
+    """Between steps, with the step's result, or without one at the end: what cannot be saved then is lost, so that always raises."""
     if result is not None:
         stop_if_not_finite(run, float(result.lm_loss), float(result.grad_norm))
     assert run.manager is not None
-    save(run.manager, run.prepared, run.model, run.optimizer, run.progress)
+    try:
+        save(run.manager, run.prepared, run.model, run.optimizer, run.progress)
+    except CheckpointError as error:  # the same on every rank, and nothing half-written
+        if result is None or run.config.checkpoint.save_failure == "stop":
+            raise
+        run.tracker.event("alert", iteration=run.progress.iteration, reason=f"{error}; training goes on (--save-failure continue)")
+        return
     run.tracker.event("save", iteration=run.progress.iteration, path=run.config.checkpoint.save)
 
 
@@ -254,14 +292,47 @@ def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model
     )  # fmt: skip
 
 
+def claim_directory(directory: Path, prepared: Prepared, world: World, command: list[str]) -> DirectoryLock | None:
+    """Lock the run directory, take away the marker of the run before, write config.json. Collective; rank 0 has the lock."""
+    held: list[DirectoryLock] = []
+
+    def claim() -> None:
+        held.append(DirectoryLock(directory))
+        (directory / EXIT_MARKER).unlink(missing_ok=True)
+        write_config(directory, prepared, command)
+
+    Ranks(world.cpu_group).first(f"claiming {directory}", claim)
+    return held[0] if held else None
+
+
 def write_config(directory: Path, prepared: Prepared, command: list[str]) -> None:
     """config.json of the run directory: the resolved configuration, versions and the command line."""
-    directory.mkdir(parents=True, exist_ok=True)
     content = describe(prepared, Progress()) | {"command": command, "world_size": int(os.environ.get("WORLD_SIZE", "1"))}
     del content["progress"]
-    temporary = directory / ".config.json.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, directory / "config.json")
+    write_json(directory / "config.json", content)
+
+
+def write_exit_marker(run: Run, reason: str) -> None:
+    """The last file that a run writes. While it is there, the run has ended as it should and its last step is saved.
+
+    torchrun's exit code is 1 after a signal, whatever its workers did: a launcher looks here.
+    """
+    content = {
+        "reason": reason,
+        "is_done": reason == "done",
+        "iteration": run.progress.iteration,
+        "train_iterations": run.total_iterations,
+        "checkpoint": iteration_name(run.progress.iteration),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_json(Path(run.config.checkpoint.save) / EXIT_MARKER, content)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all; of a process that was killed here, the next one replaces the temporary file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_through(temporary, json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
 
 
 def next_commands(run: Run) -> str:
@@ -274,11 +345,11 @@ def next_commands(run: Run) -> str:
             "  torchrun --nproc-per-node 2 pretrain_gpt_moe.py --preset tiny --mock-data --train-iters 20 --moe-expert-parallel-size 2\n"
             "  bash scripts/quickstart.sh        # real text: tokenizer, data, training, plot, sample"
         )
-    save_dir = c.checkpoint.save
+    save_dir, step, last = c.checkpoint.save, run.progress.iteration, run.total_iterations
     prompt = "def main" if c.tokenizer.kind not in (None, "NullTokenizer") else "5 17 2"  # ids where there is no text
     return (
-        f"Done. Everything is in {save_dir}. Next:\n"
+        f"{'Done' if step >= last else f'Stopped at iteration {step} of {last}'}. Everything is in {save_dir}. Next:\n"
         f"  python tools/plot_run.py --run {save_dir}\n"
         f"  python tools/generate_text.py --load {save_dir} --prompt '{prompt}'\n"
-        f"  add --load {save_dir} and a larger --train-iters to the same command to train on"
+        f"  add --load {save_dir}{' and a larger --train-iters' if step >= last else ''} to the same command to train on"
     )

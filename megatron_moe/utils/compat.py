@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
@@ -32,6 +35,23 @@ def all_gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return funcol.wait_tensor(_all_gather_autograd(x.contiguous(), 0, group))
 
 
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """A new tensor; no gradient. torch.compile traces it."""
+    return funcol.wait_tensor(funcol.all_reduce(x, "sum", group))
+
+
 def reduce_scatter_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[ranks * n, ...] -> the sum of everyone's n rows for this rank; the backward is an all-gather."""
     return funcol.wait_tensor(_reduce_scatter_autograd(x.contiguous(), "sum", 0, group))
+
+
+@contextmanager
+def fake_process_group(rank: int, size: int) -> Iterator[None]:
+    """This process as rank `rank` of `size` that do not exist: meshes and shards are the real ones, collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend; for those alone who ask for it
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -5,7 +5,7 @@ for (a stream number: layer and purpose) and which feature or expert it concerns
 token selection are equal under every parallel layout, and recomputation replays them without any saved state.
 
     keys_BS = token_keys(seed=1, iteration=7, sample_ids_B=batch.sample_ids, seq_length=S)
-    mask_BSD = uniform(keys_BS, stream(layer=3, purpose=Purpose.HIDDEN_DROPOUT), D) >= p
+    mask_BSD = uniform(layer_keys(keys_BS, layer=3), Purpose.MLP_OUTPUT_DROPOUT, D) >= p
 """
 
 from __future__ import annotations
@@ -62,11 +62,20 @@ def token_keys(seed: int, iteration: int, sample_ids_B: Tensor, seq_length: int)
     return mix(per_sample_B[:, None] + position_S * _GOLDEN)
 
 
+def layer_keys(keys: Tensor, layer: int) -> Tensor:
+    """Keys from which layer 0's streams draw what `layer`'s streams draw from `keys`.
+
+    The number of the layer is in the data then, and not in the code: one compiled graph serves all layers.
+    """
+    return keys + _wrap(stream(layer, Purpose(0)) * _GOLDEN)
+
+
 def uniform(keys: Tensor, stream_id: int, features: int, first_feature: int = 0) -> Tensor:
     """float32 [*keys.shape, features] in [0, 1), for features first_feature .. first_feature + features - 1."""
     per_stream = mix(keys + _wrap((stream_id + 1) * _GOLDEN))
-    feature = torch.arange(first_feature + 1, first_feature + features + 1, dtype=torch.int64, device=keys.device)
-    bits = mix(per_stream[..., None] + feature * _MIX1)
+    feature = torch.arange(first_feature, first_feature + features, dtype=torch.int64, device=keys.device)
+    # -~f is f + 1. A bitwise operation keeps the product out of the compiler's arithmetic on indices, which does not wrap around.
+    bits = mix(per_stream[..., None] - ~feature * _MIX1)
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24  # 24 bits are what a float32 holds exactly
 
 

@@ -25,15 +25,16 @@ from megatron_moe.checkpoint.manager import CheckpointManager
 
 RANDOM_KILLS = 8
 KEEP_LAST = 2
-# Functions of the save before which rank 0 stops: both ranks are then killed there.
-STOPS = ["_check_visible", "dcp.save", "describe_file", "write_manifest", "sync_directory", "write_tracker", "remove_directory"]
+# (rank, function of the save before which it stops): both ranks are then killed there. While rank 1 stops, rank 0 has written its part.
+STOPS = [(0, "_check_visible"), (0, "dcp.save"), (0, "describe_file"), (0, "write_manifest"), (0, "sync_directory"), (0, "write_tracker"),
+         (0, "remove_directory"), (1, "FileSystemWriter.write_data"), (1, "describe_file")]  # fmt: skip
 
 
 def content(iteration: float, ranks=(0, 1)) -> dict[str, torch.Tensor]:
     return {f"model.rank{rank}": torch.full((200, 1000), float(iteration)) for rank in ranks}
 
 
-def run_rank(rank: int, directory: Path, store: Path, stop: str | None) -> None:
+def run_rank(rank: int, directory: Path, store: Path, stop: tuple[int, str] | None) -> None:
     """Resume from the newest checkpoint and save without end, until killed."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=30))
@@ -42,8 +43,8 @@ def run_rank(rank: int, directory: Path, store: Path, stop: str | None) -> None:
     dist.barrier()
     while True:
         iteration += 1
-        if stop and rank == 0 and len(iterations_in(directory)) >= KEEP_LAST:
-            patch_stop(stop, flag_beside(store))
+        if stop and rank == stop[0] and len(iterations_in(directory)) >= KEEP_LAST:
+            patch_stop(stop[1], flag_beside(store))
         saves.save(iteration, content(iteration, [rank]), {"iteration": iteration})
 
 
@@ -53,11 +54,12 @@ def flag_beside(store: Path) -> Path:
 
 def patch_stop(name: str, flag: Path) -> None:
     def stop(*_args, **_kwargs):
+        time.sleep(0.2)  # for the other rank to do its part
         flag.touch()
         time.sleep(60)
 
-    target = manager.dcp if name == "dcp.save" else manager
-    mock.patch.object(target, name.removeprefix("dcp."), stop).start()
+    owner, _, function = name.rpartition(".")
+    mock.patch.object(getattr(manager, owner) if owner else manager, function, stop).start()
 
 
 def fork_rank(*args) -> int:
@@ -78,7 +80,7 @@ def wait_until(condition, what: str) -> None:
         time.sleep(0.005)
 
 
-def kill_once(directory: Path, scratch: Path, stop: str | None, delay: float) -> None:
+def kill_once(directory: Path, scratch: Path, stop: tuple[int, str] | None, delay: float) -> None:
     store = scratch / temporary_name("store")
     before = max(iterations_in(directory), default=0)
     pids = [fork_rank(rank, directory, store, stop) for rank in range(2)]
@@ -119,7 +121,10 @@ def main() -> None:
         for stop in STOPS + [None] * RANDOM_KILLS:
             kill_once(directory, Path(scratch), stop, moments.uniform(0, 0.3))
             iteration, leftovers = check(directory)
-            print(f"killed {f'at {stop}' if stop else 'at random'}: resumed from {iteration}, {leftovers} leftovers swept", flush=True)
+            print(
+                f"killed {'with rank {} at {}'.format(*stop) if stop else 'at random'}: resumed from {iteration}, {leftovers} leftovers swept",
+                flush=True,
+            )
             assert iteration >= newest, f"went back from {newest}"
             newest, swept = iteration, swept + leftovers
     assert swept > 0, "no kill fell into a save"

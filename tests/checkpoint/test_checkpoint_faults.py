@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from distributed_pool import run_distributed
 from megatron_moe.checkpoint import files, manager
 from megatron_moe.checkpoint.files import CheckpointError
 from megatron_moe.checkpoint.find import find_checkpoint
+from megatron_moe.checkpoint.lock import DirectoryLock
 from megatron_moe.checkpoint.manager import CheckpointManager
 
 pytestmark = pytest.mark.fault
@@ -123,7 +125,7 @@ def test_checkpoint_of_a_newer_format_says_so(run):
         find_checkpoint(run, step=10)
 
 
-@pytest.mark.parametrize("content", [b"5", b"garbage", b"\xff\xfe", b"", None])
+@pytest.mark.parametrize("content", [b"5", b"15", b"garbage", b"\xff\xfe", b"", None])  # stale, dangling, torn, gone
 def test_tracker_is_only_a_hint(run, content):
     tracker = run / "latest_checkpointed_iteration.txt"
     tracker.unlink() if content is None else tracker.write_bytes(content)
@@ -196,6 +198,87 @@ def test_leftovers_of_killed_saves_are_swept_and_reported(run, caplog):
     CheckpointManager(run)
     assert sorted(os.listdir(run)) == ["iter_0000005", "iter_0000010", "iter_0000020.tmp-mine", "latest_checkpointed_iteration.txt"]
     assert caplog.text.count("left behind by a save that was interrupted") == 3
+
+
+# ---------------------------------------------------------------- a disk that is really full
+
+ROOM = 3 << 20
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A directory that takes ROOM bytes: a file system of its own, or, for an ordinary user, a limit on the size of a file."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", directory], check=False, capture_output=True)
+    yield directory, mounted.returncode == 0
+    if mounted.returncode == 0:
+        subprocess.run(["umount", directory], check=True)
+
+
+def _save_twice(directory, is_mounted):
+    """The first fits. Then the disk is as full as it is, though the look at it before promises room: somebody else was faster."""
+    import resource
+
+    saves = CheckpointManager(directory)
+    saves.save(5, {f"model.own{dist.get_rank()}": torch.ones(ROOM // 16)}, {})
+    roomy = mock.Mock(return_value=mock.Mock(free=1 << 40))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if not is_mounted:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM // 4, limits[1]))
+        with mock.patch.object(manager.shutil, "disk_usage", roomy):
+            saves.save(10, {f"model.own{dist.get_rank()}": torch.ones(ROOM // 8)}, {})
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.distributed
+def test_disk_that_fills_up_while_saving_is_named_on_all_ranks_and_the_old_checkpoint_stays(small_disk):
+    directory, is_mounted = small_disk
+    first, second = run_distributed(_save_twice, 2, directory, is_mounted)
+    assert first == second and f"the disk of {directory} is full" in first and "--keep-last" in first, first
+    assert sorted(os.listdir(directory)) == ["iter_0000005", "latest_checkpointed_iteration.txt"]
+    assert find_checkpoint(directory).iteration == 5
+
+
+# ---------------------------------------------------------------- two jobs
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from megatron_moe.checkpoint.lock import DirectoryLock
+lock = DirectoryLock(Path(sys.argv[1]))
+worker = os.fork()  # as a data worker
+if worker:
+    print(worker, flush=True)
+time.sleep(100)
+"""
+
+
+def test_second_job_in_one_directory_is_refused_until_the_first_is_dead(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], env=environment, stdout=subprocess.PIPE, text=True)
+    worker = int(holder.stdout.readline())
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            DirectoryLock(tmp_path)
+        assert f"--save {tmp_path} is in use by host {socket.gethostname()}, pid {holder.pid}; " in str(caught.value)
+    finally:
+        holder.kill()
+        holder.wait()
+    try:
+        DirectoryLock(tmp_path).close()  # though the file is still there, and a process that was forked from the dead one
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_file_system_without_locks_is_a_warning(tmp_path, caplog):
+    with mock.patch("fcntl.lockf", side_effect=OSError(37, "No locks available")):
+        DirectoryLock(tmp_path).close()
+    assert f"{tmp_path} cannot be locked (No locks available)" in caplog.text
 
 
 # ---------------------------------------------------------------- kill -9

@@ -95,6 +95,20 @@ def test_materialised_state_is_what_the_first_step_would_create(kind):
     assert not made.state.get(model.frozen)
 
 
+def test_gradients_that_are_left_over_do_not_keep_the_optimizer_from_being_restored(tmp_path):
+    """torch's own set_state_dict would skip it without a word."""
+    model = Small()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    train(model, optimizer, 2)
+    path = CheckpointManager(tmp_path).save(2, model_state(model) | optimizer_state(model, optimizer), {})
+    fresh = Small()
+    fresh_optimizer = OPTIMIZERS["adamw"](fresh.parameters())
+    fresh(torch.randn(5, 3)).sum().backward()
+    target = model_state(fresh) | optimizer_state(fresh, fresh_optimizer)
+    assert load_tensors(path, target) == len(target)
+    assert all(torch.equal(target[name], t) for name, t in optimizer_state(model, optimizer).items())
+
+
 def test_materialising_keeps_state_that_is_there():
     model = Small()
     optimizer = OPTIMIZERS["adamw"](model.parameters())

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_moe.data import gpt_dataset
+from megatron_moe.config.data import plain_sum
+from megatron_moe.data import gpt_dataset, index_cache
 from megatron_moe.data.gpt_dataset import GPTDataset, epoch_order, split_ranges
 from megatron_moe.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 
@@ -46,6 +47,10 @@ def test_split_is_rounded_as_megatron_does(split, count, bounds):
 def test_splits_cover_everything_once(shares, count):
     bounds = split_ranges(",".join(map(str, shares)), count)
     assert bounds[0] == 0 and bounds[-1] == count and bounds == sorted(bounds)
+
+
+def test_shares_are_summed_from_left_to_right_under_every_python():
+    assert plain_sum([0.1] * 10) == 0.9999999999999999  # from 3.12 on `sum` says 1.0
 
 
 def test_windows_overlap_by_one_token(tmp_path):
@@ -133,7 +138,7 @@ def test_negative_samples_do_not_exist(tmp_path):
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
     """Builds datasets that use the cache however small they are; returns (build, folder of the cache)."""
-    monkeypatch.setattr(gpt_dataset, "CACHE_FROM", 1)
+    monkeypatch.setattr(index_cache, "CACHE_FROM", 1)
 
     def build(sizes=(101,), **changes):
         arguments = {"document_range": (0, len(sizes)), "seq_length": 4, "seed": 1, "split_name": "train"}

@@ -144,11 +144,13 @@ def test_a_large_file_is_sampled_from_end_to_end(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- processes
 
 PROGRAM = """
-import functools, sys
+import functools, os, signal, sys
 from megatron_moe.data.batch import make_batch
 from megatron_moe.data.loader import build_loader
 from megatron_moe.data.mock import MockDataset
 if __name__ == "__main__":
+    if sys.argv[1] == "early":
+        os.register_at_fork(after_in_child=lambda: [os.kill(os.getpid(), s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)])
     batches = build_loader(MockDataset(9, 4, 1), 0, 1, 0, 1, 1, 2, functools.partial(make_batch, eod=0))
     for _ in range(3):
         next(batches)
@@ -186,9 +188,17 @@ def test_workers_survive_the_signals_that_stop_a_run(tmp_path):
     for pid in workers:
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGUSR1)
     out, err = process.communicate("go on\n", timeout=60)
     assert "still reading" in out and process.returncode == 0, err
     assert all(is_gone(pid) for pid in workers)
+
+
+@pytest.mark.fault
+def test_workers_survive_signals_from_their_first_moment_on(tmp_path):
+    process = start(tmp_path, "early")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and len(out.split()) == 2, err
 
 
 @pytest.mark.fault

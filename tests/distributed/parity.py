@@ -2,13 +2,14 @@
 
 `reference(model_flags)` trains a plain GPT - no mesh, no DTensor, no FSDP - on the whole batch in this process.
 `layout(flags)` trains the same model in a layout, on every rank of a pool. Both return losses and norms of every step, all
-gradients of the first, routing statistics, and the weights after the last. `worst` compares.
+gradients of the first, routing statistics of the first two, and the weights after the last. `check` compares.
 """
 # B sequences, S tokens each
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.distributed as dist
@@ -20,10 +21,11 @@ from megatron_moe.data.batch import Batch
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.init import initialize_parameters
 from megatron_moe.moe.layer import moe_layers
+from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
 from megatron_moe.optimizer.groups import build_optimizer
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
-from megatron_moe.training.step import count_loss_tokens, forward_backward
+from megatron_moe.training.step import count_loss_tokens, forward_backward, train_step
 from megatron_moe.utils.random import token_keys
 
 VOCAB, SEQUENCES, LENGTH, STEPS = 60, 8, 15, 5  # 15 tokens: not divisible by any tensor-parallel degree
@@ -76,6 +78,10 @@ def microbatches(step: int, rank: int, ranks: int, size: int) -> list[Batch]:
     return out
 
 
+def learning_rate(step: int) -> float:
+    return 1e-2 * (1 + step / 2)  # of step 0: what the optimizer was built with
+
+
 def spread_gates(model: GPT) -> None:
     """Top-k without near-ties: a tie may flip between two orders of summation, and is no fault of the layout."""
     with torch.no_grad():
@@ -114,12 +120,14 @@ def reference(model_name: str, flags: str = FP64) -> dict[str, torch.Tensor]:
             loss = (model(b.tokens, b.position_ids, b.labels, None, keys) * b.loss_mask).sum() / divisor
             loss.backward()
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP) if step else None
-        if norm is None:
+        if step == 0:
             out |= {f"gradient {n}": p.grad.clone() for n, p in model.named_parameters()}
-            out |= {f"routing {m.layer}": m.stats.vector(torch.device("cpu")) for m in moe_layers(model)}
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        if step <= 1:
+            out |= routing(model, step)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         out |= {f"loss {step}": torch.as_tensor(total).double(), f"norm {step}": norm.clone()}
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
         optimizer.step()
         optimizer.zero_grad()
     return out | {f"weight {n}": whole(p) for n, p in model.named_parameters()}
@@ -135,24 +143,39 @@ def layout(model_name: str, flags: str) -> dict[str, torch.Tensor] | None:
     model = build_parallel_model(c, VOCAB, mesh, torch.device("cpu"))
     spread_gates(model)
     optimizer = build_optimizer(model, c.optimizer)
-    rank, ranks, out = mesh.rank("dp"), mesh.size("dp"), {}
+    out: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
-        batches = microbatches(step, rank, ranks, c.training.micro_batch_size)
-        loss = forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, SEED, step)
-        dist.all_reduce(loss, group=mesh.group("dp"))
-        norm = gradient_norm(model.parameters(), mesh.stage_ranks)
+        batches = microbatches(step, mesh.rank("dp"), mesh.size("dp"), c.training.micro_batch_size)
         if step == 0:
-            out |= {f"gradient {n}": whole(p.grad) for n, p in model.named_parameters()}
-            for moe in moe_layers(model):
-                out[f"routing {moe.layer}"] = moe.stats.vector(torch.device("cpu"))
-                dist.all_reduce(out[f"routing {moe.layer}"])
-            out["ones"] = norm_of_ones(model, mesh.stage_ranks)
-        clip_gradients(model.parameters(), norm, CLIP)
-        out |= {f"loss {step}": loss, f"norm {step}": norm}
-        optimizer.step()
-        optimizer.zero_grad()
+            out |= first_step(model, optimizer, batches, mesh)
+        else:
+            done = train_step(model, optimizer, batches, mesh, learning_rate(step), CLIP, SEED, step)
+            out |= {f"loss {step}": done.lm_loss, f"norm {step}": done.grad_norm}
+        if step <= 1:
+            out |= routing(model, step)
     out |= {f"weight {n}": whole(p) for n, p in model.named_parameters()}
     return out if dist.get_rank() == 0 else None
+
+
+def routing(model: GPT, step: int) -> dict[str, torch.Tensor]:
+    """Statistics of the step behind, of all ranks together."""
+    out = {f"routing {m.layer} in step {step}": m.stats.vector(torch.device("cpu")).clone() for m in moe_layers(model)}
+    for vector in out.values() if dist.is_initialized() else ():
+        dist.all_reduce(vector)
+    return out
+
+
+def first_step(model: GPT, optimizer: torch.optim.Optimizer, batches: list[Batch], mesh: ParallelMesh) -> dict[str, torch.Tensor]:
+    """`train_step` in its parts, to look at what it does not return."""
+    loss = forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, SEED, 0)
+    dist.all_reduce(loss, group=mesh.group("dp"))
+    norm = gradient_norm(model.parameters(), mesh.stage_ranks)
+    out = {"loss 0": loss, "norm 0": norm, "ones": norm_of_ones(model, mesh.stage_ranks)}
+    out |= {f"gradient {n}": whole(p.grad) for n, p in model.named_parameters()}
+    clip_gradients(model.parameters(), norm, CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
+    return out
 
 
 def norm_of_ones(model: GPT, stage_ranks: int) -> torch.Tensor:
@@ -166,6 +189,12 @@ def norm_of_ones(model: GPT, stage_ranks: int) -> torch.Tensor:
     return norm
 
 
+def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    """The assertion of every parity test, which the planted faults must turn red."""
+    name, error = max(errors(found, expected).items(), key=lambda item: item[1])
+    assert error < tolerance, f"{name} is off by {error:.1e}"
+
+
 def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
     """max|a - b| / max|b| by entry; entries that are zero by symmetry (key biases) are measured against 1e-3."""
     assert set(found) == set(expected) | {"ones"}, set(found) ^ set(expected)
@@ -174,9 +203,4 @@ def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
         a = found[name]
         assert a.shape == b.shape, f"{name}: {tuple(a.shape)} != {tuple(b.shape)}"
         result[name] = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-3))
-    return result
-
-
-def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
-    name, error = max(errors(found, expected).items(), key=lambda item: item[1])
-    return error, name
+    return {name: math.inf if math.isnan(error) else error for name, error in result.items()}  # nothing is greater than NaN

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
 from distributed_pool import run_distributed
 
-from megatron_moe.moe.dispatch import AllGatherDispatcher, AllToAllDispatcher, LocalDispatcher, build_dispatcher
+from megatron_moe.moe.dispatch import AllGatherDispatcher, AllToAllDispatcher, Limits, LocalDispatcher, build_dispatcher, room
 
 pytestmark = pytest.mark.distributed
 
@@ -34,12 +36,13 @@ def through(kind: str, counts: tuple[int, ...], k: int) -> dict:
     rows, offsets, row_weights, plan = dispatcher.dispatch(x, ids, weights)
     y = dispatcher.combine(fake_experts(rows, offsets, row_weights, rank * EXPERTS // ranks), plan)
     (y.square().sum() + y.sum()).backward()
-    return {"rows": rows.detach(), "offsets": offsets, "y": y.detach(), "dx": x.grad, "dw": weights.grad}
+    return {"rows": rows.detach()[: offsets[-1]], "offsets": offsets, "y": y.detach(), "dx": x.grad, "dw": weights.grad}
 
 
 def fake_experts(rows, offsets, row_weights, first_expert):
     sizes = torch.diff(offsets, prepend=offsets.new_zeros(1)).tolist()
     scale = torch.cat([torch.full((n,), float(first_expert + e + 1), dtype=rows.dtype) for e, n in enumerate(sizes)])
+    scale = torch.nn.functional.pad(scale, (0, len(rows) - len(scale)))  # zeros, and zero gradients, for spare rows
     return (rows * scale[:, None]).sin() * row_weights[:, None]
 
 
@@ -51,7 +54,7 @@ def expected_on_one_process(counts: tuple[int, ...], k: int) -> dict:
     rows, offsets, row_weights, plan = dispatcher.dispatch(x, ids, weights)
     y = dispatcher.combine(fake_experts(rows, offsets, row_weights, 0), plan)
     (y.square().sum() + y.sum()).backward()
-    return {"rows": rows.detach(), "offsets": offsets, "y": y.detach(), "dx": x.grad, "dw": weights.grad}
+    return {"rows": rows.detach()[: offsets[-1]], "offsets": offsets, "y": y.detach(), "dx": x.grad, "dw": weights.grad}
 
 
 @pytest.mark.parametrize("kind", ["alltoall", "allgather"])
@@ -70,9 +73,47 @@ def test_rows_and_gradients_are_those_of_one_process(kind, world, spread, k):
 
 def names_of_dispatchers() -> list[str]:
     group = dist.group.WORLD
-    return [build_dispatcher(kind, EXPERTS, k, group).name for kind, k in (("auto", 1), ("auto", 2), ("alltoall", 4), ("allgather", 1))]
+    cases = (
+        ("auto", 1, 1.0),
+        ("auto", 2, 1.0),
+        ("auto", 2, 2.0),
+        ("auto", 2, math.inf),
+        ("auto", 4, math.inf),
+        ("alltoall", 4, 1.0),
+        ("allgather", 1, math.inf),
+    )
+    return [build_dispatcher(kind, EXPERTS, k, group, factor).name for kind, k, factor in cases]
 
 
-def test_auto_takes_allgather_when_k_reaches_the_ranks():
-    assert run_distributed(names_of_dispatchers, 2)[0] == ["alltoall", "allgather", "alltoall", "allgather"]
+def test_auto_takes_allgather_when_k_reaches_the_ranks_and_the_room_is_small():
+    # 4 experts on 2 ranks: with k 4 every token goes everywhere, so no room is wasted
+    gather, exchange = "allgather", "alltoall"
+    assert run_distributed(names_of_dispatchers, 2)[0] == [exchange, gather, exchange, exchange, gather, exchange, gather]
     assert build_dispatcher("auto", EXPERTS, 1, None).name == "local"
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "k", "ranks", "factor", "times"),
+    [
+        (8, 2, 2, math.inf, 2.0),
+        (64, 8, 8, math.inf, 8.0),
+        (4, 4, 2, math.inf, 1.0),
+        (8, 2, 2, 1.0, 1.0),
+        (8, 2, 2, 9.0, 2.0),
+        (4, 3, 2, math.inf, 4 / 3),
+    ],
+)
+def test_room_of_an_allgather_is_what_could_come_over_what_does(num_experts, k, ranks, factor, times):
+    assert room(num_experts, k, ranks, factor) == pytest.approx(times)
+
+
+def rows_of_plans() -> list[int]:
+    """5 tokens on rank 0 and 4 on rank 1, k = 3 of 4 experts; nothing, the length, and length and capacity known."""
+    ids = torch.tensor([[0, 1, 2]] * (5 - dist.get_rank()))
+    plans = [AllGatherDispatcher(EXPERTS, dist.group.WORLD).plan(ids, limits)
+             for limits in (Limits(), Limits(most_tokens=5), Limits(capacity=2, most_tokens=5))]  # fmt: skip
+    return [len(plan.local.slot_R) for plan in plans]
+
+
+def test_an_allgather_has_room_for_what_capacity_and_different_experts_allow():
+    assert run_distributed(rows_of_plans, 2) == [[20, 20, 8], [20, 20, 8]]  # 2 ranks x 5 tokens x 2 experts here; 2 x 2 x 2

@@ -40,12 +40,10 @@ FAST = [
 @pytest.mark.parametrize(("model", "world", "flags"), LAYOUTS, ids=lambda v: str(v).replace("--", "").replace(" ", "_"))
 def test_layout_equals_one_process_in_float64(model, world, flags):
     found = run_distributed(parity.layout, world, model, f"{parity.FP64} {flags}")[0]
-    error, name = parity.worst(found, parity.reference(model))
-    assert error < 1e-10, f"{name} is off by {error:.1e}"
+    parity.check(found, parity.reference(model), 1e-10)
 
 
 @pytest.mark.parametrize(("model", "world", "flags"), FAST, ids=lambda v: str(v).replace("--", "").replace(" ", "_"))
 def test_layout_equals_one_process_in_float32_with_fast_kernels(model, world, flags):
     found = run_distributed(parity.layout, world, model, f"{parity.FP32} {flags}")[0]
-    error, name = parity.worst(found, parity.reference(model, parity.FP32))
-    assert error < 1e-5, f"{name} is off by {error:.1e}"
+    parity.check(found, parity.reference(model, parity.FP32), 1e-5)

@@ -1,37 +1,150 @@
-"""Negative controls: with one ingredient left out, the parity check must see it. A check that cannot fail proves nothing."""
+"""Negative controls: with one ingredient left out, a parity test must turn red. A check that cannot fail proves nothing.
+
+Each fault is planted in the workers of one row of `test_parallel_equals_single.LAYOUTS`, and the test of that row is called: it must
+fail. The table also names the quantity that sees the fault, and by how much at least, so that no fault is found by luck.
+"""
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed_pool import run_distributed
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from distributed import parity
+from distributed import test_parallel_equals_single as rows
 
 pytestmark = pytest.mark.distributed
+
+# ---------------------------------------------------------------- gradients that are not summed, or summed too often
 
 
 @contextmanager
 def fsdp_averages():
     """FSDP's own division: dense gradients world times too small, experts by another factor."""
-    from torch.distributed.fsdp import FSDPModule
-
     with mock.patch.object(FSDPModule, "set_gradient_divide_factor"), mock.patch.object(FSDPModule, "set_force_sum_reduction_for_comms"):
         yield
 
 
 @contextmanager
-def router_gradient_not_partial():
-    """Every tensor-parallel rank routes its own tokens, and the parts of the router's gradient are not added."""
+def forced_sum_dropped():
+    """FSDP then multiplies while it sums, which gloo refuses."""
+    with mock.patch.object(FSDPModule, "set_force_sum_reduction_for_comms"):
+        yield
+
+
+@contextmanager
+def expert_gradients_divided_by_ep():
+    """The factor of frameworks that average over all data ranks, where nothing was averaged."""
+    from megatron_moe.moe.experts import Experts
+
+    original = FSDPModule.set_gradient_divide_factor
+
+    def set_factor(self, factor):
+        original(self, 2 * factor if isinstance(self, Experts) else factor)
+
+    with mock.patch.object(FSDPModule, "set_gradient_divide_factor", set_factor):
+        yield
+
+
+@contextmanager
+def gate_not_declared_partial():
+    """`to_local()` as it comes: gradients of the tensor-parallel ranks, each of its own tokens, pass for one and the same."""
 
     def plain(weight):
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
     with mock.patch("megatron_moe.moe.gate.local_weight", plain):
+        yield
+
+
+@contextmanager
+def router_gradient_not_summed_over_tp():
+    """The gate stays a plain parameter, which each tensor-parallel rank trains on its own tokens."""
+    with mock.patch("megatron_moe.parallel.tensor.replicate_parameter"):
+        yield
+
+
+@contextmanager
+def gather_backward_sums():
+    """The gradient of the gathered tokens reduce-scattered instead of sliced: TP times too large."""
+    from megatron_moe.parallel import tensor
+
+    def backward(ctx, grad):
+        return grad[tensor._bounds(ctx.tokens, ctx.group)] * dist.get_world_size(ctx.group), None, None
+
+    with mock.patch.object(tensor._Gather, "backward", staticmethod(backward)):
+        yield
+
+
+@contextmanager
+def only_the_last_microbatch_counts():
+    """What the microbatches before have accumulated is thrown away."""
+    from megatron_moe.training import step
+
+    original = step.sync_gradients
+
+    def sync(model, zero_stage, is_last_microbatch):
+        for p in model.parameters():
+            p.grad = None
+        original(model, zero_stage, is_last_microbatch)
+
+    with mock.patch.object(step, "sync_gradients", sync):
+        yield
+
+
+@contextmanager
+def one_gradient_is_nan():
+    """NaN compares false with everything, so it must be looked for."""
+    original = parity.forward_backward
+
+    def forward_backward(model, *args):
+        loss = original(model, *args)
+        if dist.get_rank() == 1:
+            next(model.parameters()).grad.to_local().fill_(float("nan"))
+        return loss
+
+    with mock.patch.object(parity, "forward_backward", forward_backward):
+        yield
+
+
+# ---------------------------------------------------------------- losses and their weights
+
+
+@contextmanager
+def auxiliary_loss_counted_twice():
+    """Attached in two places of the graph."""
+    from megatron_moe.moe import layer
+
+    class Twice:
+        once = layer.AttachLoss
+
+        @classmethod
+        def apply(cls, carrier, extra):
+            return cls.once.apply(cls.once.apply(carrier, extra), extra)
+
+    with mock.patch.object(layer, "AttachLoss", Twice):
+        yield
+
+
+@contextmanager
+def auxiliary_loss_of_each_rank():
+    """Weighted by the tokens of one data rank instead of those of the global batch."""
+    from megatron_moe.mpu.mesh import ParallelMesh
+
+    original = parity.forward_backward
+
+    def forward_backward(*args):
+        with mock.patch.object(ParallelMesh, "size", return_value=1):
+            return original(*args)
+
+    with mock.patch.object(parity, "forward_backward", forward_backward):
         yield
 
 
@@ -43,15 +156,17 @@ def counts_not_shared():
 
 
 @contextmanager
-def gather_backward_sums():
-    """The gradient of the gathered tokens reduce-scattered instead of sliced: TP times too large."""
-    from megatron_moe.parallel import tensor
+def token_count_not_summed():
+    """Each rank divides by its own unmasked tokens: a mean of means."""
 
-    def backward(ctx, grad):
-        return grad[tensor._bounds(ctx.tokens, ctx.group)] * torch.distributed.get_world_size(ctx.group), None, None
+    def count(microbatches, mesh):
+        return sum(b.loss_mask.sum(dtype=torch.float64) for b in microbatches) * mesh.size("dp")
 
-    with mock.patch.object(tensor._Gather, "backward", staticmethod(backward)):
+    with mock.patch.object(parity, "count_loss_tokens", count):
         yield
+
+
+# ---------------------------------------------------------------- what travels, what is replayed, what is the same
 
 
 @contextmanager
@@ -70,42 +185,133 @@ def gate_weight_lost_on_the_way():
 
 
 @contextmanager
-def norm_counts_replicas():
-    """Each rank's squares added up without regard to who holds the same element."""
-    with mock.patch("distributed.parity.gradient_norm", lambda parameters, ranks: real_norm(parameters, 1)):
+def replay_draws_anew():
+    """Recomputation draws other numbers than the forward did, as with a generator whose state nobody puts back."""
+    from megatron_moe.utils import random
+
+    original, drawn = random.uniform, set()
+
+    def uniform(keys, stream_id, features, first_feature=0):
+        draw = (stream_id, first_feature, hash(tuple(keys.flatten().tolist())))
+        is_replay = draw in drawn
+        drawn.add(draw)
+        return original(keys + 1 if is_replay else keys, stream_id, features, first_feature)
+
+    with mock.patch.object(random, "uniform", uniform):
         yield
 
 
-def real_norm(parameters, ranks):
-    from megatron_moe.optimizer.clip import gradient_norm
+@contextmanager
+def routing_recomputed():
+    """The whole MoE layer is recomputed: it routes, and counts, a second time."""
+    from megatron_moe.moe.layer import MoELayer
+    from megatron_moe.parallel.recompute import recomputed
 
-    return gradient_norm(parameters, ranks)
+    original = MoELayer.forward
+
+    def forward(self, x, keys=None):
+        return recomputed(functools.partial(original, self), x, keys)
+
+    with mock.patch.object(MoELayer, "forward", forward):
+        yield
 
 
-FAULTS = {f.__name__: f for f in (fsdp_averages, router_gradient_not_partial, counts_not_shared, gather_backward_sums,
-                                  gate_weight_lost_on_the_way, norm_counts_replicas)}  # fmt: skip
+@contextmanager
+def replicas_start_apart():
+    """Ranks that hold the same parameters draw them from different seeds."""
+    from megatron_moe.model import init
+
+    original = init.named_generator
+    with mock.patch.object(init, "named_generator", lambda seed, name: original(seed + dist.get_rank(), name)):
+        yield
 
 
-def layout_with(fault: str, model: str, flags: str):
-    with FAULTS[fault]():
+# ---------------------------------------------------------------- norm and optimizer
+
+
+@contextmanager
+def norm_counts_replicas():
+    """Each rank's squares added up without regard to who holds the same element."""
+    original = parity.gradient_norm
+    with mock.patch.object(parity, "gradient_norm", lambda parameters, ranks: original(parameters, 1)):
+        yield
+
+
+@contextmanager
+def norm_without_experts():
+    """One of the meshes is left out."""
+    original = parity.gradient_norm
+    with mock.patch.object(parity, "gradient_norm", lambda parameters, ranks: original((p for p in parameters if p.ndim < 3), ranks)):
+        yield
+
+
+@contextmanager
+def optimizer_of_the_parameters_before_sharding():
+    """FSDP replaces parameters: an optimizer that was built before trains the ones that nobody uses any more."""
+
+    def build(model, config):
+        return torch.optim.AdamW([p.detach().clone().requires_grad_() for p in model.parameters()], lr=config.lr)
+
+    with mock.patch.object(parity, "build_optimizer", build):
+        yield
+
+
+# ---------------------------------------------------------------- the table
+
+EP2, TP2 = "--moe-expert-parallel-size 2", "--tensor-model-parallel-size 2"
+EP4_RECOMPUTED = "--zero-stage 3 --moe-expert-parallel-size 4 --recompute-granularity full"
+NOISY = "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"
+
+PLANTED = [  # fault, the row that turns red, the quantity that sees it, its error at least
+    (fsdp_averages, ("pyramid", 2, f"--zero-stage 1 {EP2}"), "gradient layers.1.mlp.fc1.weight", 0.4),
+    (expert_gradients_divided_by_ep, ("pyramid", 4, f"--zero-stage 3 {EP2}"), "gradient layers.3.moe.experts.w1", 0.4),
+    (expert_gradients_divided_by_ep, ("pyramid", 2, f"--zero-stage 0 {EP2}"), "gradient layers.2.moe.experts.b1", 0.4),
+    (gate_not_declared_partial, ("pyramid", 2, f"--zero-stage 1 {TP2} {EP2}"), "gradient layers.3.moe.gate.weight", 0.05),
+    (router_gradient_not_summed_over_tp, ("pyramid", 2, f"--zero-stage 1 {TP2}"), "gradient layers.2.moe.gate.weight", 0.05),
+    (gather_backward_sums, ("pyramid", 2, f"--zero-stage 1 {TP2} {EP2}"), "gradient layers.3.moe.experts.w1", 0.4),
+    (only_the_last_microbatch_counts, ("pyramid", 2, "--zero-stage 1"), "gradient layers.1.mlp.fc1.weight", 0.05),
+    (one_gradient_is_nan, ("pyramid", 2, "--zero-stage 2"), "gradient embedding.weight", 1e300),
+    (auxiliary_loss_counted_twice, ("pyramid", 2, f"--zero-stage 1 {EP2}"), "gradient layers.3.moe.gate.weight", 0.01),
+    (auxiliary_loss_of_each_rank, ("pyramid", 2, f"--zero-stage 1 {EP2}"), "gradient layers.3.moe.gate.weight", 0.01),
+    (counts_not_shared, ("pyramid", 2, f"--zero-stage 1 {TP2} {EP2}"), "gradient layers.3.moe.gate.weight", 1e-3),
+    (token_count_not_summed, ("pyramid", 2, "--zero-stage 0"), "loss 0", 1e-4),
+    (gate_weight_lost_on_the_way, ("pyramid", 2, f"--zero-stage 1 {EP2} --moe-token-dispatcher alltoall"), "loss 0", 1e-6),
+    (replay_draws_anew, ("noisy", 4, NOISY), "gradient layers.1.mlp.fc1.weight", 0.05),
+    (routing_recomputed, ("pyramid", 4, EP4_RECOMPUTED), "routing 3 in step 0", 0.5),
+    (replicas_start_apart, ("pyramid", 2, "--zero-stage 0"), "loss 0", 1e-3),
+    (norm_counts_replicas, ("pyramid", 2, f"--zero-stage 1 {TP2} {EP2}"), "ones", 0.1),
+    (norm_without_experts, ("pyramid", 2, f"--zero-stage 3 {EP2}"), "norm 0", 1e-3),
+    (optimizer_of_the_parameters_before_sharding, ("pyramid", 2, "--zero-stage 3"), "weight layers.1.mlp.fc1.weight", 0.01),
+]
+
+
+def layout_with(fault, model: str, flags: str):
+    with fault():
         return parity.layout(model, flags)
 
 
-TP_EP = "--tensor-model-parallel-size 2 --moe-expert-parallel-size 2"
+@pytest.mark.parametrize(("fault", "row", "seen_in", "at_least"), PLANTED, ids=[f"{fault.__name__}-{row[2]}" for fault, row, *_ in PLANTED])
+def test_planted_fault_turns_a_parity_test_red(fault, row, seen_in, at_least, monkeypatch):
+    assert row in rows.LAYOUTS, "the fault must be planted in a test that runs"
+    monkeypatch.setattr(rows, "run_distributed", lambda layout, world, *args: run_distributed(layout_with, world, fault, *args))
+    seen, errors = {}, parity.errors
+    monkeypatch.setattr(parity, "errors", lambda found, expected: seen.update(errors(found, expected)) or seen)
+    with pytest.raises(AssertionError, match="is off by"):
+        rows.test_layout_equals_one_process_in_float64(*row)
+    assert seen[seen_in] > at_least, f"{seen_in} is only {seen[seen_in]:.1e} off with {fault.__name__}"
+    if fault is replay_draws_anew:
+        assert seen["loss 0"] < 1e-10, "the forward must be right, or it is not the replay that is wrong"
 
 
-@pytest.mark.parametrize(
-    ("fault", "flags", "seen_in", "at_least"),
-    [
-        ("fsdp_averages", "--moe-expert-parallel-size 2", "gradient layers.1.mlp.fc1.weight", 0.4),
-        ("router_gradient_not_partial", TP_EP, "gradient layers.3.moe.gate.weight", 0.05),
-        ("counts_not_shared", TP_EP, "gradient layers.3.moe.gate.weight", 1e-3),
-        ("gather_backward_sums", TP_EP, "gradient layers.3.moe.experts.w1", 0.4),
-        ("gate_weight_lost_on_the_way", "--moe-expert-parallel-size 2 --moe-token-dispatcher alltoall", "loss 0", 1e-6),
-        ("norm_counts_replicas", TP_EP, "ones", 0.1),
-    ],
-)
-def test_planted_fault_is_seen(fault, flags, seen_in, at_least):
-    found = run_distributed(layout_with, 2, fault, "pyramid", f"{parity.FP64} --zero-stage 1 {flags}")[0]
-    seen = parity.errors(found, parity.reference("pyramid"))
-    assert seen[seen_in] > at_least, f"{seen_in} is only {seen[seen_in]:.1e} off with {fault}"
+def refusal(fault, model: str, flags: str) -> str:
+    try:
+        layout_with(fault, model, flags)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_dropped_forced_sum_ends_the_float32_rows():
+    """In float64 FSDP sums in any case, so it is the rows in float32 that see this one."""
+    model, world, flags = rows.FAST[0]
+    assert "PREMUL_SUM" in run_distributed(refusal, world, forced_sum_dropped, model, f"{parity.FP32} {flags}")[0]

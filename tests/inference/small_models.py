@@ -3,9 +3,9 @@
 import torch
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.inference.load import build_plain
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.init import initialize_parameters
+from megatron_moe.model.plain import build_plain
 
 VOCAB = 50  # padded to 64
 LEARNED = {"position_embedding_type": "learned_absolute"}

@@ -109,6 +109,22 @@ def test_no_rows_give_an_empty_output_and_zero_gradients_and_none_missing(dtype)
 
 
 @pytest.mark.parametrize("use_reference", [False, True])
+@pytest.mark.parametrize("rows", [[3, 0, 2], [0, 0, 0], [0, 0, 4]])
+def test_spare_rows_are_not_read_and_come_out_as_zero_with_zero_gradients(rows, use_reference):
+    x, w, offsets = operands(rows)
+    y, dx, dw = results(lambda x, w: grouped_gemm(x, w, offsets, use_reference), x, w, torch.ones(sum(rows), 16))
+    nan = torch.full((5, 8), float("nan"))
+    longer = torch.cat([x.detach(), nan]).requires_grad_()
+    # torch's kernel leaves in the output what was in the memory
+    garbage = [torch.full((sum(rows) + 5, n), float("nan")) for n in (16, 8) for _ in range(4)]
+    del garbage
+    upstream = torch.cat([torch.ones(sum(rows), 16), torch.full((5, 16), float("nan"))])
+    got = results(lambda x, w: grouped_gemm(x, w, offsets, use_reference, has_spare_rows=True), longer, w, upstream)
+    for found, expected in zip(got, (torch.cat([y, torch.zeros(5, 16)]), torch.cat([dx, torch.zeros(5, 8)]), dw)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reference", [False, True])
 def test_an_idle_expert_has_a_zero_gradient_and_not_none(use_reference):
     x, w, offsets = operands([4, 0, 3])
     grouped_gemm(x, w, offsets, use_reference).square().sum().backward()

@@ -121,6 +121,22 @@ def test_a_file_without_a_whole_line_is_emptied_back_to_its_last_newline(tmp_pat
     assert path.read_bytes() == content[: content.rfind(b"\n") + 1]
 
 
+def test_a_record_that_finds_no_room_names_the_file_and_leaves_no_half_line(tmp_path):
+    import resource
+
+    path, limits = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = JsonlWriter(path)
+    writer.write({"event": "start"})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+        with pytest.raises(OSError, match=f"the metrics of this step cannot be written: '{path}'"):
+            writer.write({"event": "stop", "reason": "done"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.close()
+    assert path.read_text() == '{"event": "start"}\n'
+
+
 def test_a_whole_file_is_left_alone(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"{}\n" * 50_000)

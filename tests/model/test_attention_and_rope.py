@@ -9,7 +9,7 @@ import torch
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.model.attention import Attention, CausalCore, Context, visible
 from megatron_moe.model.rope import rotate
-from megatron_moe.utils.random import Purpose, stream, token_keys, uniform
+from megatron_moe.utils.random import Purpose, token_keys, uniform
 
 B, S, H, h = 2, 7, 4, 6
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -46,7 +46,7 @@ SEGMENTS = {"one document": None, "two documents": torch.tensor([[0, 0, 0, 1, 1,
 @pytest.mark.parametrize("keys", [False, True], ids=["evaluation", "training"])
 def test_fused_attention_equals_the_loop_with_gradients(segments, keys):
     q, k, v = qkv()
-    y, expected = CausalCore(1, 0.0)(q, k, v, context(segments, keys)), looped(q, k, v, segments)
+    y, expected = CausalCore(0.0)(q, k, v, context(segments, keys)), looped(q, k, v, segments)
     torch.testing.assert_close(y, expected, **EXACT)
     for got, want in zip(torch.autograd.grad(y.square().sum(), (q, k, v)), torch.autograd.grad(expected.square().sum(), (q, k, v))):
         torch.testing.assert_close(got, want, **EXACT)
@@ -55,28 +55,28 @@ def test_fused_attention_equals_the_loop_with_gradients(segments, keys):
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
 def test_attention_with_dropout_equals_the_loop_with_the_same_draws(segments):
     q, k, v = qkv()
-    draws = uniform(context().keys_BS, stream(5, Purpose.ATTENTION_DROPOUT), H * S).view(B, S, H, S).transpose(1, 2)
-    y = CausalCore(5, 0.3)(q, k, v, context(segments))
+    draws = uniform(context().keys_BS, Purpose.ATTENTION_DROPOUT, H * S).view(B, S, H, S).transpose(1, 2)
+    y = CausalCore(0.3)(q, k, v, context(segments))
     torch.testing.assert_close(y, looped(q, k, v, segments, draws >= 0.3, 0.3), **EXACT)
 
 
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
 def test_the_dropout_path_without_drops_is_the_fused_path(segments):
     q, k, v = qkv()
-    explicit, fused = (CausalCore(1, p)(q, k, v, context(segments)) for p in (1e-12, 0.0))
+    explicit, fused = (CausalCore(p)(q, k, v, context(segments)) for p in (1e-12, 0.0))
     torch.testing.assert_close(explicit, fused, **EXACT)
 
 
 def test_dropout_needs_keys():
     q, k, v = qkv()
-    assert torch.equal(CausalCore(1, 0.5)(q, k, v, context(keys=False)), CausalCore(1, 0.0)(q, k, v, context()))
+    assert torch.equal(CausalCore(0.5)(q, k, v, context(keys=False)), CausalCore(0.0)(q, k, v, context()))
 
 
 def test_a_share_of_the_heads_draws_what_it_would_draw_among_all():
     """Under tensor parallelism a rank has heads first_head .. and must drop as one process would."""
     q, k, v = qkv()
-    whole = CausalCore(1, 0.3)(q, k, v, context())
-    core = CausalCore(1, 0.3)
+    whole = CausalCore(0.3)(q, k, v, context())
+    core = CausalCore(0.3)
     core.first_head = 2
     torch.testing.assert_close(core(q[:, 2:], k[:, 2:], v[:, 2:], context()), whole[:, 2:], **EXACT)
 
@@ -84,7 +84,7 @@ def test_a_share_of_the_heads_draws_what_it_would_draw_among_all():
 def test_heads_queries_and_keys_drop_independently():
     q, k, v = (torch.zeros(B, H, S, S, dtype=torch.float64) for _ in range(3))
     v[:] = torch.eye(S)  # output = the probabilities themselves
-    kept = CausalCore(1, 0.5)(q, k, v, context()) > 0
+    kept = CausalCore(0.5)(q, k, v, context()) > 0
     assert len({tuple(row.tolist()) for row in kept[:, :, -1].flatten(0, 1)}) > H
     assert not torch.equal(kept[0, 0], kept[0, 1])
     assert not torch.equal(kept[0, 0], kept[1, 0])
@@ -101,7 +101,7 @@ def test_a_query_sees_itself_and_what_came_before_in_its_document():
 
 def attention(**changes):
     torch.manual_seed(0)
-    return Attention(1, ModelConfig(hidden_size=24, num_attention_heads=4, attention_dropout=0.0, **changes)).double()
+    return Attention(ModelConfig(hidden_size=24, num_attention_heads=4, attention_dropout=0.0, **changes)).double()
 
 
 @pytest.mark.parametrize("groups", [1, 2])

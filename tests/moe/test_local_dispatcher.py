@@ -1,10 +1,11 @@
 """The order of rows, and that dispatch and combine are a gather and its transposed sum."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_moe.moe.dispatch import LocalDispatcher
+from megatron_moe.moe.dispatch import Limits, LocalDispatcher
 
 
 @settings(max_examples=60, deadline=None)
@@ -15,7 +16,9 @@ def test_rows_are_sorted_by_expert_then_token_then_choice(tokens, experts, k, se
     x, weights = torch.randn(tokens, 5, generator=generator), torch.rand(tokens, k, generator=generator)
     expected = [(e, t, c) for e in range(experts) for t in range(tokens) for c in range(k) if ids[t, c] == e]
     rows, offsets, row_weights, plan = LocalDispatcher(experts).dispatch(x, ids, weights)
-    assert rows.shape == (len(expected), 5)
+    assert rows.shape == (tokens * k, 5)  # room for all: how many are dropped, only the device knows
+    assert not row_weights[len(expected) :].any()
+    rows = torch.where(torch.arange(len(rows))[:, None] < len(expected), rows, 0.0)  # what the experts owe for spare rows
     assert offsets.dtype == torch.int32
     assert offsets.tolist() == [sum(e <= last for e, _, _ in expected) for last in range(experts)]
     for r, (_, t, c) in enumerate(expected):
@@ -30,10 +33,20 @@ def test_rows_are_sorted_by_expert_then_token_then_choice(tokens, experts, k, se
 def test_dropped_assignments_make_no_row_and_their_tokens_come_back_as_zero():
     dispatcher = LocalDispatcher(3)
     x = torch.randn(3, 4)
-    rows, offsets, _, plan = dispatcher.dispatch(x, torch.tensor([[2], [-1], [0]]), torch.ones(3, 1))
-    assert torch.equal(rows, x[[2, 0]])
+    rows, offsets, row_weights, plan = dispatcher.dispatch(x, torch.tensor([[2], [-1], [0]]), torch.ones(3, 1))
+    assert torch.equal(rows[:2], x[[2, 0]])
     assert offsets.tolist() == [1, 1, 2]
-    assert torch.equal(dispatcher.combine(rows, plan)[1], torch.zeros(4))
+    assert row_weights.tolist() == [1, 1, 0]
+    assert torch.equal(dispatcher.combine(rows * row_weights[:, None], plan)[1], torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("limits", "rows", "has_spare_rows"),
+    [(Limits(), 8, True), (Limits(is_dropless=True), 8, False), (Limits(capacity=1), 3, True), (Limits(capacity=9), 8, True)],
+)
+def test_rows_are_as_many_as_there_can_be(limits, rows, has_spare_rows):
+    plan = LocalDispatcher(3).plan(torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2]]).where(torch.tensor(not has_spare_rows), -1), limits)
+    assert (len(plan.slot_R), plan.has_spare_rows) == (rows, has_spare_rows)
 
 
 def test_no_tokens_make_an_empty_round_trip():

@@ -11,8 +11,9 @@ from megatron_moe.checkpoint.state import model_state
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.sampling import SamplingConfig
 from megatron_moe.inference.generate import generate
-from megatron_moe.inference.load import build_plain, load_for_inference
+from megatron_moe.inference.load import load_for_inference
 from megatron_moe.model.init import initialize_parameters
+from megatron_moe.model.plain import build_plain
 from megatron_moe.tokenizers import build_tokenizer
 from megatron_moe.training.checkpoints import Progress, describe
 from megatron_moe.training.preflight import Prepared

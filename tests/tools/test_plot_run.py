@@ -1,6 +1,7 @@
 """The plot tool, on metrics that a run could have left behind."""
 
 import builtins
+import importlib.util
 import json
 import struct
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 
 from megatron_moe.metrics.tracker import moe_layer_record
 from tools import plot_run
+
+draws = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 
 
 def train(iteration, loads=((3, 1), (2, 2, 0, 4)), dropped=0.1, lm_loss=3.0):
@@ -35,6 +38,7 @@ def size_of_png(path):
     return struct.unpack(">II", head[16:24])
 
 
+@draws
 def test_a_resumed_and_interrupted_run_is_drawn_beside_its_metrics(tmp_path, capsys):
     records = [train(10), train(20), evaluated(20), train(30, lm_loss=None), {"event": "load", "iteration": 15}, train(20), evaluated(25)]
     run = write_run(tmp_path / "a", records, tail='{"event": "tra')
@@ -45,6 +49,7 @@ def test_a_resumed_and_interrupted_run_is_drawn_beside_its_metrics(tmp_path, cap
     assert "plot.png" in capsys.readouterr().out
 
 
+@draws
 def test_a_dense_run_has_no_heat_map_and_two_runs_share_one_image(tmp_path):
     dense = write_run(tmp_path / "dense", [train(i, loads=()) for i in (10, 20)])
     sparse = write_run(tmp_path / "sparse", [train(10, dropped=0.0)])

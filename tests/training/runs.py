@@ -12,6 +12,7 @@ from megatron_moe import mpu
 from megatron_moe.arguments import check_to_train, parse_args
 from megatron_moe.checkpoint.state import model_state, optimizer_state
 from megatron_moe.data.indexed_dataset import IndexedDatasetWriter
+from megatron_moe.training import pretrain
 from megatron_moe.training.distributed import World
 from megatron_moe.training.preflight import prepare
 from megatron_moe.training.pretrain import set_up, train
@@ -34,7 +35,7 @@ def write_text(prefix: Path, documents: int = 40, vocab_size: int = 64) -> Path:
 
 
 def train_here(flags: str) -> dict:
-    """Run to its end on the ranks of this pool; rank 0 returns losses, the reason of the stop, and every tensor as a whole."""
+    """Run to its end on the ranks of this pool; returns its progress and every tensor as a whole."""
     parsed = parse_args(f"{SMALL} {flags}".split())
     check_to_train(parsed, dist.get_world_size())
     prepared = prepare(parsed.run, dist.get_world_size())
@@ -42,10 +43,30 @@ def train_here(flags: str) -> dict:
     try:
         run = set_up(prepared, world, ["test"])
         train(run)
-        run.stopper.close()
-        run.tracker.close()
+        run.close()
         state = model_state(run.model) | optimizer_state(run.model, run.optimizer)
         tensors = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
         return {"tensors": {n: t.detach().clone() for n, t in tensors.items()}, "progress": run.progress}
     finally:
         mpu.set_default_mesh(None)
+
+
+def read_here(flags: str) -> dict:
+    """The same run, looked at from its data: beside `progress` what the model was given, one {sample id: tokens} per step.
+
+    Of this rank alone, and training only: whoever calls puts the ranks together.
+    """
+    steps, original = [], pretrain.train_step
+
+    def train_step(model, optimizer, microbatches, *rest):
+        texts = [torch.cat([b.tokens, b.labels[:, -1:]], 1).tolist() for b in microbatches]
+        pairs = [(i, text) for b, rows in zip(microbatches, texts) for i, text in zip(b.sample_ids.tolist(), rows)]
+        assert len(dict(pairs)) == len(pairs), f"a sample came twice: {[i for i, _ in pairs]}"
+        steps.append(dict(pairs))
+        return original(model, optimizer, microbatches, *rest)
+
+    pretrain.train_step = train_step
+    try:
+        return {"progress": train_here(flags)["progress"], "steps": steps}
+    finally:
+        pretrain.train_step = original

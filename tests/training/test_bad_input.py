@@ -30,6 +30,18 @@ def problems_of(command: str, world_size: int = 1) -> str:
     return ""
 
 
+def test_compiling_without_a_compiler_is_refused_before_the_start(monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    said = problems_of(f"{TINY} --mock-data --compile")
+    assert "C++ compiler" in said
+    assert "/nowhere/g++" in said
+    assert "CXX" in said
+    assert not problems_of(f"{TINY} --mock-data")
+    monkeypatch.setenv("CXX", sys.executable)  # any program will do: what it can, nobody asks yet
+    assert not problems_of(f"{TINY} --mock-data --compile")
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return runs.write_text(tmp_path_factory.mktemp("text") / "corpus")

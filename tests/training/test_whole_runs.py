@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from distributed_pool import run_distributed
 
+from megatron_moe.checkpoint.files import CheckpointError, iterations_in
+from megatron_moe.checkpoint.manager import CheckpointManager
 from megatron_moe.metrics.reader import read_records
 from training import runs
 
@@ -35,6 +39,7 @@ def different(a, b) -> list[str]:
     ("world", "flags"),
     [
         (1, "--zero-stage 1"),
+        (1, "--data-order megatron"),
         (2, "--zero-stage 3 --moe-expert-parallel-size 2"),
         (2, "--zero-stage 2 --tensor-model-parallel-size 2 --bf16"),
     ],
@@ -84,6 +89,28 @@ def test_finetune_takes_weights_and_starts_at_zero(text, tmp_path):
     first = next(r for r in read_records(tmp_path / "second" / "metrics.jsonl") if r["event"] == "eval")
     last = [r for r in read_records(tmp_path / "first" / "metrics.jsonl") if r["event"] == "eval"][-1]
     assert (first["iteration"], first["lm_loss"]) == (0, last["lm_loss"])
+
+
+def _train_with_a_full_disk(flags, failures):
+    """Every save finds the disk full, `failures` times."""
+    full = [OSError(28, "No space left on device")] * failures
+    write = CheckpointManager._write
+    with mock.patch.object(CheckpointManager, "_write", lambda *args: (_ for _ in ()).throw(full.pop()) if full else write(*args)):
+        return runs.train_here(flags)
+
+
+def test_save_that_fails_ends_the_run_or_is_an_alert(text, tmp_path):
+    flags = f"--data-path {text} --vocab-size 64 --split 80,20,0 --train-iters 6 --save-interval 2 --save {tmp_path}/run"
+    run_distributed(_train_with_a_full_disk, 2, f"{flags} --save-failure continue", 1)
+    events = [(r["event"], r["iteration"]) for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["event"] in ("save", "alert")]
+    assert events == [("alert", 2), ("save", 4), ("save", 6)]
+    assert iterations_in(tmp_path / "run") == [4, 6]
+    straight = train(2, tmp_path / "straight", text, "--train-iters 6")
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight") and straight["progress"].iteration == 6
+    for policy, failures in (("stop", 1), ("continue", 9)):  # what cannot be saved at the end is lost: that is never a mere alert
+        with pytest.raises(CheckpointError, match="No space left"):
+            run_distributed(_train_with_a_full_disk, 2, f"{flags}_{policy} --save-failure {policy}", failures)
+        assert iterations_in(tmp_path / f"run_{policy}") == []
 
 
 def evaluations(save) -> list[tuple]:

@@ -11,16 +11,29 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from megatron_moe.utils import compat
 
-TESTED = {"grouped_mm", "all_gather_into_tensor", "local_slices", "all_to_all_rows", "all_gather_rows", "reduce_scatter_rows"}
+TESTED = {
+    "grouped_mm", "all_gather_into_tensor", "local_slices", "all_to_all_rows", "all_gather_rows", "reduce_scatter_rows",
+    "sum_over_ranks", "fake_process_group",
+}  # fmt: skip
 
 
 def test_every_name_has_a_test_here():
     defined = {
         name
         for name, value in vars(compat).items()
-        if not name.startswith("_") and not inspect.ismodule(value) and name not in ("annotations", "Tensor", "DTensor")
+        if not name.startswith("_") and not inspect.ismodule(value) and name not in ("annotations", "Tensor", "DTensor", "Iterator")
     }
-    assert defined - {"compute_local_shape_and_global_offset"} == TESTED
+    assert defined - {"compute_local_shape_and_global_offset", "contextmanager"} == TESTED
+
+
+def test_fake_process_group_shards_like_a_rank_of_a_real_one():
+    whole = torch.empty(10, 6, device="meta")
+    for rank, rows in ((0, 3), (2, 3), (3, 1)):  # 10 rows over 4 ranks: 3 3 3 1
+        with compat.fake_process_group(rank, 4):
+            assert (dist.get_rank(), dist.get_world_size()) == (rank, 4)
+            shard = distribute_tensor(whole, init_device_mesh("cpu", (4,)), [Shard(0)], src_data_rank=None)
+            assert shard.to_local().shape == (rows, 6)
+    assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,6 +100,16 @@ def test_all_gather_rows_concatenates_and_its_backward_sums_over_ranks():
         ([0.0, 0.0, 1.0, 1.0], [3.0, 6.0]),
         ([0.0, 0.0, 1.0, 1.0], [9.0, 12.0]),
     ]
+
+
+def _sum():
+    x = torch.tensor([1, 10 * dist.get_rank()])
+    return compat.sum_over_ranks(x, dist.group.WORLD).tolist(), x.tolist()
+
+
+@pytest.mark.distributed
+def test_sum_over_ranks_leaves_its_input_alone():
+    assert run_distributed(_sum, 2) == [([2, 10], [1, 0]), ([2, 10], [1, 10])]
 
 
 @pytest.mark.distributed

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_moe.utils.random import Purpose, dropout, gumbel, mix, named_generator, stream, token_keys, uniform
+from megatron_moe.utils.random import Purpose, dropout, gumbel, layer_keys, mix, named_generator, stream, token_keys, uniform
 
 BITS = (1 << 64) - 1
 GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -57,6 +57,12 @@ def test_keys_and_draws_equal_big_integer_arithmetic(seed, iteration, sample, la
         draws = uniform(got, stream(layer, purpose), feature + 1)
         expected = [big_uniform(big_key(seed, iteration, sample, p), stream(layer, purpose), feature) for p in range(3)]
         assert draws[0, :, feature].tolist() == expected
+
+
+def test_layer_keys_draw_from_layer_zero_what_the_layer_draws_itself():
+    for layer in (0, 1, 57):
+        for purpose in Purpose:
+            assert torch.equal(uniform(layer_keys(keys(), layer), purpose, 5), uniform(keys(), stream(layer, purpose), 5))
 
 
 def test_draws_are_in_the_half_open_unit_interval_and_uniform():

@@ -1,0 +1,98 @@
+"""One conversion: written beside the target, looked at again, and only then given its name."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from megatron_moe.checkpoint.files import sync_directory, temporary_name
+from megatron_moe.config.flags import ConfigError
+from megatron_moe.conversion import flat, native
+from megatron_moe.conversion.source import Selection, Source, human_bytes
+
+FORMATS: dict[str, ModuleType] = {"native": native, "safetensors": flat}
+HEADROOM = 8 << 20  # bytes beyond the tensors: headers, manifest, configuration
+
+
+class ConversionError(RuntimeError):
+    """What was written is not what was meant. `lines`: the tensors, or the counts, that are wrong."""
+
+    def __init__(self, lines: list[str]):
+        self.lines = lines
+        super().__init__("\n".join(lines))
+
+
+def format_of(directory: Path) -> str | None:
+    """The name of the format a directory looks like."""
+    return next((name for name, module in FORMATS.items() if module.looks_like(directory)), None)
+
+
+def open_source(format_name: str, directory: Path, iteration: int | None) -> Source:
+    """ConfigError when there is nothing of this format; says so when it is of another."""
+    if not directory.is_dir():
+        raise ConfigError([f"{directory}: there is no such directory"])
+    found = format_of(directory)
+    if found not in (None, format_name) and not FORMATS[format_name].looks_like(directory):
+        raise ConfigError([f"{directory} holds {found}, not {format_name}: pass --from {found}"])
+    return FORMATS[format_name].open_source(directory, iteration)
+
+
+def target_problems(directory: Path, size: int) -> list[str]:
+    """What is wrong with writing `size` bytes of tensors there."""
+    directory = directory.resolve()
+    if directory.exists() and not directory.is_dir():
+        return [f"--save {directory}: is a file; choose another name"]
+    if directory.is_dir() and any(directory.iterdir()):
+        return [f"--save {directory}: is not empty, and nothing is overwritten; choose another directory, or delete it"]
+    there = next(path for path in directory.parents if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        return [f"--save {directory}: cannot write in {there}; choose another directory"]
+    free = shutil.disk_usage(there).free
+    if free < size + HEADROOM:
+        return [f"--save {directory}: needs {human_bytes(size + HEADROOM)}, the disk has {human_bytes(free)} free; choose another disk"]
+    return []
+
+
+def convert(
+    selection: Selection,
+    directory: Path,
+    write: Callable[[Selection, Path], None],
+    reopen: Callable[[Path], Source],
+    check: Callable[[Source], list[str]],
+) -> Source:
+    """Write, re-open, check, rename. Whatever goes wrong, the name `directory` does not appear, and nothing is left behind.
+
+    `check` sees the finished files under a temporary name and returns what is wrong with them: ConversionError then.
+    """
+    directory = directory.resolve()
+    building = directory.with_name(temporary_name(directory.name))
+    try:
+        building.mkdir(parents=True)
+        write(selection, building)
+        written = reopen(building)
+        if lines := counts(selection, written) or check(written):
+            raise ConversionError(lines)
+        sync_directory(building)
+        os.rename(building, directory)  # replaces an empty directory
+        sync_directory(directory.parent)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return reopen(directory)
+
+
+def counts(selection: Selection, written: Source) -> list[str]:
+    """Every chosen tensor of the source was read exactly once, and every tensor of the target is one of them."""
+    lines = [f"{name}: read {selection.reads[name]} times" for name in selection.tensors if selection.reads[name] != 1]
+    lines += [f"{name}: not written" for name in selection.tensors if name not in written.tensors]
+    return lines + [f"{name}: written, but not asked for" for name in written.tensors if name not in selection.tensors]
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Temporary directories of conversions into `directory` that were killed."""
+    directory = directory.resolve()
+    return sorted(directory.parent.glob(f"{glob.escape(directory.name)}.tmp-????????"))

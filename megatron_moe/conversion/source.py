@@ -1,0 +1,82 @@
+"""A checkpoint in our names, whatever it is stored as.
+
+torch is imported where numbers are touched: looking at names and shapes does not wait for it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Tensors = dict[str, dict[str, Any]]  # name -> {"shape": [4, 2], "dtype": "float32"}, as manifest.json spells it
+ITEM_SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
+
+
+class Source(Protocol):
+    """What every format gives. `meta` is that of manifest.json, with the number of ranks that trained as `world_size`."""
+
+    path: Path
+    iteration: int
+    meta: dict[str, Any]
+    tensors: Tensors
+
+    def files(self) -> dict[str, int]:
+        """Name and size in bytes of each file that belongs to it."""
+        ...
+
+    def file_problems(self, verify: str) -> list[str]:
+        """Compare the files with the checksums that were written with them: "size" or "crc"."""
+        ...
+
+    @property
+    def has_checksums(self) -> bool: ...
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """These tensors on the CPU, whole, in this order and one after the other."""
+        ...
+
+
+class Selection:
+    """What is taken from a source, and in which types. Counts how often each tensor is read."""
+
+    def __init__(self, source: Source, tensors: Tensors, on_bytes: Callable[[int], Any] = lambda _: None):
+        self.source, self.tensors, self.on_bytes = source, tensors, on_bytes
+        self.reads: Counter[str] = Counter()
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        import torch
+
+        for name, tensor in self.source.read(names):
+            self.reads[name] += 1
+            self.on_bytes(size_of(self.tensors[name]))
+            yield name, tensor.to(getattr(torch, self.tensors[name]["dtype"]))
+
+
+def count_of(entry: dict[str, Any]) -> int:
+    """Elements of one tensor."""
+    count = 1
+    for n in entry["shape"]:
+        count *= n
+    return count
+
+
+def size_of(entry: dict[str, Any]) -> int:
+    """Bytes of one tensor."""
+    return count_of(entry) * ITEM_SIZE[entry["dtype"]]
+
+
+def total_size(tensors: Tensors) -> int:
+    return sum(map(size_of, tensors.values()))
+
+
+def human_bytes(size: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,186 @@
+"""Samples in the order in which Megatron reads them, for --data-order megatron.
+
+Megatron shuffles documents over all epochs together, lays them end to end, cuts windows of seq_length + 1 tokens that overlap
+by one, and shuffles the windows. How many epochs that are, and whether the last is shuffled on its own, follows from the
+number of samples that a run wants: another number is another order.
+
+    samples wanted -> epochs -> documents [epochs * D] -> starts [N + 1, 2] -> windows [N]
+    sample i = the tokens from starts[windows[i]] to starts[windows[i] + 1], both included
+
+Worked example: documents of 5, 3, 7, 2 and 4 tokens, seq_length 4, seed 1234, 5 samples wanted. An epoch has 21 tokens and
+(21 - 1) // 4 = 5 windows: one epoch is enough. The documents come as 4 0 1 2 3, with 4 5 3 7 2 tokens. Window 1 begins at
+token 4 of these, which is token 0 of the second document; the windows begin at (0,0) (1,0) (1,4) (3,0) (3,4), the end of the
+last is (4,1). They are read as 3 2 1 0 4, so sample 0 is (3,0)..(3,4): the first five tokens of document 2.
+
+Samples beyond the N that Megatron has go on in a further such order, drawn with the next seed for the same number of samples:
+sample i is sample i % N of the order with seed + i // N. So it is a function of (seed, samples wanted, i) and of nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_moe.data import index_cache
+from megatron_moe.data.gpt_dataset import GPTDataset
+from megatron_moe.data.index_cache import check_permutation, load_or_draw
+from megatron_moe.data.indexed_dataset import IndexedDataset
+
+SEPARATE_BELOW = 0.80  # of an epoch's samples: a last epoch of which fewer are wanted is shuffled on its own
+SURPLUS = 1.005  # a dataset of a blend is ordered for half a percent more than its share
+
+
+class Plan(NamedTuple):
+    """The numbers that an order is drawn from."""
+
+    epochs: int
+    is_last_separate: bool
+    num_samples: int  # windows of all epochs together: at least as many as wanted
+    samples_before_last: int  # of all epochs but the last
+
+
+class Order(NamedTuple):
+    documents: np.ndarray  # int32[epochs * D], sequence numbers in the .bin
+    starts: np.ndarray  # int32[N + 1, 2] (int64 when a number is too large): place in `documents`, token in that document
+    windows: np.ndarray  # uint32[N] (int64 from 2**32 - 2 on), rows of `starts`
+
+
+def share_of(samples: int, weight: float) -> int:
+    """How many samples one dataset of a blend is ordered for."""
+    return math.ceil(samples * weight * SURPLUS)
+
+
+def make_plan(tokens_per_epoch: int, seq_length: int, samples: int, exact_epochs: int | None = None) -> Plan:
+    """Epochs for `samples` samples, or exactly as many as are asked for."""
+    assert tokens_per_epoch > 0, f"{tokens_per_epoch=}"
+    needed = max(-(-(samples * seq_length + 1) // tokens_per_epoch), 1)
+    epochs = exact_epochs or needed
+    windows = lambda n: (n * tokens_per_epoch - 1) // seq_length  # noqa: E731
+    is_separate = epochs > 1 and samples - windows(epochs - 1) < int(SEPARATE_BELOW * windows(1))
+    return Plan(epochs, is_separate, windows(epochs), windows(epochs - 1))
+
+
+def draw_order(sizes: np.ndarray, document_range: tuple[int, int], seq_length: int, seed: int, plan: Plan) -> Order:
+    """The order over the sequences [first, last) of a dataset whose sequences have `sizes` tokens."""
+    generator = np.random.RandomState(seed)  # its stream is frozen by numpy. Documents first, then windows
+    documents = _documents(document_range, plan, generator)
+    starts = window_starts(sizes[documents], seq_length, plan.num_samples)
+    return Order(documents, starts, _windows(plan, generator))
+
+
+def _documents(document_range: tuple[int, int], plan: Plan, generator: np.random.RandomState) -> np.ndarray:
+    once = np.arange(*document_range, dtype=np.int32)
+    parts = [np.tile(once, plan.epochs - 1), once] if plan.is_last_separate else [np.tile(once, plan.epochs)]
+    for part in parts:
+        generator.shuffle(part)
+    return np.concatenate(parts)
+
+
+def window_starts(lengths: np.ndarray, seq_length: int, count: int) -> np.ndarray:
+    """Where each of `count` windows over documents of these lengths begins, and where the last one ends: [count + 1, 2].
+
+    Window k begins at token k * seq_length of the documents laid end to end.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    tokens = np.arange(count + 1, dtype=np.int64) * seq_length
+    # the first document that ends behind the token: empty ones are passed over, but for those before the very first token
+    places = np.searchsorted(ends, tokens, side="right")
+    offsets = tokens - (ends[places] - lengths[places])
+    places[0] = 0
+    dtype = np.int32 if len(lengths) < 2**31 else np.int64
+    return np.stack([places, offsets], axis=1).astype(dtype)
+
+
+def _windows(plan: Plan, generator: np.random.RandomState) -> np.ndarray:
+    first = plan.samples_before_last if plan.is_last_separate else plan.num_samples
+    windows = np.arange(plan.num_samples, dtype=_windows_dtype(plan.num_samples))
+    generator.shuffle(windows[:first])
+    if first < plan.num_samples:
+        generator.shuffle(windows[first:])
+    return windows
+
+
+def _windows_dtype(count: int) -> type:
+    return np.uint32 if count < 2**32 - 2 else np.int64
+
+
+class MegatronDataset(GPTDataset):
+    """The same items as GPTDataset's in Megatron's order for `samples` samples: {"text": int64[seq_length + 1], "sample_id": i}.
+
+    `len` is again the number of windows in one epoch. With `exact_epochs` there is nothing beyond the last epoch.
+    Raises ValueError when the sequences hold too few tokens for one window; Megatron would repeat them until one is full.
+    """
+
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        document_range: tuple[int, int],
+        seq_length: int,
+        seed: int,
+        split_name: str,
+        cache_path: str | Path | None = None,
+        *,
+        samples: int,
+        exact_epochs: int | None = None,
+    ):
+        super().__init__(indexed, document_range, seq_length, seed, split_name, cache_path)
+        self.samples, self.exact_epochs = samples, exact_epochs
+        self.plan = make_plan(self.num_tokens, seq_length, samples, exact_epochs)
+
+    def prepare(self) -> None:
+        """Draw the order or find it in the cache now, before several processes look for it at once."""
+        self._order(0)
+
+    def _text(self, index: int) -> np.ndarray:
+        epochs, position = divmod(index, self.plan.num_samples)
+        if epochs and self.exact_epochs:
+            raise ValueError(
+                f"sample {index} of {self.indexed.prefix}: --train-data-exact-num-epochs {self.exact_epochs} has "
+                f"{self.plan.num_samples} samples; resume with a larger one or without it"
+            )
+        order = self._order(epochs)
+        window = int(order.windows[position])
+        (first, begin), (last, end) = order.starts[window].tolist(), order.starts[window + 1].tolist()
+        pieces = [
+            self._piece(order.documents[d], begin if d == first else 0, end + 1 if d == last else None) for d in range(first, last + 1)
+        ]
+        text = np.concatenate(pieces)
+        if len(text) != self.seq_length + 1:  # a cached file can be damaged where no cheap check sees it
+            raise ValueError(f"sample {index} of {self.indexed.prefix} has {len(text)} tokens, not {self.seq_length + 1}: "
+                             f"the index cache in {self._cache} is damaged; delete its files and resume")  # fmt: skip
+        return text
+
+    def _piece(self, document: np.integer, begin: int, end: int | None) -> np.ndarray:
+        """Tokens [begin, end) of a document."""
+        size = int(self.indexed.sizes[document])
+        return self.indexed.get(int(document), begin, (size if end is None else end) - begin)
+
+    def _make_order(self, epoch: int) -> Order:
+        """`epoch` counts whole orders, each of several epochs of the data."""
+        seed = (self.seed + epoch) % 2**32
+        draw = partial(draw_order, self.indexed.sizes, self.document_range, self.seq_length, seed, self.plan)
+        num_documents = self.plan.epochs * (self.document_range[1] - self.document_range[0])
+        if max(self.plan.num_samples, num_documents) < index_cache.CACHE_FROM:
+            return draw()
+        kinds = Order._fields
+        paths = [self._cache_file(f"megatron-{kind}", "megatron", kind, seed, *self.plan) for kind in kinds]
+        return Order(*load_or_draw(paths, draw, self._check))
+
+    def _check(self, documents: np.ndarray, starts: np.ndarray, windows: np.ndarray) -> None:
+        """Cheap proof that cached arrays belong to this plan. ValueError if not."""
+        first, last = self.document_range
+        plan, count = self.plan, last - first
+        shapes = [(plan.epochs * count,), (plan.num_samples + 1, 2)]
+        if [documents.shape, starts.shape] != shapes or documents.dtype != np.int32 or starts.dtype.kind != "i":
+            raise ValueError(f"it holds {[documents.shape, starts.shape]} where {shapes} are wanted")
+        every = plan.epochs * (first + last - 1) * count // 2
+        if documents.min() < first or documents.max() >= last or int(documents.sum(dtype=np.int64)) != every:
+            raise ValueError(f"it does not hold {plan.epochs} times the sequences {first} to {last - 1}")
+        places = starts[:, 0]
+        if starts[0].any() or starts.min() < 0 or places[-1] >= len(documents) or (places[1:] < places[:-1]).any():
+            raise ValueError("its windows do not follow one another")
+        check_permutation(windows, plan.num_samples, _windows_dtype(plan.num_samples))

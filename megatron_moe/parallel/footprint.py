@@ -1,0 +1,81 @@
+"""What one rank holds, counted on the model that it builds: the recipe itself is asked, not a formula beside it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from megatron_moe.config.training import OptimizerConfig
+from megatron_moe.model.gpt import GPT
+from megatron_moe.parallel.zero import gathered_dtype
+
+FSDP_AXES = {"dp_replicate", "dp_shard", "edp_replicate", "edp_shard"}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """At rest: between two steps, when gradients are gone too. In bytes where it does not say parameters.
+
+    gradients: after the backward. whole_gradients: what stages 0 and 1 add up in when a step has several micro-batches.
+    gathered: copies in the compute type, beside the shards - of all parameters from forward to backward in stages 0 to 2; in
+    stage 3 of the largest block and of what lies outside of the blocks.
+    """
+
+    dense_parameters: int
+    expert_parameters: int
+    parameters: int
+    gradients: int
+    whole_gradients: int
+    optimizer: int
+    gathered: int
+
+
+def footprint(model: GPT, optimizer: OptimizerConfig, zero_stage: int, bf16: bool) -> Footprint:
+    """Of a model that `parallelize` has been applied to; without memory will do."""
+    elements: Counter[str] = Counter()
+    shards = whole = 0
+    gathered: Counter[str] = Counter()  # by block, '' outside
+    for name, p in model.named_parameters():
+        here, whole_here = local_elements(p), gathered_elements(p)
+        elements["expert" if ".experts." in name else "dense"] += here
+        shards += here * p.element_size()
+        whole += whole_here * p.element_size()
+        block = re.match(r"layers\.\d+|", name).group()
+        gathered[block] += whole_here * gathered_dtype(name, p, bf16).itemsize
+    outside = gathered.pop("")
+    blocks = gathered.values()
+    return Footprint(
+        dense_parameters=elements["dense"],
+        expert_parameters=elements["expert"],
+        parameters=shards,
+        gradients=shards,  # of the type of the parameters, also when computing in bf16
+        whole_gradients=whole,
+        optimizer=shards * moments(optimizer),
+        gathered=outside + (max(blocks) if zero_stage == 3 else sum(blocks)),
+    )
+
+
+def local_elements(p: nn.Parameter) -> int:
+    return (p.to_local() if isinstance(p, DTensor) else p).numel()
+
+
+def gathered_elements(p: nn.Parameter) -> int:
+    """Elements here once FSDP has gathered: the parameter divided by what tensor and expert parallelism cut (evenly)."""
+    if not isinstance(p, DTensor):
+        return p.numel()
+    cuts = 1
+    for axis, (name, placement) in enumerate(zip(p.device_mesh.mesh_dim_names, p.placements)):
+        if name not in FSDP_AXES and not placement.is_replicate():
+            cuts *= p.device_mesh.size(axis)
+    return p.numel() // cuts
+
+
+def moments(config: OptimizerConfig) -> int:
+    """Numbers that the optimizer keeps for each parameter, in the parameter's type."""
+    if config.optimizer == "sgd":
+        return 1 if config.sgd_momentum else 0
+    return 2

@@ -1,0 +1,417 @@
+"""The plan of a run, which --dry-run prints. Nothing is started: one process, no sockets, no memory for weights.
+
+    RunConfig, number of ranks -> look at the files that are here -> problems -> plan (a dict) -> as_json
+
+What a rank holds is counted on the model that it would build: the real recipe, on the meta device, in a process group of ranks
+that do not exist. It is done for rank 0, which is always the fullest - where something does not divide, FSDP gives the first
+ranks more - and for the last rank, the emptiest.
+
+Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one such object:
+
+    world_size, degrees     tp pp cp dp etp ep (each distinct degree) zero_stage
+    precision               what matrices are computed in
+    layers                  one per layer: layer (from 1), experts (1: dense), experts_per_rank, expert_parallel,
+                            expert_data_parallel, mlp (dense, standard or residual)
+    vocabulary              size, padded, and whether it is known
+    parameters              total, active (per token), by_part, active_by_part
+    per_rank                fullest and emptiest: rank, dense_parameters, expert_parameters, bytes (parameters, gradients,
+                            whole_gradients, optimizer, gathered: see parallel/footprint.py);
+    per_rank_unknown        why per_rank is null
+    groups                  tp dp pp cp: number, size, stride, ranks; ep and edp the same for each degree. Above 128 ranks
+                            `ranks` has the first and the last group only; the others follow by stride
+    batch                   micro_batch_size, global_batch_size, micro_batches_per_step (of a rank), tokens_per_step
+    length                  iterations, samples, tokens, decided_by (the flag)
+    learning_rate           max, min, style, unit, warmup, decay (in the unit), warmup_iterations, decay_iterations
+    data                    mock, sources (prefix, weight, tokens, samples, epochs), train_tokens, epochs
+    flops                   per_token, per_step, whole_run: forward and backward, nothing counted twice
+    settings                everything that is not at its default; also a valid file for --config
+    defaults                flag, value, note: what matters and was left out
+    missing_paths           files that the command names and that are not here
+    not_built_yet           why this cannot be trained yet: features
+    before_training         why this cannot be trained yet: settings
+    warnings                what is allowed but has no effect, or is probably not meant
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_moe.checkpoint.preflight import load_problems
+from megatron_moe.config.flags import ConfigError, fields_of
+from megatron_moe.config.presets import GPT2_VOCAB_SIZE
+from megatron_moe.config.run import GROUPS, RunConfig
+from megatron_moe.config.training import DECAY_LENGTHS, RUN_LENGTHS, WARMUP_LENGTHS
+from megatron_moe.data.loader import data_problems, prefixes_of, training_sizes
+from megatron_moe.model.flops import ParameterCounts, flops_per_token, parameter_counts
+from megatron_moe.mpu.groups import Groups, dense_groups, expert_groups
+from megatron_moe.optimizer.schedule import build_schedule
+from megatron_moe.parallel.apply import build_parallel_mesh, build_sharded_model
+from megatron_moe.parallel.footprint import Footprint, footprint
+from megatron_moe.tokenizers import Tokenizer, build_tokenizer
+from megatron_moe.training.preflight import schedule_problems, tokenizer_problems, vocab_size_of
+from megatron_moe.utils.compat import fake_process_group
+
+LISTED_RANKS = 128
+
+
+def build_plan(
+    run: RunConfig,
+    world_size: int,
+    given: Collection[str],
+    missing: Iterable[str] = (),
+    not_yet: Iterable[str] = (),
+    warnings: Iterable[str] = (),
+) -> dict[str, Any]:
+    """The plan for `world_size` ranks; raises ConfigError with all problems. `given`: names of the settings that were set.
+
+    The other arguments are what the command line says beyond the run, and are passed on.
+    """
+    here = look_here(run)
+    problems = list(plan_problems(run, world_size, here))
+    if problems:
+        raise ConfigError(problems)
+    total, active = _by_part(parameter_counts(run.model, run.moe, here.vocab_size))
+    unknown = layout_unknown(run)
+    return {
+        "world_size": world_size,
+        "degrees": _degrees(run, world_size),
+        "precision": _precision(run),
+        "layers": list(_layers(run, world_size)),
+        "vocabulary": {
+            "size": here.vocab_size, "padded": run.model.padded_vocab_size(here.vocab_size), "is_known": here.vocabulary_is_known,
+        },
+        "parameters": {"total": sum(total.values()), "active": sum(active.values()), "by_part": total, "active_by_part": active},
+        "per_rank": None if unknown else _per_rank(run, world_size, here.vocab_size),
+        "per_rank_unknown": unknown,
+        "groups": _groups(run, world_size),
+        "batch": _batch(run, world_size),
+        "length": _length(run, world_size),
+        "learning_rate": _learning_rate(run, world_size),
+        "data": _data(run, world_size, here),
+        "flops": _flops(run, world_size, here.vocab_size),
+        "settings": _settings(run),
+        "defaults": list(_defaults(run, world_size, frozenset(given), here)),
+        "missing_paths": [*missing, *here.missing],
+        "not_built_yet": [*not_yet, *run.not_built_yet()],
+        "before_training": list(run.missing_to_train()),
+        "warnings": list(warnings),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- what can be seen from here
+
+
+@dataclass(frozen=True)
+class Here:
+    """What the files of this machine say about a run that may be meant for another."""
+
+    missing: list[str]
+    problems: list[str]
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    vocabulary_is_known: bool
+
+
+def look_here(run: RunConfig) -> Here:
+    words = run.tokenizer
+    files = [f for f in (words.vocab_file, words.merge_file, words.tokenizer_model) if f]
+    absent = [f for f in files if not os.path.isfile(f)]
+    tokenizer, problems = None, []
+    if words.kind and not absent and (words.kind != "NullTokenizer" or run.model.vocab_size):
+        try:
+            tokenizer = build_tokenizer(words, run.model.vocab_size)
+        except ValueError as error:
+            problems.append(str(error))
+    is_known = bool(run.model.vocab_size or tokenizer or (run.data.mock_data and not words.kind))
+    return Here(
+        missing=[*absent, *_absent_data(run), *_absent_checkpoint(run)],
+        problems=problems,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size_of(run, tokenizer) if is_known else GPT2_VOCAB_SIZE,
+        vocabulary_is_known=is_known,
+    )
+
+
+def _absent_data(run: RunConfig) -> list[str]:
+    return [p for p in prefixes_of(run.data) if not all(os.path.isfile(p + suffix) for suffix in (".bin", ".idx"))]
+
+
+def _absent_checkpoint(run: RunConfig) -> list[str]:
+    load = run.checkpoint.load
+    return [load] if load and not os.path.isdir(load) else []
+
+
+def plan_problems(run: RunConfig, world_size: int, here: Here) -> Iterator[str]:
+    """What would stop this run on `world_size` ranks, as far as the files here can tell. Nothing is written, --save is not tried."""
+    world_problems = list(run.world_problems(world_size))
+    yield from (f"{p} (--dry-run-world-size plans for another number)" for p in world_problems)
+    yield from here.problems
+    yield from tokenizer_problems(run, here.tokenizer)
+    # Not knowing the vocabulary is no reason to refuse data or checkpoint for theirs.
+    vocab_size = here.vocab_size if here.vocabulary_is_known else 1 << 31
+    fingerprint = here.tokenizer.fingerprint if here.tokenizer else None
+    yield from data_problems(run.data, run.training.seq_length, vocab_size, fingerprint, unseen=here.missing)
+    if run.checkpoint.load and not _absent_checkpoint(run) and here.vocabulary_is_known:
+        yield from load_problems(run, run.architecture(here.vocab_size))
+    if world_size % run.parallel.model_parallel_size:
+        return
+    if run.train_ends(world_size):
+        yield from schedule_problems(run, world_size)
+    if world_problems:
+        return
+    try:
+        _groups(run, world_size)
+    except ValueError as error:
+        yield str(error)
+
+
+# ---------------------------------------------------------------- model
+
+
+def _degrees(run: RunConfig, world_size: int) -> dict[str, Any]:
+    p = run.parallel
+    return {
+        "tp": p.tensor_model_parallel_size, "pp": p.pipeline_model_parallel_size, "cp": p.context_parallel_size,
+        "dp": run.data_parallel_size(world_size), "etp": p.expert_tensor_parallel_size, "ep": _expert_degrees(run),
+        "zero_stage": p.zero_stage,
+    }  # fmt: skip
+
+
+def _expert_degrees(run: RunConfig) -> list[int]:
+    experts = run.moe.experts_per_layer(run.model.num_layers)
+    return sorted({run.moe.expert_parallel_degree(n) for n in experts if n > 1})
+
+
+def _precision(run: RunConfig) -> str:
+    t = run.training
+    return "float16" if t.fp16 else "bfloat16" if t.bf16 else t.params_dtype
+
+
+def _layers(run: RunConfig, world_size: int) -> Iterator[dict[str, Any]]:
+    stage = world_size // run.parallel.pipeline_model_parallel_size
+    for layer, experts in enumerate(run.moe.experts_per_layer(run.model.num_layers), start=1):
+        ep = run.moe.expert_parallel_degree(experts) if experts > 1 else 1
+        yield {
+            "layer": layer, "experts": experts, "experts_per_rank": experts // ep, "expert_parallel": ep,
+            "expert_data_parallel": stage // (ep * run.parallel.expert_tensor_parallel_size) if experts > 1 else None,
+            "mlp": run.moe.mlp_type if experts > 1 else "dense",
+        }  # fmt: skip
+
+
+def _by_part(counts: ParameterCounts) -> tuple[dict[str, int], dict[str, int]]:
+    """(all, active) parameters of each part; each sums to the whole."""
+    layers = counts.per_layer
+    total = {
+        "embedding": counts.embedding,
+        "attention": sum(layer.attention for layer in layers),
+        "norms": sum(layer.norms for layer in layers) + counts.final_norm,
+        "dense_mlp": sum(layer.mlp for layer in layers if not layer.experts),
+        "residual_mlp": sum(layer.mlp for layer in layers if layer.experts),
+        "residual_coefficients": sum(layer.coefficient for layer in layers),
+        "gates": sum(layer.gate for layer in layers),
+        "experts": sum(layer.experts for layer in layers),
+        "head": counts.head,
+    }
+    assert sum(total.values()) == counts.total, f"{total} is not {counts.total}"
+    active = total | {"experts": sum(layer.active_experts for layer in layers)}
+    assert sum(active.values()) == counts.active, f"{active} is not {counts.active}"
+    return total, active
+
+
+def _flops(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, float | None]:
+    per_token = flops_per_token(run.model, run.moe, run.training.seq_length, vocab_size)
+    tokens = _length(run, world_size)["tokens"]
+    per_step = per_token * run.global_batch_size(world_size) * run.training.seq_length
+    return {"per_token": per_token, "per_step": per_step, "whole_run": per_token * tokens if tokens else None}
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def layout_unknown(run: RunConfig) -> str | None:
+    """Why it cannot be counted what a rank holds, None if it can: the layout of a feature that is not built is not known."""
+    p = run.parallel
+    reasons = {
+        "--pipeline-model-parallel-size": p.pipeline_model_parallel_size > 1,
+        "--context-parallel-size": p.context_parallel_size > 1,
+        "--expert-tensor-parallel-size": p.expert_tensor_parallel_size > 1,
+        "--enable-expert-tensor-parallelism": p.enable_expert_tensor_parallelism,
+    }
+    named = [flag for flag, is_used in reasons.items() if is_used]
+    return f"{' and '.join(named)} would change what a rank holds, and is not built yet" if named else None
+
+
+def _per_rank(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, Any]:
+    first = rank_footprint(run, world_size, vocab_size, 0)
+    last = rank_footprint(run, world_size, vocab_size, world_size - 1)
+    return {"fullest": _footprint_of(0, first), "emptiest": _footprint_of(world_size - 1, last)}
+
+
+def rank_footprint(run: RunConfig, world_size: int, vocab_size: int, rank: int) -> Footprint:
+    if run.training.fp16 and run.training.params_dtype == "float32":  # as wide as bf16, which is built
+        run = dataclasses.replace(run, training=dataclasses.replace(run.training, fp16=False, bf16=True))
+    with fake_process_group(rank, world_size):
+        mesh = build_parallel_mesh(run, "cpu")
+        model = build_sharded_model(run, vocab_size, mesh)
+        counts = parameter_counts(run.model, run.moe, vocab_size)
+        built = sum(p.numel() for p in model.parameters())
+        assert built == counts.total, f"parameters: built {built}, counted {counts.total}"
+        return footprint(model, run.optimizer, run.parallel.zero_stage, run.training.bf16)
+
+
+def _footprint_of(rank: int, f: Footprint) -> dict[str, Any]:
+    return {
+        "rank": rank, "dense_parameters": f.dense_parameters, "expert_parameters": f.expert_parameters,
+        "bytes": {
+            "parameters": f.parameters, "gradients": f.gradients, "whole_gradients": f.whole_gradients,
+            "optimizer": f.optimizer, "gathered": f.gathered,
+        },
+    }  # fmt: skip
+
+
+def _groups(run: RunConfig, world_size: int) -> dict[str, Any]:
+    p = run.parallel
+    tp, pp, cp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
+    dense = dense_groups(world_size, tp, pp, cp)
+    table: dict[str, Any] = {axis: _group_table(dense[axis], world_size) for axis in ("tp", "dp", "pp", "cp")}
+    table |= {"ep": {}, "edp": {}}
+    for degree in _expert_degrees(run):
+        ep, edp = expert_groups(
+            world_size, degree, tp=tp, pp=pp, etp=p.expert_tensor_parallel_size, expert_tensor_parallel=p.enable_expert_tensor_parallelism
+        )
+        table["ep"][str(degree)] = _group_table(ep, world_size)
+        table["edp"][str(degree)] = _group_table(edp, world_size)
+    return table
+
+
+def _group_table(groups: Groups, world_size: int) -> dict[str, Any]:
+    first = groups[0]
+    listed = groups if world_size <= LISTED_RANKS or len(groups) <= 2 else [first, groups[-1]]
+    return {"number": len(groups), "size": len(first), "stride": first[1] - first[0] if len(first) > 1 else None, "ranks": listed}
+
+
+# ---------------------------------------------------------------- time
+
+
+def _batch(run: RunConfig, world_size: int) -> dict[str, int]:
+    batch = run.global_batch_size(world_size)
+    return {
+        "micro_batch_size": run.training.micro_batch_size, "global_batch_size": batch,
+        "micro_batches_per_step": run.num_microbatches(world_size), "tokens_per_step": batch * run.training.seq_length,
+    }  # fmt: skip
+
+
+def _length(run: RunConfig, world_size: int) -> dict[str, Any]:
+    ends = run.train_ends(world_size)
+    if not ends:
+        return {"iterations": None, "samples": None, "tokens": None, "decided_by": None}
+    flag = min(ends, key=ends.__getitem__)
+    samples = ends[flag] * run.global_batch_size(world_size)
+    return {"iterations": ends[flag], "samples": samples, "tokens": samples * run.training.seq_length, "decided_by": flag}
+
+
+def _learning_rate(run: RunConfig, world_size: int) -> dict[str, Any]:
+    o, iterations = run.optimizer, _length(run, world_size)["iterations"]
+    told: dict[str, Any] = {"max": o.lr, "min": o.min_lr, "style": o.lr_decay_style}
+    lengths: dict[str, Any] = dict.fromkeys(("unit", "warmup", "decay", "warmup_iterations", "decay_iterations"))
+    if iterations or any(getattr(o, name) for name in DECAY_LENGTHS):
+        s = build_schedule(o, run.training, run.global_batch_size(world_size), iterations or 0)
+        lengths |= {
+            "unit": s.unit, "warmup": s.warmup, "decay": s.decay,
+            "warmup_iterations": s.warmup / s.per_iteration, "decay_iterations": s.decay / s.per_iteration,
+        }  # fmt: skip
+    return told | lengths
+
+
+def _data(run: RunConfig, world_size: int, here: Here) -> dict[str, Any]:
+    """Epochs: how often the run sees its training split; None without a length, or when a dataset is not here."""
+    samples = _length(run, world_size)["samples"]
+    are_here = run.data.is_given and not run.data.mock_data and not _absent_data(run)
+    sizes = training_sizes(run.data, run.training.seq_length) if are_here else []
+    sources = [
+        s._asdict() | {"epochs": round(s.weight * samples / s.samples, 4) if samples else None} for s in sizes
+    ]  # fmt: skip
+    return {
+        "mock": run.data.mock_data,
+        "sources": sources,
+        "train_tokens": sum(s.tokens for s in sizes) or None,
+        "epochs": round(samples / sum(s.samples for s in sizes), 4) if samples and sizes else None,
+    }
+
+
+# ---------------------------------------------------------------- settings
+
+
+def _settings(run: RunConfig) -> dict[str, Any]:
+    values = ((s, getattr(getattr(run, group), s.name)) for group, cls in GROUPS.items() for s in fields_of(cls))
+    return {s.name: value for s, value in values if value != s.default}
+
+
+# What a reader of a command wants to know even when it does not say so.
+ALWAYS = (
+    "vocab_size", "seq_length", "max_position_embeddings", "micro_batch_size", "global_batch_size", "lr", "min_lr", "lr_decay_style",
+    "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "init_method_std", "hidden_dropout", "attention_dropout",
+    "tensor_model_parallel_size", "zero_stage", "bf16", "split", "seed", "eval_interval", "eval_iters", "log_interval",
+)  # fmt: skip
+WITH_EXPERTS = (
+    "expert_interval", "topk", "mlp_type", "moe_expert_parallel_size", "moe_loss_coeff", "moe_token_dropping",
+    "moe_train_capacity_factor", "moe_eval_capacity_factor", "moe_min_capacity",
+)  # fmt: skip
+LENGTHS = {
+    RUN_LENGTHS: "no end is given, and one is needed to train",
+    DECAY_LENGTHS: "the whole run",
+    WARMUP_LENGTHS: "no warm-up",
+}
+
+
+def _defaults(run: RunConfig, world_size: int, given: frozenset[str], here: Here) -> Iterator[dict[str, Any]]:
+    notes = {
+        "vocab_size": _vocabulary_note(run, here),
+        "global_batch_size": "micro-batch size x data-parallel size",
+        "bf16": f"computes in {_precision(run)}",
+    }
+    computed = {"vocab_size": here.vocab_size, "global_batch_size": run.global_batch_size(world_size)}
+    wanted = ALWAYS + (WITH_EXPERTS if run.moe.has_experts else ())
+    for group, cls in GROUPS.items():
+        for s in fields_of(cls):
+            if s.name in wanted and s.name not in given and not (s.name == "bf16" and run.training.fp16):
+                value = computed.get(s.name, getattr(getattr(run, group), s.name))
+                yield {"flag": s.option, "value": value, "note": notes.get(s.name)}
+    for names, note in LENGTHS.items():
+        if not given & set(names):
+            yield {"flag": " ".join("--" + n.replace("_", "-") for n in names), "value": None, "note": note}
+
+
+def _vocabulary_note(run: RunConfig, here: Here) -> str:
+    padded = run.model.padded_vocab_size(here.vocab_size)
+    whose = "that of GPT-2's BPE, because the run's own is not known here" if not here.vocabulary_is_known else (
+        "the tokenizer's" if here.tokenizer else "that of mock data"
+    )  # fmt: skip
+    return f"{whose}; padded to {padded} by --make-vocab-size-divisible-by {run.model.make_vocab_size_divisible_by}"
+
+
+# ---------------------------------------------------------------- print
+
+
+def as_json(value: Any, indent: int = 0, width: int = 140) -> str:
+    """JSON that a person can read: what fits on a line stays on one, and lists of numbers fill theirs."""
+    line = json.dumps(value)
+    if len(line) + indent <= width or not isinstance(value, dict | list | tuple):
+        return line
+    pad, end = "\n" + " " * (indent + 2), "\n" + " " * indent
+    if isinstance(value, dict):
+        items = [f"{json.dumps(k)}: {as_json(v, indent + 2, width)}" for k, v in value.items()]
+        return "{" + pad + ("," + pad).join(items) + end + "}"
+    lines: list[str] = []
+    is_table = isinstance(value[0], dict)
+    for item in (as_json(v, indent + 2, width) for v in value):
+        if lines and not is_table and len(lines[-1]) + len(item) + 4 + indent <= width:
+            lines[-1] += f", {item}"
+        else:
+            lines.append(item)
+    return "[" + pad + ("," + pad).join(lines) + end + "]"

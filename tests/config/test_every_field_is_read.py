@@ -1,0 +1,115 @@
+"""A flag without effect is a lie: every field of every config class is read by code that does something."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+from config.config_reads import reads, used
+
+from megatron_moe.config.flags import fields_of
+from megatron_moe.config.run import GROUPS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def source_files() -> list[Path]:
+    return [f for folder in ("megatron_moe", "tools", "scripts") for f in sorted((ROOT / folder).rglob("*.py"))] + [
+        ROOT / "pretrain_gpt_moe.py"
+    ]
+
+
+def declaring_files() -> list[Path]:
+    """Files with a field that is a flag."""
+    return [f for f in source_files() if "= flag(" in f.read_text(encoding="utf-8")]
+
+
+def config_classes() -> dict[str, type]:
+    """Every class with flags, of the trainer and of the tools."""
+    classes = {}
+    for path in declaring_files():
+        module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and fields_of_class(getattr(module, node.name)):
+                classes[node.name] = getattr(module, node.name)
+    return classes
+
+
+def fields_of_class(cls: type) -> list:
+    return fields_of(cls) if hasattr(cls, "__dataclass_fields__") else []
+
+
+def unread(files: list[Path], classes: dict[str, type]) -> list[tuple[str, str]]:
+    """Fields without effect. Upstream leftovers have no field at all. A field of a feature that is not built yet is refused when it is given, which is an effect."""
+    alive = used(reads(files, {*classes, "RunConfig"}))
+    built = [(name, spec.name) for name, cls in classes.items() for spec in fields_of(cls) if not spec.info.not_yet]
+    return [field for field in built if field not in alive]
+
+
+def test_every_field_is_read_outside_of_its_checks():
+    classes = config_classes()
+    assert set(GROUPS.values()) <= set(classes.values())
+    assert unread(source_files(), classes) == []
+
+
+# ---------------------------------------------------------------- the walk itself
+
+CONFIGS = """
+from dataclasses import dataclass
+from megatron_moe.config.flags import flag
+
+@dataclass(frozen=True)
+class Inner:
+    used: int = flag(0, "read outside")
+    dead: int = flag(0, "read nowhere")
+    checked: int = flag(0, "read by checks alone")
+    through: int = flag(0, "read by a property that is used")
+    lost: int = flag(0, "read by a property that nobody uses")
+    renamed: int = flag(0, "sets another field")
+    namesake: int = flag(0, "something else has an attribute of this name")
+    by_name: int = flag(0, "read by a name that is put together")
+    later: int = flag(0, "of a feature to come", not_yet="a feature")
+
+    def __post_init__(self):
+        if self.renamed:
+            object.__setattr__(self, "used", 1)
+
+    def problems(self):
+        if self.checked or self.dead > self.checked:
+            yield "no"
+
+    @property
+    def alias(self):
+        return self.through
+
+    @property
+    def forgotten(self):
+        return self.lost
+
+@dataclass(frozen=True)
+class RunConfig:
+    inner: Inner
+"""
+READERS = {
+    "a parameter": 'def f(c: Inner):\n    return c.used, c.alias, getattr(c, f\'{"by"}_{"name"}\')\n',
+    "a group": "def f(run: RunConfig):\n    return run.inner.used, run.inner.alias, getattr(run.inner, 'by_name')\n",
+    "a local name": "def f(run: RunConfig):\n    c, n = run.inner, 1\n    return c.used + c.alias, getattr(c, 'by_name')\n",
+    "an attribute": "class A:\n    def __init__(self, run: RunConfig):\n        self.c = run.inner\n    def g(self):\n"
+    "        return self.c.used, self.c.alias, self.c.by_name\n",
+    "what a function gives": "def make() -> RunConfig: ...\ndef f():\n    c = make().inner\n    return c.used, c.alias, c.by_name\n",
+    "an element": "def f(cs: list[Inner]):\n    return [(c.used, c.alias, c.by_name) for c in cs]\n",
+    "a function inside": "def f(c: Inner):\n    def g():\n        return c.used, c.alias, c.by_name\n    return g\n",
+}
+NAMESAKE = "import x\n\ndef unknown(thing, c: Inner):\n    c.problems()\n    return thing.namesake, x.dead, x.lost, x.forgotten\n"
+
+
+@pytest.mark.parametrize("how", list(READERS))
+def test_the_walk_follows_configs_and_nothing_else(how, tmp_path, monkeypatch):
+    (tmp_path / "sample_configs.py").write_text(CONFIGS)
+    (tmp_path / "reader.py").write_text(NAMESAKE + READERS[how])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    cls = importlib.import_module("sample_configs").Inner
+    found = unread([tmp_path / "sample_configs.py", tmp_path / "reader.py"], {"Inner": cls})
+    assert [name for _, name in found] == ["dead", "checked", "lost", "namesake"]

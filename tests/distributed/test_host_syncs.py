@@ -1,0 +1,133 @@
+"""How often a training step makes the host wait for the device: never, but for the sizes that an all-to-all must know."""
+
+from __future__ import annotations
+
+import re
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_pool import run_distributed
+from host_syncs import HostSyncs
+
+from distributed import parity
+from megatron_moe.config.run import RunConfig
+from megatron_moe.data.batch import Batch
+from megatron_moe.moe.layer import moe_layers
+from megatron_moe.optimizer.groups import build_optimizer
+from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
+from megatron_moe.training.evaluate import evaluate
+from megatron_moe.training.step import train_step
+
+pytestmark = pytest.mark.distributed
+
+MODEL = {"dropless": "pyramid", "dropping": "dropping"}
+EP = "--moe-expert-parallel-size 2"
+
+
+def step(config: RunConfig, device: torch.device):
+    """A function that makes one training step, as the loop does."""
+    mesh = build_parallel_mesh(config, device.type)
+    model = build_parallel_model(config, parity.VOCAB, mesh, device)
+    optimizer = build_optimizer(model, config.optimizer)
+    batches = [b.to(device) for b in parity.microbatches(0, mesh.rank("dp"), mesh.size("dp"), config.training.micro_batch_size)]
+    forwards = len(batches) * len(moe_layers(model))
+    return lambda i: train_step(model, optimizer, batches, mesh, 1e-2, 0.5, parity.SEED, i), forwards
+
+
+def waits(model: str, flags: str) -> tuple[list[str], int]:
+    """What the second step of a run waits for, and how many MoE layer forwards it has."""
+    run, forwards = step(parity.config(model, flags), torch.device("cpu"))
+    run(0)
+    with HostSyncs() as syncs:
+        run(1)
+    return syncs.seen, forwards
+
+
+@pytest.mark.parametrize("routing", list(MODEL))
+@pytest.mark.parametrize(
+    ("world", "flags", "per_forward"),
+    [
+        (1, "", 0),
+        (2, f"{EP} --moe-token-dispatcher allgather --zero-stage 3", 0),
+        (2, f"{EP} --moe-token-dispatcher allgather --tensor-model-parallel-size 2", 0),
+        (2, f"{EP} --moe-token-dispatcher alltoall", 1),
+        (2, f"{EP} --moe-token-dispatcher alltoall --recompute-granularity full --bf16", 1),
+    ],
+    ids=["local", "allgather", "allgather under TP", "alltoall", "alltoall recomputed in bf16"],
+)
+def test_a_step_waits_for_nothing_but_the_sizes_of_an_exchange(world, flags, per_forward, routing):
+    for seen, forwards in run_distributed(waits, world, MODEL[routing], flags):
+        assert len(seen) == per_forward * forwards, seen
+        assert {re.sub(r"\d+", "", s) for s in seen} <= {"tolist in dispatch.py:"}
+
+
+def waits_with(fault: str) -> list[str]:
+    from megatron_moe.moe import layer
+    from megatron_moe.optimizer import clip
+
+    def reading(tensor):
+        tensor.sum().item()
+        return tensor
+
+    original = layer.choose_experts
+    faults = {
+        "item in the forward": mock.patch.object(layer, "choose_experts", lambda *a: original(*map(reading, a[:1]), *a[1:])),
+        "truth in the backward": mock.patch.object(layer.AttachLoss, "backward", staticmethod(lambda ctx, g: (g, g.new_ones(()) if bool(g.isfinite().all()) else None))),
+        "mask in the clip": mock.patch.object(clip.torch, "_foreach_mul_", lambda grads, scale: [g[g > 0] for g in grads]),
+    }  # fmt: skip
+    with faults[fault]:
+        return waits("pyramid", "")[0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "seen"),
+    [
+        ("item in the forward", "_local_scalar_dense in layer.py"),
+        ("truth in the backward", "_local_scalar_dense in step.py"),
+        ("mask in the clip", "index by a mask in clip.py"),
+    ],
+)
+def test_a_planted_wait_is_seen(fault, seen):
+    assert seen in {s.partition(":")[0] for s in run_distributed(waits_with, 1, fault)[0]}
+
+
+def losses_of_unequal_evaluations(flags: str) -> float:
+    """Rank r evaluates r + 1 sequences."""
+    c = parity.config("pyramid", flags)
+    mesh = build_parallel_mesh(c, "cpu")
+    model = build_parallel_model(c, parity.VOCAB, mesh, torch.device("cpu"))
+    parity.spread_gates(model)
+    whole = parity.microbatches(0, 0, 1, 4)[0]
+    mine = [slice(0, 1), slice(1, 3)][dist.get_rank()] if mesh.size("dp") == 2 else slice(0, 3)
+    batch = Batch(*(None if t is None else t[mine] for t in whole))
+    return evaluate(model, [batch], mesh, torch.device("cpu")).lm_loss
+
+
+def test_ranks_may_evaluate_unequal_batches():
+    flags = f"{parity.FP64} {EP} --moe-token-dispatcher allgather"
+    losses = run_distributed(losses_of_unequal_evaluations, 2, flags)
+    whole = run_distributed(losses_of_unequal_evaluations, 1, parity.FP64)[0]
+    assert losses == pytest.approx([whole, whole], abs=1e-10)
+
+
+def can_check_on_gpu() -> bool:
+    # elsewhere torch's grouped_mm is a loop that reads its offsets on the host
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@pytest.mark.skipif(not can_check_on_gpu(), reason="needs an NVIDIA GPU of compute capability 9 or newer")
+@pytest.mark.parametrize("routing", list(MODEL))
+def test_a_step_on_a_gpu_synchronises_nowhere(routing, tmp_path):
+    torch.cuda.set_device(0)
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        run, _ = step(parity.config(MODEL[routing], "--bf16"), torch.device("cuda", 0))
+        run(0)
+        run(1)
+        torch.cuda.set_sync_debug_mode("error")
+        run(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()

@@ -1,0 +1,78 @@
+"""Counts what makes the host wait for the device, on a CPU, where nothing waits.
+
+    with HostSyncs() as syncs:
+        train_step(...)
+    assert syncs.seen == []
+
+Some of it are operators (reading a scalar; operators whose output size depends on values), which a dispatch mode sees, also in
+the backward and from C++; the rest are methods of Tensor. Each entry names the operation and the nearest line of megatron_moe.
+"""
+
+from __future__ import annotations
+
+import traceback
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Their output's size, or their Python value, comes from the device.
+_READING = {
+    "_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
+}  # fmt: skip
+_METHODS = ("tolist", "numpy", "cpu", "__array__")
+
+
+class HostSyncs(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+        self.patches: list = []
+
+    def __enter__(self) -> HostSyncs:
+        for name in _METHODS:
+            self.patches.append(mock.patch.object(torch.Tensor, name, self._noting(name)))
+        self.patches.append(mock.patch.object(torch.Tensor, "to", self._to))
+        for patch in self.patches:
+            patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        for patch in self.patches:
+            patch.stop()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name, kwargs = op._schema.name.removeprefix("aten::"), kwargs or {}
+        if name in _READING or (name == "repeat_interleave" and len(args) == 1 and kwargs.get("output_size") is None):
+            self._note(name)
+        if name in ("index", "index_put", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            self._note(f"{name} by a mask")
+        return op(*args, **kwargs)
+
+    def _noting(self, name: str):
+        original = getattr(torch.Tensor, name)
+
+        def method(tensor, *args, **kwargs):
+            self._note(name)
+            return original(tensor, *args, **kwargs)
+
+        return method
+
+    @property
+    def _to(self):
+        original = torch.Tensor.to
+
+        def to(tensor, *args, **kwargs):
+            if any(str(a) == "cpu" for a in (*args, *kwargs.values())):
+                self._note("to the CPU")
+            return original(tensor, *args, **kwargs)
+
+        return to
+
+    def _note(self, what: str) -> None:
+        stack = traceback.extract_stack()
+        if any("torch/optim/" in frame.filename for frame in stack):
+            return  # the optimizer counts its steps in tensors that live on the host (on a GPU its fused kernel reads none)
+        ours = next((f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in reversed(stack) if "/megatron_moe/" in f.filename), "elsewhere")
+        self.seen.append(f"{what} in {ours}")

@@ -1,0 +1,76 @@
+"""pretrain_gpt_moe.py with one fault planted in it, the one that $FAULT names. The file $REACHED<rank> says that a rank is there.
+
+Started by test_sudden_death.py and test_stopping.py in place of the program; the product itself has no hooks for this.
+"""
+
+import itertools
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import pretrain_gpt_moe
+from megatron_moe.checkpoint.manager import CheckpointManager
+from megatron_moe.training import pretrain
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def reached() -> None:
+    Path(os.environ["REACHED"] + str(RANK)).touch()
+
+
+def on_rank_1_at_step_3(fault):
+    """The training step, with `fault` in place of the fourth on rank 1."""
+    step = pretrain.train_step
+
+    def train_step(*args):
+        return fault() if RANK == 1 and args[-1] == 3 else step(*args)
+
+    return mock.patch.object(pretrain, "train_step", train_step)
+
+
+def broken():
+    raise OSError(5, "Input/output error", "/data/shard_7.bin")
+
+
+def hanging():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else torchrun waits 30 s before it kills
+    time.sleep(600)
+
+
+def endless_evaluation():
+    evaluate = pretrain.evaluate
+
+    def evaluate_for_ever(model, batches, *args):
+        reached()
+        return evaluate(model, itertools.cycle([next(iter(batches))]), *args)
+
+    return mock.patch.object(pretrain, "evaluate", evaluate_for_ever)
+
+
+def slow_save():
+    write = CheckpointManager._write
+
+    def write_slowly(self, *args):
+        reached()
+        time.sleep(2)
+        write(self, *args)
+
+    return mock.patch.object(CheckpointManager, "_write", write_slowly)
+
+
+FAULTS = {
+    "raises": lambda: on_rank_1_at_step_3(broken),
+    "hangs": lambda: on_rank_1_at_step_3(hanging),
+    "endless evaluation": endless_evaluation,
+    "slow save": slow_save,
+}
+
+if __name__ == "__main__":
+    with FAULTS[os.environ["FAULT"]]():
+        pretrain_gpt_moe.main()

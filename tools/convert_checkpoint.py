@@ -1,0 +1,234 @@
+"""Checkpoints of any layout -> safetensors, and back to a run directory that loads under any layout.
+
+  python tools/convert_checkpoint.py --from native --to safetensors --load runs/a --save exports/a --verify
+  python tools/convert_checkpoint.py --from native --to safetensors --load runs/a --save exports/a --iteration 100 --dtype bfloat16
+  python tools/convert_checkpoint.py --from safetensors --to native --load exports/a --save runs/b --include-optimizer
+
+Without --include-optimizer only the weights are taken; training then goes on with --no-load-optim (same iteration and place in
+the data, fresh optimizer) or --finetune (from the start). With it, training goes on as if nothing had been converted.
+
+The target appears when it is complete, with --verify when it also equals the source, or not at all.
+Exit code 0: converted. 1: what was written differs from the source. 2: the command or the checkpoint is wrong. 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_moe.config.flags import ConfigError, checked, flag, format_problems, parse_tool
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_moe.conversion.source import Selection, Source
+
+PROG = "tools/convert_checkpoint.py"
+TEXT = Path(__file__).resolve().parents[1] / "README.md"  # read by the models that --verify compares
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+DEFAULT_SHARD_SIZE = 5 * 10**9
+
+
+def byte_count(words: list[str]) -> int:
+    """5GB, 500 MB, 2GiB, 1000000 -> bytes."""
+    text = "".join(words)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?I?B?)", text.upper())
+    unit = match and ({"": 1, "B": 1} | UNITS).get(match[2])
+    if not unit or float(match[1]) * unit < 1:
+        raise ValueError(f"wants a size such as 5GB, 500MB or 2GiB, not {text!r}")
+    return int(float(match[1]) * unit)
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Conversion."""
+
+    from_: Literal["native", "safetensors"] | None = flag(None, "format of --load: native is a run directory")
+    to: Literal["native", "safetensors"] | None = flag(None, "format to write")
+    load: str | None = flag(None, "run directory (or one iter_ directory), or folder of safetensors", metavar="DIR")
+    save: str | None = flag(None, "new directory to write", metavar="DIR")
+    iteration: int | None = flag(None, "which checkpoint of a run directory; the newest when not given", names=("ckpt-step",), minimum=0)
+    max_shard_size: int | None = flag(
+        None, "safetensors: cut into files of at most this size; a file's tensors are in memory together (default: 5GB)",
+        parse=byte_count, metavar="SIZE")  # fmt: skip
+    dtype: Literal["float32", "bfloat16"] | None = flag(
+        None, "safetensors: round the weights to this type; that of training when not given"
+    )
+    include_optimizer: bool = flag(False, "convert the optimizer state too")
+    verify: bool = flag(False, "compare every tensor bit by bit, and the logits of both, before the target gets its name")
+
+    def __post_init__(self) -> None:
+        checked(self)
+
+    def problems(self) -> Iterator[str]:
+        for name, what in (("from_", "format of --load"), ("to", "format to write"), ("load", "what to convert"), ("save", "where to")):
+            if not getattr(self, name):
+                yield f"--{name.rstrip('_')} is missing: {what}"
+        if self.from_ and self.from_ == self.to:
+            yield f"--from and --to are both {self.to}: nothing to convert"
+        if self.to == "native":
+            for name in ("max_shard_size", "dtype"):
+                if getattr(self, name) is not None:
+                    yield f"--{name.replace('_', '-')} is for --to safetensors; a run directory keeps the types of training and is not cut"
+        if self.include_optimizer and self.dtype:
+            yield f"--dtype {self.dtype} rounds the weights that --include-optimizer wants to train on exactly; drop one of them"
+
+
+def checked_source(config: ConvertConfig) -> tuple[Source, dict]:
+    """The opened source and the tensors to write; ConfigError with everything that is wrong with the source."""
+    from megatron_moe.conversion.convert import open_source
+
+    source = open_source(config.from_, Path(config.load), config.iteration)
+    problems = source.file_problems("crc")
+    if problems:
+        if config.from_ == "native":
+            from megatron_moe.conversion.native import other_iterations
+
+            problems[-1] += other_iterations(source.path)
+        raise ConfigError(problems)
+    from megatron_moe.conversion.fit import tensors_to_write  # imports torch
+
+    return source, tensors_to_write(source, config.include_optimizer, config.dtype)
+
+
+def prepare(config: ConvertConfig) -> tuple[Source, dict]:
+    """All that is wrong with source and target, together."""
+    from megatron_moe.conversion.convert import target_problems
+    from megatron_moe.conversion.source import total_size
+
+    problems: list[str] = []
+    source, tensors = None, {}
+    try:
+        source, tensors = checked_source(config)
+    except ConfigError as error:
+        problems += error.problems
+    problems += target_problems(Path(config.save), total_size(tensors))
+    if problems:
+        raise ConfigError(problems)
+    return source, tensors
+
+
+def notes(config: ConvertConfig, source: Source, tensors: dict) -> Iterator[str]:
+    """What a person should know before it starts."""
+    from megatron_moe.conversion.convert import leftovers
+
+    if not source.has_checksums:
+        yield f"{source.path} has no checksums.json: a flipped bit would not be noticed"
+    for path in leftovers(Path(config.save)):
+        yield f"{path} was left behind by a conversion that was killed; delete it, unless one is running"
+    optimizer = [name for name in source.tensors if name.startswith("optimizer.")]
+    if optimizer and not config.include_optimizer:
+        yield f"{len(optimizer)} tensors of optimizer state are left out; --include-optimizer takes them along"
+    changed = {(source.tensors[n]["dtype"], e["dtype"]) for n, e in tensors.items() if source.tensors[n]["dtype"] != e["dtype"]}
+    for before, after in sorted(changed):
+        how = "rounded" if config.dtype else "widened, which is exact; what an earlier rounding lost stays lost"
+        yield f"weights go from {before} to {after}: {how}"
+
+
+def tokens_to_compare(source: Source) -> tuple[Tensor, str]:
+    """Two rows of a real text where the tokenizer can be found, else ids drawn from a seed; and which of the two."""
+    import torch
+
+    from megatron_moe.config.data import TokenizerConfig
+    from megatron_moe.conversion.fit import run_of
+    from megatron_moe.inference.load import restore_tokenizer
+
+    run, vocab_size = run_of(source), source.meta["vocab_size"]
+    length = min(run.training.seq_length, run.model.max_position_embeddings, 64)
+    try:
+        tokenizer = restore_tokenizer(source.meta["tokenizer"], TokenizerConfig(), run.model.vocab_size, vocab_size)
+        ids = tokenizer.encode(TEXT.read_text(encoding="utf-8")) if tokenizer else []
+    except (ValueError, OSError):  # its files have moved, or it is the one for numbers
+        ids = []
+    if len(ids) >= 2 * length:
+        return torch.tensor(ids[: 2 * length]).view(2, length), f"2 x {length} tokens of {TEXT.name}"
+    drawn = torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(1234))
+    return drawn, f"2 x {length} token ids drawn with seed 1234 (the tokenizer of training is not there)"
+
+
+def verify(selection: Selection, target: Source, config: ConvertConfig) -> list[str]:
+    """The differences; prints a table when there are none."""
+    from tqdm import tqdm
+
+    from megatron_moe.conversion.source import human_bytes, total_size
+    from megatron_moe.conversion.verify import logits_difference, tensor_differences
+
+    size = total_size(selection.tensors)
+    selection.on_bytes = lambda _: None
+    with tqdm(total=size, unit="B", unit_scale=True, desc="verifying", disable=not sys.stderr.isatty(), leave=False) as bar:
+        if lines := tensor_differences(selection, target, bar.update):
+            return lines
+    tokens, text = tokens_to_compare(selection.source)
+    if difference := logits_difference(selection, target, tokens):
+        return [f"logits   of {text}: up to {difference:g} apart"]
+    is_rounded = any(entry["dtype"] != selection.source.tensors[name]["dtype"] for name, entry in selection.tensors.items())
+    against = f"the source rounded to {config.dtype}" if config.dtype and is_rounded else "the source"
+    print(f"verified against {against}:")
+    print(f"  tensors  {len(target.tensors)} of {len(selection.tensors)}, {human_bytes(size)}: equal in every bit")
+    print(f"  logits   of {text}: equal in every bit")
+    return []
+
+
+def run(config: ConvertConfig) -> None:
+    """Raises ConfigError for what the user has to change, ConversionError when the result differs."""
+    from tqdm import tqdm
+
+    from megatron_moe.conversion.convert import FORMATS, convert
+    from megatron_moe.conversion.source import Selection, human_bytes, total_size
+
+    source, tensors = prepare(config)
+    for note in notes(config, source, tensors):
+        print(f"note: {note}", file=sys.stderr)
+    target = FORMATS[config.to]
+    write = target.write if config.to == "native" else partial(target.write, max_shard_size=config.max_shard_size or DEFAULT_SHARD_SIZE)
+    with tqdm(total=total_size(tensors), unit="B", unit_scale=True, desc="converting", disable=not sys.stderr.isatty(), leave=False) as bar:
+        selection = Selection(source, tensors, bar.update)
+        check: Callable[[Source], list[str]] = lambda written: verify(selection, written, config) if config.verify else []  # noqa: E731
+        written = convert(selection, Path(config.save), write, target.open_source, check)
+    print(f"{source.path} -> {config.save}: iteration {source.iteration}, {len(tensors)} of {len(source.tensors)} tensors, each read and "
+          f"written once; {len(written.files())} files, {human_bytes(sum(written.files().values()))}")  # fmt: skip
+    print(next_command(config))
+
+
+def next_command(config: ConvertConfig) -> str:
+    if config.to == "native":
+        resume = f"--load {config.save}" if config.include_optimizer else f"--load {config.save} --no-load-optim (or --finetune)"
+        return f"Next: python tools/generate_text.py --load {config.save} --prompt ...; or train on with {resume}"
+    return f"Next: python tools/inspect_checkpoint.py --load {config.save}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse_tool(ConvertConfig, PROG, argv)
+    from megatron_moe.checkpoint.files import CheckpointError
+    from megatron_moe.conversion.convert import ConversionError
+
+    try:
+        run(config)
+    except ConversionError as fault:
+        more = [f"  ... and {len(fault.lines) - 10} more"] if len(fault.lines) > 10 else []
+        print("\n".join([f"{PROG}: what was written differs from the source; it was deleted",
+                         *(f"  {line}" for line in fault.lines[:10]), *more]), file=sys.stderr)  # fmt: skip
+        return 1
+    except ConfigError as error:
+        print(format_problems(PROG, error.problems), file=sys.stderr)
+        return 2
+    except (ValueError, OSError, CheckpointError) as error:
+        print(format_problems(PROG, str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted; nothing was written to {config.save}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
+    sys.exit(main())
