@@ -1,9 +1,10 @@
 """Plain PyTorch definitions of every kernel: what is right, in any dtype, float64 included. They read the offsets on the host."""
-# R rows, D input width, F output width, E experts
+# R rows, D input width, F output width, E experts; T tokens, V padded vocabulary
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -26,3 +27,9 @@ def grouped_outer(x_RD: Tensor, y_RF: Tensor, offsets_E: Tensor) -> Tensor:
 def _groups(x: Tensor, offsets_E: Tensor) -> list[Tensor]:
     ends = offsets_E.tolist()
     return [x[start:end] for start, end in zip([0, *ends], ends)]
+
+
+def cross_entropy(logits_TV: Tensor, labels_T: Tensor, vocab_size: int) -> Tensor:
+    """-log softmax(logits)[label] over the first `vocab_size` columns, [T], float32 or wider."""
+    wide = torch.promote_types(logits_TV.dtype, torch.float32)
+    return F.cross_entropy(logits_TV[:, :vocab_size].to(wide), labels_T, reduction="none")

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_moe.kernels.cross_entropy import cross_entropy
 
 
 def mask_padding(logits: Tensor, vocab_size: int, first_column: int = 0) -> Tensor:
@@ -19,7 +20,5 @@ def mask_padding(logits: Tensor, vocab_size: int, first_column: int = 0) -> Tens
 
 def token_losses(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int) -> Tensor:
     """-log softmax(logits)[label] in nats, [B, S], float32 or wider. Padding columns have probability zero."""
-    wide = torch.promote_types(logits_BSV.dtype, torch.float32)
-    logits = mask_padding(logits_BSV.to(wide), vocab_size)
-    losses_T = F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten(), reduction="none")
+    losses_T = cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), vocab_size)
     return losses_T.view_as(labels_BS).clone()  # FSDP hooks the model's output, and warns about views

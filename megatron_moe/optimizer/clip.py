@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
+from megatron_moe.kernels.blocks import row_blocks
+
 
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[nn.Parameter], stage_ranks: int) -> Tensor:
@@ -29,13 +31,19 @@ def gradient_norm(parameters: Iterable[nn.Parameter], stage_ranks: int) -> Tenso
                 if not placement.is_replicate():  # Shard, and the strided shard of FSDP over EP or TP
                     distinct *= grad.device_mesh.size(axis)
             grad = grad.to_local()
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        square = grad.to(wide).square().sum() * (distinct / stage_ranks)
+        square = _sum_of_squares(grad.reshape(-1)) * (distinct / stage_ranks)
         total = square if total is None else total + square
     assert total is not None, "no parameter has a gradient"
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.sqrt()
+
+
+def _sum_of_squares(x_N: Tensor) -> Tensor:
+    """0-dim, float32 or wider, without a copy of the whole. (torch's foreach_norm is faster, and on a CPU 1 % off at 25 million
+    elements: it adds them up in one go.)"""
+    wide = torch.promote_types(x_N.dtype, torch.float32)
+    return sum((x_N[b].to(wide).square().sum() for b in row_blocks(x_N.numel(), 1, x_N.device)), x_N.new_zeros((), dtype=wide))
 
 
 @torch.no_grad()

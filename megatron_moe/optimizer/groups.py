@@ -46,12 +46,11 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; one fused kernel when every parameter is on CUDA, else one call per operation (foreach)."""
+    """AdamW or SGD, as one fused kernel: it reads and writes each parameter and moment once, on the CPU as on CUDA."""
     groups = weight_decay_groups(model, config.weight_decay)
     if not groups:
         raise ValueError("the model has no trainable parameters; check requires_grad")
-    on_cuda = all(p.is_cuda for group in groups for p in group["params"])
-    how = {"fused": True} if on_cuda else {"foreach": True}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, **how)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, **how)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, fused=True)
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
@@ -28,20 +29,24 @@ def apply_zero(model: GPT, mesh: ParallelMesh, bf16: bool) -> None:
     for block in model.layers.values():
         if block.moe is not None:
             if bf16:  # a unit of its own, so that the router keeps float32
-                fully_shard(
-                    block.moe.gate, mesh=mesh.data, reshard_after_forward=reshard, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False)
+                _shard(
+                    block.moe.gate, mesh.data, reshard_after_forward=reshard, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False)
                 )
             ep = expert_degree(model, block.moe)
-            kind: dict[str, Any] = {"mesh": mesh.expert_data(ep), "reshard_after_forward": reshard, "mp_policy": policy}
+            kind: dict[str, Any] = {"reshard_after_forward": reshard, "mp_policy": policy}
             if block.moe.num_experts // ep % mesh.expert_data_size(ep):
                 kind["shard_placement_fn"] = _spare_dims(block.moe.experts, mesh.expert_data_size(ep))
-            fully_shard(block.moe.experts, **kind)
-        fully_shard(block, mesh=mesh.data, reshard_after_forward=reshard, mp_policy=policy)
-    fully_shard(model, mesh=mesh.data, reshard_after_forward=False, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it sums
+            _shard(block.moe.experts, mesh.expert_data(ep), **kind)
+        _shard(block, mesh.data, reshard_after_forward=reshard, mp_policy=policy)
+    _shard(model, mesh.data, reshard_after_forward=False, mp_policy=policy)
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh, **kind: Any) -> None:
+    """One FSDP unit, whose gradients are summed over `mesh`."""
+    unit = fully_shard(module, mesh=mesh, **kind)
+    unit.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it sums
+    if mesh.size() > 1:  # alone there is nothing to divide by, and torch would divide by 1 in a pass of its own
+        unit.set_gradient_divide_factor(1.0)
 
 
 def _spare_dims(experts: nn.Module, ranks: int):

@@ -81,3 +81,10 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm():
 def test_no_gradient_at_all_is_our_own_mistake():
     with pytest.raises(AssertionError, match="no parameter has a gradient"):
         gradient_norm([nn.Parameter(torch.ones(2))], 1)
+
+
+def test_the_norm_of_many_elements_is_exact():
+    """torch's foreach_norm adds up millions of squares one after another, and loses a thousandth here."""
+    p = nn.Parameter(torch.zeros(3_000_000))
+    p.grad = torch.full_like(p, 0.1)
+    assert gradient_norm([p], 1).item() == pytest.approx(0.1 * 3_000_000**0.5, rel=1e-6)

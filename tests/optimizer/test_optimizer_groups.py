@@ -88,7 +88,7 @@ def test_adam_settings_come_from_the_flags():
     assert optimizer.defaults["betas"] == (0.8, 0.95)
     assert optimizer.defaults["eps"] == 1e-5
     assert optimizer.param_groups[0]["lr"] == 0.1
-    assert optimizer.defaults["foreach"]
+    assert optimizer.defaults["fused"]
 
 
 def test_sgd_takes_its_momentum_from_the_flags():
