@@ -9,7 +9,7 @@ tokens to them by chance. `pyramid` (2 then 14 experts) is held against `experts
 MLP beside the experts) against `experts` and, since it computes two MLPs per token, against `dense, twice as wide`.
 Losses are those of held-out documents in nats, less the entropy that the corpus itself has: 0 is perfect.
 """
-# T tokens, E experts, D dialects
+# B sequences, S tokens each, T tokens, E experts, D dialects
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ from benchmarks.harness import Options, Report, say, spread, table
 from benchmarks.product import Training, one_rank
 from megatron_moe.data.indexed_dataset import IndexedDatasetWriter
 from megatron_moe.moe.layer import MoELayer, moe_layers
-from megatron_moe.moe.routing import count_assignments
 
 PEERS: dict[str, str] = {}
 
 DIALECTS, WORDS, LENGTH, NOISE = 8, 512, 64, 0.1
-STEPS, SEEDS, DOCUMENTS = 700, 3, 24000
+STEPS, SEEDS, DOCUMENTS = 400, 3, 16000
 EVALUATED = 8  # micro-batches
 COMMON = (
     f"--num-layers 2 --expert-interval 1 --hidden-size 48 --num-attention-heads 4 --seq-length {LENGTH} --max-position-embeddings {LENGTH} "
@@ -66,7 +65,7 @@ def run(options: Options) -> Report:
     report = Report("dialects", {"steps": steps, "seeds": seeds, "documents": documents, "flags": COMMON, "models": MODELS})
     excess: dict[str, list[float]] = {name: [] for name in MODELS}
     sizes: dict[str, int] = {}
-    information: list[list[float]] = []
+    bits: dict[str, list[list[float]]] = {"dialect": [], "word": []}
     with tempfile.TemporaryDirectory() as folder:
         prefix = write_corpus(Path(folder) / "dialects", documents)
         flags = f"{COMMON} --data-path {prefix} --train-iters {steps}"
@@ -82,8 +81,9 @@ def run(options: Options) -> Report:
                     say(f"seed {seed + 1}: {name}: {excess[name][-1]:.3f} nats above the entropy")
                     if name == EXPERTS:
                         joint = joint_counts(training)
-                        information.append([mutual_information(counts_DE) for counts_DE in joint])
-    conclude(report, excess, sizes, information, joint[-1])
+                        for what, layers in joint.items():
+                            bits[what].append([mutual_information(counts) for counts in layers])
+    conclude(report, excess, sizes, bits, joint["dialect"][-1])
     return report
 
 
@@ -130,19 +130,24 @@ def by_chance(seed: int) -> Iterator[None]:
         yield
 
 
-def joint_counts(training: Training) -> list[Tensor]:
-    """Per MoE layer: how often a token of each dialect went to each expert, on held-out documents, [D, E]."""
-    layers = moe_layers(training.model)
-    counts = [torch.zeros(DIALECTS, moe.num_experts) for moe in layers]
-    dialects: list[Tensor] = []
+def joint_counts(training: Training) -> dict[str, list[Tensor]]:
+    """How often tokens of each dialect, and tokens that are each word, went to each expert, on held-out documents.
 
-    def watching(moe: MoELayer, total_DE: Tensor):
+    Per MoE layer: "dialect" [D, E] and "word" [WORDS + D, E].
+    """
+    layers = moe_layers(training.model)
+    kinds = {"dialect": DIALECTS, "word": WORDS + DIALECTS}
+    counts = {what: [torch.zeros(n, moe.num_experts) for moe in layers] for what, n in kinds.items()}
+    of_token: dict[str, Tensor] = {}  # of the batch under way, [T]
+
+    def watching(moe: MoELayer, number: int):
         route = moe.route
 
         def watched(*args):
             routing = route(*args)
-            for d in range(DIALECTS):
-                total_DE[d] += count_assignments(routing.ids_TK[dialects[-1] == d], moe.num_experts)
+            for what, tables in counts.items():
+                cell_T = of_token[what] * moe.num_experts + routing.ids_TK[:, 0]
+                tables[number] += torch.bincount(cell_T, minlength=tables[number].numel()).view_as(tables[number])
             return routing
 
         return watched
@@ -150,29 +155,31 @@ def joint_counts(training: Training) -> list[Tensor]:
     forward = training.model.forward
 
     def remembered(tokens_BS: Tensor, *args):
-        dialects.append((tokens_BS[:, :1] - WORDS).expand_as(tokens_BS).flatten())
+        of_token["dialect"] = (tokens_BS[:, :1] - WORDS).expand_as(tokens_BS).flatten()
+        of_token["word"] = tokens_BS.flatten()
         return forward(tokens_BS, *args)
 
     with contextlib.ExitStack() as stack:
-        for moe, total_DE in zip(layers, counts):
-            stack.enter_context(mock.patch.object(moe, "route", watching(moe, total_DE)))
+        for number, moe in enumerate(layers):
+            stack.enter_context(mock.patch.object(moe, "route", watching(moe, number)))
         stack.enter_context(mock.patch.object(training.model, "forward", remembered))
         training.evaluate(EVALUATED)
     return counts
 
 
-def mutual_information(counts_DE: Tensor) -> float:
-    """Bits that the expert of a token says about its dialect; 3 when each dialect has experts of its own, 0 when routing ignores it."""
-    p_DE = counts_DE.double() / counts_DE.sum()
-    independent_DE = p_DE.sum(1, keepdim=True) * p_DE.sum(0, keepdim=True)
-    return float(torch.special.xlogy(p_DE, p_DE / independent_DE.clamp_min(1e-30)).sum() / math.log(2))
+def mutual_information(counts_NE: Tensor) -> float:
+    """Bits that the expert of a token says about what the rows count; of 8 dialects, 3 when each has experts of its own, and 0
+    when routing takes no notice of it."""
+    p_NE = counts_NE.double() / counts_NE.sum()
+    independent_NE = p_NE.sum(1, keepdim=True) * p_NE.sum(0, keepdim=True)
+    return float(torch.special.xlogy(p_NE, p_NE / independent_NE.clamp_min(1e-30)).sum() / math.log(2))
 
 
 # ---------------------------------------------------------------- what came out
 
 
 def conclude(
-    report: Report, excess: dict[str, list[float]], sizes: dict[str, int], information: list[list[float]], counts_DE: Tensor
+    report: Report, excess: dict[str, list[float]], sizes: dict[str, int], bits: dict[str, list[list[float]]], counts_DE: Tensor
 ) -> None:
     rows = []
     for name, values in excess.items():
@@ -190,14 +197,14 @@ def conclude(
     ))  # fmt: skip
     shares_DE = counts_DE / counts_DE.sum(1, keepdim=True)
     report.tables.append(
-        f"{EXPERTS}: bits that the expert says about the dialect (of {math.log2(DIALECTS):.0f}), by layer: "
-        + ", ".join(f"{np.median(bits):.2f}" for bits in zip(*information))
+        f"{EXPERTS}: what the expert of a token says, in bits of at most {math.log2(shares_DE.shape[1]):.0f}, median of the seeds\n"
+        + table(["about the", "layer 1", "layer 2"], [[what, *(f"{np.median(b):.2f}" for b in zip(*of))] for what, of in bits.items()])
         + "\nshare of each dialect's tokens by expert, last layer, last seed\n"
         + table(
             ["dialect", *map(str, range(shares_DE.shape[1]))], [[str(d), *(f"{s:.0%}" for s in row)] for d, row in enumerate(shares_DE)]
         )
     )
     report.figures = {
-        "entropy": entropy(), "nats_above_entropy": excess, "parameters": sizes, "gains": margins, "bits_about_dialect_by_layer": information,
+        "entropy": entropy(), "nats_above_entropy": excess, "parameters": sizes, "gains": margins, "bits_by_layer": bits,
         "share_by_dialect_and_expert": shares_DE.tolist(),
     }  # fmt: skip

@@ -238,6 +238,4 @@ def versions() -> dict[str, str]:
 
 def missing(peers: dict[str, str]) -> dict[str, str]:
     """Of {package: what it is for}, those that cannot be imported, with the reason."""
-    return {
-        name: f"not installed ({use}); pip install {name}" for name, use in peers.items() if importlib.util.find_spec(name) is None
-    }
+    return {name: f"not installed ({use}); pip install {name}" for name, use in peers.items() if importlib.util.find_spec(name) is None}
