@@ -6,8 +6,8 @@ Systems take turns within one run (A B C, B C A, C A B, ...), so that a machine 
 compared by the ratio within each round. CPU time is that of all threads and of child processes that have ended: on a shared
 machine it is what can be compared. It does not see a core that stood idle; wall time does.
 
-Worked example, 3 rounds, ours 1 2 3 s, theirs 2 3 4 s: medians 2 and 3, paired ratios 1/2 2/3 3/4, so theirs / ours is not
-needed and ours / theirs is 0.67 with quartiles 0.58 and 0.71.
+Worked example, 3 rounds, ours 1 2 3 s, theirs 2 3 4 s: medians 2 and 3 s; the ratios of the rounds are 1/2, 2/3 and 3/4, so
+ours / theirs is 0.67 (their median) with quartiles 0.58 and 0.71.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -23,6 +23,7 @@ from benchmarks.product import Training, one_rank
 from megatron_moe.data.batch import Batch
 from megatron_moe.model.flops import flops_per_token
 from megatron_moe.optimizer.groups import weight_decay_groups
+from megatron_moe.parallel.compile import compiler_problems
 
 PEERS = {"transformers": "MixtralForCausalLM; attention sdpa or eager, experts eager or grouped_mm, compiled or not"}
 
@@ -34,7 +35,7 @@ COMMON = (
     "--disable-moe-token-dropping --disable-moe-top2-2nd-expert-sampling --moe-loss-coeff 0 --mock-data --num-workers 0 "
     "--train-iters 1000000 --lr 1e-3 --lr-decay-style constant --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0"
 )
-OURS, PEAK = "megatron_moe", "matmul peak"
+OURS, COMPILED, PEAK = "megatron_moe", "megatron_moe compiled", "matmul peak"
 PEAK_WIDTH = 3072
 CHECKED_STEPS = 3
 # (attention, experts, compiled)
@@ -44,20 +45,29 @@ CONFIGURATIONS = list(itertools.product(("sdpa", "eager"), ("grouped_mm", "eager
 def run(options: Options) -> Report:
     size = QUICK if options.quick else FULL
     report = Report("step", {"flags": f"{size} {COMMON}", "threads": torch.get_num_threads()}, missing(PEERS))
-    configurations = [] if report.skipped else CONFIGURATIONS[:1] if options.quick else CONFIGURATIONS
+    configurations = CONFIGURATIONS[: 1 if options.quick else None]
+    if report.skipped:
+        configurations = []
+    variants = {OURS: ""}
+    if cannot := compiler_problems("cpu"):
+        report.skipped[COMPILED] = cannot[0]
+    elif not options.quick:
+        variants[COMPILED] = "--compile"
     with one_rank(f"{size} {COMMON}") as (world, mesh):
-        for dtype in ("fp32", "bf16"):
-            ours = Training(f"{size} {COMMON} {'--bf16' if dtype == 'bf16' else ''}", world, mesh)
+        for dtype, flag in (("fp32", ""), ("bf16", "--bf16")):
+            ours = {name: Training(f"{size} {COMMON} {flag} {more}", world, mesh) for name, more in variants.items()}
             measure(report, dtype, ours, configurations, options)
     return report
 
 
-def measure(report: Report, dtype: str, ours: Training, configurations: list[tuple[str, str, bool]], options: Options) -> None:
+def measure(
+    report: Report, dtype: str, variants: dict[str, Training], configurations: list[tuple[str, str, bool]], options: Options
+) -> None:
     """One precision: build the systems, show that they agree, time them, add what came out to the report."""
-    c = ours.config
-    batch = ours.next_batches()[0]
-    steps: dict[str, Callable[[], Tensor]] = {OURS: lambda: ours.step([batch]).lm_loss}
-    parameters = {OURS: sum(p.numel() for p in ours.model.parameters())}
+    ours = variants[OURS]
+    c, batch = ours.config, ours.next_batches()[0]
+    steps: dict[str, Callable[[], Tensor]] = {n: lambda t=t: t.step([batch]).lm_loss for n, t in variants.items()}
+    parameters = {n: sum(p.numel() for p in t.model.parameters()) for n, t in variants.items()}
     for attention, experts, compiled in configurations:
         name = f"transformers {attention} {experts}{' compiled' if compiled else ''}"
         model = their_model(ours, attention, experts)
@@ -75,7 +85,7 @@ def measure(report: Report, dtype: str, ours: Training, configurations: list[tup
     flops = flops_per_token(c.model, c.moe, c.training.seq_length, ours.prepared.vocab_size) * tokens
     peak_flops = 2.0 * peak.width**3
     share = {n: spread(flops / a.cpu / (peak_flops / b.cpu) for a, b in zip(samples[n], samples[PEAK])).median for n in steps}
-    theirs = [name for name in steps if name != OURS]
+    theirs = [name for name in steps if name not in variants]
     figures: dict[str, Any] = {
         "parameters": parameters, "losses_of_the_first_steps": losses, "flops_per_step": flops, "tokens_per_step": tokens,
         "share_of_peak_by_cpu": share,
@@ -83,7 +93,7 @@ def measure(report: Report, dtype: str, ours: Training, configurations: list[tup
     }  # fmt: skip
     if theirs:
         best = min(theirs, key=lambda n: spread(t.cpu for t in samples[n]).median)
-        figures |= {"fastest_peer": best, "speed_over_fastest_peer": paired_ratio(samples, best, OURS)._asdict()}
+        figures |= {"fastest_peer": best, "speed_over_fastest_peer": {n: paired_ratio(samples, best, n)._asdict() for n in variants}}
     report.figures[dtype] = figures
     columns = {
         "tokens per cpu s": lambda n: f"{tokens / spread(t.cpu for t in samples[n]).median:.0f}" if n in steps else "",
@@ -96,10 +106,10 @@ def measure(report: Report, dtype: str, ours: Training, configurations: list[tup
 def conclusion(figures: dict[str, Any]) -> str:
     if "fastest_peer" not in figures:
         return "no peer was measured"
-    ratio = figures["speed_over_fastest_peer"]
-    return (
-        f"{OURS} makes {ratio['median']:.2f}x the tokens per CPU second of the fastest peer, {figures['fastest_peer']} "
+    return "\n".join(
+        f"{name} makes {ratio['median']:.2f}x the tokens per CPU second of the fastest peer, {figures['fastest_peer']} "
         f"(quartiles {ratio['low']:.2f}-{ratio['high']:.2f})"
+        for name, ratio in figures["speed_over_fastest_peer"].items()
     )
 
 

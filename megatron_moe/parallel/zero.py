@@ -29,9 +29,7 @@ def apply_zero(model: GPT, mesh: ParallelMesh, bf16: bool) -> None:
     for block in model.layers.values():
         if block.moe is not None:
             if bf16:  # a unit of its own, so that the router keeps float32
-                _shard(
-                    block.moe.gate, mesh.data, reshard_after_forward=reshard, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False)
-                )
+                _shard(block.moe.gate, mesh.data, reshard_after_forward=reshard, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
             ep = expert_degree(model, block.moe)
             kind: dict[str, Any] = {"reshard_after_forward": reshard, "mp_policy": policy}
             if block.moe.num_experts // ep % mesh.expert_data_size(ep):
