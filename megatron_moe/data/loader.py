@@ -202,7 +202,7 @@ def _exact_epochs_problems(dataset: GPTDataset, weight: float, samples: int, epo
         needed = make_plan(dataset.num_tokens, dataset.seq_length, taken).epochs
         yield (
             f"--train-data-exact-num-epochs {epochs} of {dataset.indexed.prefix} has {has} samples and the run takes {taken}; "
-            f"give {needed}, or shorten the run"
+            f"give {needed} to a new run, or shorten this one"
         )
 
 

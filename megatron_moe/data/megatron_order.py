@@ -128,7 +128,7 @@ class MegatronDataset(GPTDataset):
         exact_epochs: int | None = None,
     ):
         super().__init__(indexed, document_range, seq_length, seed, split_name, cache_path)
-        self.samples, self.exact_epochs = samples, exact_epochs
+        self.exact_epochs = exact_epochs
         self.plan = make_plan(self.num_tokens, seq_length, samples, exact_epochs)
 
     def prepare(self) -> None:
@@ -140,18 +140,25 @@ class MegatronDataset(GPTDataset):
         if epochs and self.exact_epochs:
             raise ValueError(
                 f"sample {index} of {self.indexed.prefix}: --train-data-exact-num-epochs {self.exact_epochs} has "
-                f"{self.plan.num_samples} samples; resume with a larger one or without it"
+                f"{self.plan.num_samples} samples; shorten the run, or start anew from its weights with --finetune"
             )
         order = self._order(epochs)
-        window = int(order.windows[position])
+        try:
+            return self._read(order, int(order.windows[position]))
+        except IndexError as error:  # damage of a cached file that no cheap check sees
+            raise ValueError(
+                f"sample {index} of {self.indexed.prefix}: {error}; the index cache in {self._cache} is damaged: delete its files and resume"
+            ) from None
+
+    def _read(self, order: Order, window: int) -> np.ndarray:
+        """The tokens of a window. IndexError if there is no such window in the data."""
         (first, begin), (last, end) = order.starts[window].tolist(), order.starts[window + 1].tolist()
         pieces = [
             self._piece(order.documents[d], begin if d == first else 0, end + 1 if d == last else None) for d in range(first, last + 1)
         ]
         text = np.concatenate(pieces)
-        if len(text) != self.seq_length + 1:  # a cached file can be damaged where no cheap check sees it
-            raise ValueError(f"sample {index} of {self.indexed.prefix} has {len(text)} tokens, not {self.seq_length + 1}: "
-                             f"the index cache in {self._cache} is damaged; delete its files and resume")  # fmt: skip
+        if len(text) != self.seq_length + 1:
+            raise IndexError(f"a window of {len(text)} tokens, not {self.seq_length + 1}")
         return text
 
     def _piece(self, document: np.integer, begin: int, end: int | None) -> np.ndarray:

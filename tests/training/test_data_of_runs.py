@@ -141,7 +141,10 @@ def test_change_of_order_between_save_and_load_is_refused(texts, tmp_path):
         ("--mock-data --train-data-exact-num-epochs 2", ["--train-data-exact-num-epochs (2)", "--data-order is stable"]),
         ("--data-path {} --data-order megatron --seed 4294967296", ["--seed below 4294967296, not 4294967296"]),
         ("--data-path {} --data-order megatrom", ["stable, megatron", "did you mean 'megatron'"]),
-        ("--data-path {} --split 80,20,0 --data-order megatron --train-data-exact-num-epochs 1", ["has {} samples", "takes 80; give 2"]),
+        (
+            "--data-path {} --split 80,20,0 --data-order megatron --train-data-exact-num-epochs 1",
+            ["has {} samples", "takes 80; give 2 to a new run"],
+        ),
     ],
 )
 def test_what_is_wrong_with_an_order_is_said_before_the_start(flags, said, texts):
