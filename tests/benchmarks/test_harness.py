@@ -1,0 +1,104 @@
+"""What all benchmarks share: turns, statistics, tables, files, and the command that lists and runs them."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import harness
+from benchmarks.harness import Options, Report, System, Times, interleave, missing, paired_ratio, spread, table, timing_table, write_report
+
+
+def test_quartiles_and_median_of_a_few_values():
+    assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == (1.0, 2.0, 3.0, 4.0)
+    assert spread([7.0]) == (7.0, 7.0, 7.0, 7.0)
+
+
+def test_ratios_are_of_the_same_round_and_not_of_the_medians():
+    samples = {"ours": [Times(0, 1), Times(0, 2), Times(0, 30)], "theirs": [Times(0, 2), Times(0, 3), Times(0, 40)]}
+    ratio = paired_ratio(samples, "ours", "theirs")
+    assert ratio.median == pytest.approx(2 / 3)
+    assert (ratio.low, ratio.high) == (pytest.approx((1 / 2 + 2 / 3) / 2), pytest.approx((2 / 3 + 3 / 4) / 2))
+
+
+def test_ratios_are_taken_by_the_clock_that_is_asked_for():
+    samples = {"a": [Times(8, 1)], "b": [Times(2, 1)]}
+    assert paired_ratio(samples, "a", "b").median == 1 and paired_ratio(samples, "a", "b", "wall").median == 4
+
+
+def test_systems_take_turns_and_each_round_begins_with_another():
+    turns = []
+    samples = interleave([System(n, lambda n=n: turns.append(n)) for n in "abc"], rounds=4, warmups=1)
+    assert "".join(turns) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert {name: len(times) for name, times in samples.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_cpu_time_leaves_out_waiting_and_counts_work():
+    asleep = harness.timed(lambda: time.sleep(0.2))
+    assert asleep.wall >= 0.2 and asleep.cpu < 0.1
+
+    def work():
+        end = time.process_time() + 0.1
+        while time.process_time() < end:
+            pass
+
+    assert harness.timed(work).cpu >= 0.1
+
+
+def test_two_systems_of_one_name_are_our_mistake():
+    with pytest.raises(AssertionError, match="names must differ"):
+        interleave([System("a", int), System("a", int)], 1)
+
+
+def test_tables_are_aligned_and_fastest_first():
+    assert table(["name", "x"], [["a", "100"], ["long name", "1"]]).splitlines() == [
+        "name         x", "---------  ---", "a          100", "long name    1",
+    ]  # fmt: skip
+    lines = timing_table({"slow": [Times(2, 2)], "fast": [Times(1, 1)]}, "slow", {"note": str.upper}).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["fast", "slow"] and lines[2].endswith("FAST") and "0.50 (0.50-0.50)" in lines[2]
+
+
+def test_the_file_holds_every_sample_and_says_where_it_was_measured(tmp_path):
+    report = Report("step", {"size": 4}, {"peer": "not installed"}, {"fp32": {"ours": [Times(1.5, 2.5)]}}, {"figure": 1})
+    path = write_report(report, tmp_path / "new")
+    assert re.fullmatch(r"step-\d{4}-\d\d-\d\d-\d{6}-[a-z0-9-]+-cores\.json", path.name)
+    found = json.loads(path.read_text())
+    assert set(found) == {
+        "benchmark", "date", "seconds", "machine", "versions", "parameters", "skipped", "figures", "samples",
+    }  # fmt: skip
+    assert set(found["machine"]) == {"cpu", "cores", "system", "load_at_start", "load_at_end"}
+    assert found["samples"] == {"fp32": {"ours": {"wall": [1.5], "cpu": [2.5]}}}
+    assert found["skipped"] == {"peer": "not installed"} and found["figures"] == {"figure": 1} and "torch" in found["versions"]
+
+
+def test_a_peer_that_is_not_there_is_named_with_what_to_do():
+    reasons = missing({"json": "there", "no_such_package": "a peer"})
+    assert list(reasons) == ["no_such_package"] and "pip install no_such_package" in reasons["no_such_package"]
+
+
+def test_quick_is_one_round_unless_a_number_is_given():
+    assert [Options().rounds_or(7), Options(quick=True).rounds_or(7), Options(quick=True, rounds=3).rounds_or(7)] == [7, 1, 3]
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_the_list_has_every_benchmark_and_its_peers(words, capsys):
+    assert command.main(words) == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\S", out, re.MULTILINE) for name in ("preprocess", "step", "dialects"))
+    assert "transformers" in out
+
+
+def test_mistakes_are_answered_with_what_there_is(capsys, tmp_path):
+    assert command.main(["stepp"]) == 2
+    assert "use one of preprocess, step, dialects" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as caught:
+        command.main(["step", "--out", str(tmp_path / "file"), "--rounds", "0"])
+    assert caught.value.code == 2 and "--rounds must be at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["step", "--out", str(tmp_path / "file")])
+    assert "is a file; name a folder" in capsys.readouterr().err
