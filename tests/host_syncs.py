@@ -11,10 +11,15 @@ the backward and from C++; the rest are methods of Tensor. Each entry names the 
 from __future__ import annotations
 
 import traceback
+from pathlib import Path
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import megatron_moe
+
+PACKAGE = Path(megatron_moe.__file__).parent
 
 # Their output's size, or their Python value, comes from the device.
 _READING = {
@@ -46,7 +51,8 @@ class HostSyncs(TorchDispatchMode):
         name, kwargs = op._schema.name.removeprefix("aten::"), kwargs or {}
         if name in _READING or (name == "repeat_interleave" and len(args) == 1 and kwargs.get("output_size") is None):
             self._note(name)
-        if name in ("index", "index_put", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        by_mask = name in ("index", "index_put", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if by_mask and (name == "index" or args[2].numel() > 1):  # x[mask] = 0 is a masked_fill: nobody counts the mask
             self._note(f"{name} by a mask")
         return op(*args, **kwargs)
 
@@ -74,5 +80,5 @@ class HostSyncs(TorchDispatchMode):
         stack = traceback.extract_stack()
         if any("torch/optim/" in frame.filename for frame in stack):
             return  # the optimizer counts its steps in tensors that live on the host (on a GPU its fused kernel reads none)
-        ours = next((f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in reversed(stack) if "/megatron_moe/" in f.filename), "elsewhere")
+        ours = next((f"{Path(f.filename).name}:{f.lineno}" for f in reversed(stack) if PACKAGE in Path(f.filename).parents), "elsewhere")
         self.seen.append(f"{what} in {ours}")

@@ -59,7 +59,8 @@ class MoEConfig:
         0.0, "weight of the router z-loss, the mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906)",
         names=("moe-z-loss-coeff",), minimum=0)  # fmt: skip
     moe_token_dispatcher: Literal["auto", "alltoall", "allgather"] = flag(
-        "auto", "how tokens travel to their experts; auto: local for EP 1, all-gather when k reaches EP and a capacity factor of at most 1.25 bounds what may come, else all-to-all",
+        "auto", "how tokens travel to their experts; auto: local for EP 1, all-gather when k reaches EP and reserves at most 1.25 times "
+        "the rows of equally busy experts (a capacity bounds them), else all-to-all",
         names=("moe-token-dispatcher-type",))  # fmt: skip
     moe_identical_expert_init: bool = flag(False, "start all experts of a layer with the same weights, as DeepSpeed does")
 

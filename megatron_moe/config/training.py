@@ -41,7 +41,8 @@ class TrainingConfig:
     )
     compile: bool = flag(
         False,
-        "compile the model with torch.compile: the first steps take a minute or two longer, the others less; on a CPU this needs a C++ compiler",
+        "compile the model with torch.compile: the first step takes up to a minute or two longer, the others less; needs a C++ "
+        "compiler (on a GPU Triton and a C compiler)",
     )
     deterministic_mode: bool = flag(False, "refuse operations without a deterministic implementation")
     eval_interval: int = flag(1000, "steps between evaluations; 0: only at the end", minimum=0)

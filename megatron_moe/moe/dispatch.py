@@ -30,6 +30,8 @@ from torch import Tensor
 from megatron_moe.moe.routing import count_assignments
 from megatron_moe.utils.compat import all_gather_rows, all_to_all_rows, reduce_scatter_rows
 
+MOST_ROOM = 1.25  # that `auto` lets an all-gather reserve
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -219,9 +221,6 @@ def build_dispatcher(
         ranks = dist.get_world_size(group)
         kind = "allgather" if k >= ranks and room(num_experts, k, ranks, capacity_factor) <= MOST_ROOM else "alltoall"
     return {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}[kind](num_experts, group)
-
-
-MOST_ROOM = 1.25
 
 
 def room(num_experts: int, k: int, ranks: int, capacity_factor: float) -> float:

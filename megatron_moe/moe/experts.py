@@ -56,6 +56,6 @@ class Experts(nn.Module):
 
 
 def _expert_of_row(x_RD: Tensor, offsets_E: Tensor) -> Tensor:
-    """[R]; a spare row counts to the last expert. (repeat_interleave would need the numbers of rows on the host.)"""
+    """[R]; a spare row counts to the last expert. (repeat_interleave refuses counts that do not add up to R.)"""
     row_R = torch.arange(x_RD.shape[0], dtype=offsets_E.dtype, device=offsets_E.device)
     return torch.searchsorted(offsets_E, row_R, right=True).clamp_max(offsets_E.shape[0] - 1)

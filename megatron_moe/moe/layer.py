@@ -74,7 +74,8 @@ class MoELayer(nn.Module):
     def route(self, x_TD: Tensor, keys_T: Tensor | None) -> Routing:
         """Scores of the experts, what follows from them, and the statistics."""
         keys_T = layer_keys(keys_T, self.layer) if self.training and keys_T is not None else None
-        logits_TE = self.gate(self.jittered(x_TD, keys_T))
+        has_jitter = keys_T is not None and self.config.moe_noisy_gate_policy == "Jitter"
+        logits_TE = self.gate(self.jittered(x_TD, keys_T) if has_jitter else x_TD)
         is_attached = self.loss_weight and self.training
         loss_weight = torch.full((), self.loss_weight, dtype=logits_TE.dtype, device=logits_TE.device) if is_attached else None
         routing = self.decide(logits_TE, keys_T, self.capacity(x_TD.shape[0]), loss_weight)
@@ -96,9 +97,7 @@ class MoELayer(nn.Module):
         weights_TK = combine_weights(probs_TE, ids_TK)
         return Routing(ids_TK, weights_TK, counts_E, measure(probs_TE, counts_E, (ids_TK >= 0).sum(), aux, z))
 
-    def jittered(self, x_TD: Tensor, keys_T: Tensor | None) -> Tensor:
-        if keys_T is None or self.config.moe_noisy_gate_policy != "Jitter":
-            return x_TD
+    def jittered(self, x_TD: Tensor, keys_T: Tensor) -> Tensor:
         noise_TD = uniform(keys_T, Purpose.GATE_JITTER, x_TD.shape[1])
         return x_TD * (1 - JITTER + 2 * JITTER * noise_TD)  # promotes bf16 to the gate's float32
 

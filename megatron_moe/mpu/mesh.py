@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -43,9 +44,13 @@ class ParallelMesh:
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """Process group of a dense axis: pp, dp, cp, tp."""
-        if axis == "dp":
-            axis = "dp_replicate" if self.zero_stage == 0 else "dp_shard"  # the other one has size 1
-        return self.dense[axis].get_group()
+        return self._groups[axis]
+
+    @cached_property
+    def _groups(self) -> dict[str, dist.ProcessGroup]:
+        """Made once: torch computes a slice of a mesh anew each time, from tensors, and a step asks for several."""
+        dp = "dp_replicate" if self.zero_stage == 0 else "dp_shard"  # the other one has size 1
+        return {axis: self.dense[dp if axis == "dp" else axis].get_group() for axis in ("pp", "dp", "cp", "tp")}
 
     def rank(self, axis: str) -> int:
         return dist.get_rank(self.group(axis))

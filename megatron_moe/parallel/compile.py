@@ -25,7 +25,7 @@ from megatron_moe.moe.layer import MoELayer
 
 # One graph serves all layers of the same shapes; training and evaluation have one each.
 REGIONS: dict[type[nn.Module], tuple[str, ...]] = {
-    GPT: ("embed", "logits", "losses"),
+    GPT: ("embed", "losses"),
     Block: ("attend", "feed_forward", "normalise", "finish"),
     MoELayer: ("jittered", "decide"),
     Experts: ("forward",),
@@ -60,7 +60,7 @@ def of_any_rows(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         torch._dynamo.mark_dynamic(x_RD, 0)
         torch._dynamo.mark_dynamic(row_weights_R, 0)
         y_RD = forward(x_RD, offsets_E, row_weights_R, has_spare_rows)
-        return y_RD[:rows] if missing else y_RD
+        return y_RD[:rows].clone() if missing else y_RD  # no view: FSDP hooks what leaves the experts
 
     return padded
 
