@@ -51,7 +51,8 @@ class HostSyncs(TorchDispatchMode):
         name, kwargs = op._schema.name.removeprefix("aten::"), kwargs or {}
         if name in _READING or (name == "repeat_interleave" and len(args) == 1 and kwargs.get("output_size") is None):
             self._note(name)
-        by_mask = name in ("index", "index_put", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        is_indexed = name in ("index", "index_put", "index_put_")
+        by_mask = is_indexed and any(i is not None and i.dtype == torch.bool for i in args[1])
         if by_mask and (name == "index" or args[2].numel() > 1):  # x[mask] = 0 is a masked_fill: nobody counts the mask
             self._note(f"{name} by a mask")
         return op(*args, **kwargs)
