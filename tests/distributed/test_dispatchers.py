@@ -111,9 +111,9 @@ def rows_of_plans() -> list[int]:
     """5 tokens on rank 0 and 4 on rank 1, k = 3 of 4 experts; nothing, the length, and length and capacity known."""
     ids = torch.tensor([[0, 1, 2]] * (5 - dist.get_rank()))
     plans = [AllGatherDispatcher(EXPERTS, dist.group.WORLD).plan(ids, limits)
-             for limits in (Limits(), Limits(most_tokens=5), Limits(capacity=2, most_tokens=5))]  # fmt: skip
+             for limits in (Limits(), Limits(most_tokens=5), Limits(capacity=2, most_tokens=5), Limits(capacity=9, most_tokens=5))]  # fmt: skip
     return [len(plan.local.slot_R) for plan in plans]
 
 
 def test_an_allgather_has_room_for_what_capacity_and_different_experts_allow():
-    assert run_distributed(rows_of_plans, 2) == [[20, 20, 8], [20, 20, 8]]  # 2 ranks x 5 tokens x 2 experts here; 2 x 2 x 2
+    assert run_distributed(rows_of_plans, 2) == [[20, 20, 8, 20]] * 2  # 2 ranks x 5 tokens x 2 experts here; 2 x 2 x 2

@@ -13,13 +13,13 @@ LAYOUTS = [  # model, world size, flags
     *(("pyramid", 1, f"--zero-stage {z}") for z in (0, 3)),
     *(("pyramid", 2, f"--zero-stage {z}") for z in (0, 1, 2, 3)),
     *(("pyramid", 2, f"--zero-stage {z} --moe-expert-parallel-size 2") for z in (0, 1, 2, 3)),
-    ("pyramid", 2, "--zero-stage 1 --moe-expert-parallel-size 2 --moe-token-dispatcher alltoall"),
+    ("pyramid", 2, "--zero-stage 1 --moe-expert-parallel-size 2 --moe-token-dispatcher allgather"),
     *(("pyramid", 2, f"--zero-stage {z} --tensor-model-parallel-size 2") for z in (0, 1, 2, 3)),
     ("pyramid", 2, "--zero-stage 1 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2"),
     *(("pyramid", 4, f"--zero-stage {z} --moe-expert-parallel-size 4") for z in (0, 1, 2, 3)),  # degrees 2 and 4
     *(("pyramid", 4, f"--zero-stage {z} --moe-expert-parallel-size 2") for z in (0, 3)),  # fewer local experts than edp ranks
     *(("pyramid", 4, f"--zero-stage {z} --tensor-model-parallel-size 2 --moe-expert-parallel-size 4") for z in (0, 1, 2, 3)),
-    ("pyramid", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --moe-token-dispatcher alltoall"),
+    ("pyramid", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --moe-token-dispatcher allgather"),
     ("pyramid", 4, "--zero-stage 3 --moe-expert-parallel-size 4 --recompute-granularity full"),
     ("pyramid", 4, "--zero-stage 2 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"),
     ("modern", 2, "--zero-stage 3 --moe-expert-parallel-size 2"),
