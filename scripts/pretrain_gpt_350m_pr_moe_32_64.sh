@@ -64,5 +64,5 @@ pretrain \
   --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine --lr-decay-tokens "$LR_DECAY_TOKENS" --lr-warmup-tokens "$WARMUP_TOKENS" \
   --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 \
   --log-interval "$LOG_INTERVAL" --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" \
-  --save "$SAVE" --load "$SAVE" --save-interval "$SAVE_INTERVAL" --exit-signal-handler \
+  --save "$SAVE" --load "$SAVE" --save-interval "$SAVE_INTERVAL" \
   "${DATA[@]}" "$@"

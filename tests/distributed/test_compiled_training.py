@@ -61,8 +61,7 @@ def compiled_layout(backend: str, model: str, flags: str) -> dict[str, torch.Ten
 )
 def test_a_compiled_layout_equals_one_process_in_float64(model, world, flags):
     found = run_distributed(compiled_layout, world, "aot_eager", model, f"{parity.FP64} {flags}")[0]
-    error, name = parity.worst(found, parity.reference(model))
-    assert error < 1e-10, f"{name} is off by {error:.1e}"
+    parity.check(found, parity.reference(model), 1e-10)
 
 
 @pytest.mark.slow
@@ -70,8 +69,7 @@ def test_a_compiled_layout_equals_one_process_in_float32_with_inductor():
     """The model with every dropout: the counter hash as generated C++ draws the same bits."""
     flags = f"{parity.FP32} {TP} {EP} --zero-stage 3"
     found = run_distributed(compiled_layout, 2, "inductor", "noisy", flags, timeout=280)[0]
-    error, name = parity.worst(found, parity.reference("noisy", parity.FP32))
-    assert error < 1e-5, f"{name} is off by {error:.1e}"
+    parity.check(found, parity.reference("noisy", parity.FP32), 1e-5)
 
 
 def trained(backend: str | None, flags: str) -> dict:
