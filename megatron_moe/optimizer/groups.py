@@ -46,11 +46,14 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD, as one fused kernel: it reads and writes each parameter and moment once, on the CPU as on CUDA."""
+    """AdamW as one fused kernel, which reads and writes each parameter and moment once, on the CPU as on CUDA; or SGD.
+
+    torch has no fused SGD for sharded parameters (DTensor): that one is a call per operation.
+    """
     groups = weight_decay_groups(model, config.weight_decay)
     if not groups:
         raise ValueError("the model has no trainable parameters; check requires_grad")
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, fused=True)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, foreach=True)
     betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
