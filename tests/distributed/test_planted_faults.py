@@ -275,7 +275,7 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
     (auxiliary_loss_of_each_rank, ("pyramid", 2, f"--zero-stage 1 {EP2}"), "gradient layers.3.moe.gate.weight", 0.01),
     (counts_not_shared, ("pyramid", 2, f"--zero-stage 1 {TP2} {EP2}"), "gradient layers.3.moe.gate.weight", 1e-3),
     (token_count_not_summed, ("pyramid", 2, "--zero-stage 0"), "loss 0", 1e-4),
-    (gate_weight_lost_on_the_way, ("pyramid", 2, f"--zero-stage 1 {EP2} --moe-token-dispatcher alltoall"), "loss 0", 1e-6),
+    (gate_weight_lost_on_the_way, ("pyramid", 2, f"--zero-stage 1 {EP2}"), "loss 0", 1e-6),
     (replay_draws_anew, ("noisy", 4, NOISY), "gradient layers.1.mlp.fc1.weight", 0.05),
     (routing_recomputed, ("pyramid", 4, EP4_RECOMPUTED), "routing 3 in step 0", 0.5),
     (replicas_start_apart, ("pyramid", 2, "--zero-stage 0"), "loss 0", 1e-3),
