@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from distributed_pool import run_distributed
+from distributed_pool import close_pools, run_distributed
 from torch._dynamo.utils import counters
 from training import runs
 
@@ -68,6 +68,9 @@ def test_a_compiled_layout_equals_one_process_in_float64(model, world, flags):
 def test_a_compiled_layout_equals_one_process_in_float32_with_inductor():
     """The model with every dropout: the counter hash as generated C++ draws the same bits."""
     flags = f"{parity.FP32} {TP} {EP} --zero-stage 3"
+    # In processes of its own, as a run is: in workers that have seen the meshes of a hundred layouts torch 2.13 leaves a slice of a
+    # mesh in the graph ("device_mesh._get_submesh is not an OpOverload").
+    close_pools()
     found = run_distributed(compiled_layout, 2, "inductor", "noisy", flags, timeout=280)[0]
     parity.check(found, parity.reference("noisy", parity.FP32), 1e-5)
 
