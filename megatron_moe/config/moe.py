@@ -52,9 +52,34 @@ class MoEConfig:
     moe_noisy_gate_policy: Literal["None", "Jitter", "RSample"] = flag(
         "None", "training noise of the gate: Jitter scales its input by 1 +- 1%, RSample draws the top-1 expert"
     )
+    moe_router_score_function: Literal["softmax", "sigmoid"] = flag(
+        "softmax", "how logits become scores: softmax over the experts, or each expert by itself (DeepSeek-V3, arXiv 2412.19437)"
+    )
+    moe_router_normalize: Literal["auto", "none", "chosen", "survivors"] = flag(
+        "auto", "gate weights: the raw scores, or divided by the sum over the chosen experts (for softmax the same as a softmax after "
+        "top-k; norm_topk_prob in transformers), or over those that were not dropped (DeepSpeed); auto: none for k=1, else survivors",
+    )  # fmt: skip
+    moe_router_pre_softmax: bool = flag(False, "same as --moe-router-normalize none (Megatron-Core's spelling)")
+    moe_router_topk_scaling_factor: float = flag(1.0, "multiplies the gate weights", above=0)
+    moe_router_num_groups: int | None = flag(
+        None, "experts in this many groups (nodes), of which a token picks --moe-router-group-topk before it picks experts", minimum=1
+    )
+    moe_router_group_topk: int | None = flag(None, "groups that a token may send to", minimum=1)
+    moe_router_enable_expert_bias: bool = flag(
+        False, "balance without a loss: a bias per expert is added to the scores when experts are chosen, not to the gate weights; after "
+        "each step it rises for experts with fewer tokens than the mean and falls for the others (arXiv 2408.15664)",
+    )  # fmt: skip
+    moe_router_bias_update_rate: float = flag(1e-3, "step of that bias", minimum=0)
     moe_loss_coeff: float = flag(
-        0.1, "weight of the load-balancing loss, summed over the MoE layers; the published recipes use 0.01",
-        names=("moe-aux-loss-coeff",), minimum=0)  # fmt: skip
+        0.1, "weight of the load-balancing loss of a micro-batch (Switch, GShard), summed over the MoE layers; the published recipes use "
+        "0.01", names=("moe-aux-loss-coeff",), minimum=0)  # fmt: skip
+    moe_seq_loss_coeff: float = flag(
+        0.0, "the same with the balance taken within each sequence (DeepSeek-V3's sequence-wise loss; it uses 1e-4)", minimum=0
+    )
+    moe_global_loss_coeff: float = flag(
+        0.0, "the same with counts over all data ranks and the micro-batches of the step so far (arXiv 2501.11873)", minimum=0
+    )
+    moe_loss_warmup_iters: int = flag(0, "steps over which the weights of the auxiliary losses grow from zero", minimum=0)
     moe_router_z_loss_coeff: float = flag(
         0.0, "weight of the router z-loss, the mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906)",
         names=("moe-z-loss-coeff",), minimum=0)  # fmt: skip
@@ -71,14 +96,49 @@ class MoEConfig:
         smallest = min((n for n in self.num_experts if n > 1), default=None)
         if smallest is not None and self.topk > smallest:
             yield f"--topk ({self.topk}) cannot exceed the experts of a layer ({smallest}); lower it or raise --num-experts"
-        if self.moe_noisy_gate_policy == "RSample" and self.topk != 1:
-            yield f"--moe-noisy-gate-policy RSample is defined for --topk 1 only, not {self.topk}; use Jitter or None"
+        yield from self._router_problems()
         ep = self.moe_expert_parallel_size
         if self.moe_pyramid_ep == "strict":
             for n in sorted({n for n in self.num_experts if n > 1}):
                 if max(n, ep) % min(n, ep):
                     yield (f"--num-experts ({n}) and --moe-expert-parallel-size ({ep}) must divide each other; for {n} experts "
                            f"use EP {_alternatives(n, ep)}, or --moe-pyramid-ep auto to take {math.gcd(n, ep)} there")  # fmt: skip
+
+    def _router_problems(self) -> Iterator[str]:
+        k, groups, group_k = self.topk, self.moe_router_num_groups, self.moe_router_group_topk
+        if self.moe_noisy_gate_policy == "RSample" and k != 1:
+            yield f"--moe-noisy-gate-policy RSample is defined for --topk 1 only, not {k}; use Jitter or None"
+        if self.moe_router_pre_softmax and self.moe_router_normalize not in ("auto", "none"):
+            yield f"--moe-router-pre-softmax and --moe-router-normalize {self.moe_router_normalize} exclude each other; drop one"
+        if k == 1 and self.has_experts and self.normalize != "none":
+            yield (f"--moe-router-normalize {self.normalize} with --topk 1 makes every gate weight 1, and the router gets no gradient; use "
+                   "--moe-router-normalize none or --topk 2")  # fmt: skip
+        if (groups is None) != (group_k is None):
+            yield "--moe-router-num-groups and --moe-router-group-topk belong together; give both or neither"
+        elif groups is not None and group_k is not None:
+            for n in sorted({n for n in self.num_experts if n > 1}):
+                if n % groups:
+                    yield f"--moe-router-num-groups ({groups}) must divide the experts of a layer ({n}); use {_any_of(divisors(n))}"
+                elif group_k > groups or group_k * (n // groups) < k or k % group_k:
+                    legal = [g for g in divisors(k) if g <= groups and g * (n // groups) >= k]
+                    yield (f"--moe-router-group-topk ({group_k}) must divide --topk ({k}), not exceed the {groups} groups and leave {k} experts "
+                           f"to choose from ({n // groups} per group); use {_any_of(legal) if legal else 'another number of groups'}")  # fmt: skip
+        if self.draws_choices and (groups is not None or self.moe_router_enable_expert_bias):
+            name = "--moe-noisy-gate-policy RSample" if k == 1 else "the sampling of the second expert"
+            cure = "drop it" if k == 1 else "add --disable-moe-top2-2nd-expert-sampling"
+            yield f"{name} draws from the logits alone and knows neither groups nor an expert bias; {cure}"
+
+    @property
+    def normalize(self) -> str:
+        """none, chosen or survivors: over what gate weights are renormalised."""
+        if self.moe_router_normalize != "auto":
+            return self.moe_router_normalize
+        return "none" if self.topk == 1 or self.moe_router_pre_softmax else "survivors"
+
+    @property
+    def draws_choices(self) -> bool:
+        """Whether Gumbel noise takes part in the choice: the expert of k = 1 (RSample), the second expert of k = 2."""
+        return (self.topk == 1 and self.moe_noisy_gate_policy == "RSample") or (self.topk == 2 and self.moe_top2_2nd_expert_sampling)
 
     @property
     def has_experts(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.model.rope import rotate
+from megatron_moe.moe.tokens import TokenInfo
 from megatron_moe.utils.random import Purpose, layer_keys, uniform
 
 
@@ -21,10 +22,16 @@ class Context:
     positions_BS: Tensor
     segments_BS: Tensor | None = None  # document number; tokens attend within their own document
     keys_BS: Tensor | None = None  # sources of dropout and routing noise; None in evaluation
+    tokens_BS: Tensor | None = None  # token ids, for hash routing
 
     def of_layer(self, layer: int) -> Context:
         """With the keys from which the parts of `layer` draw."""
         return self if self.keys_BS is None else replace(self, keys_BS=layer_keys(self.keys_BS, layer))
+
+    def token_info(self, batch: int, length: int, most_tokens: int | None) -> TokenInfo:
+        """For an MoE layer, which sees the tokens of all sequences in one row."""
+        flat = {n: None if v is None else v.flatten() for n, v in (("keys_T", self.keys_BS), ("ids_T", self.tokens_BS))}
+        return TokenInfo(**flat, num_sequences=batch, sequence_length=length, most_tokens=most_tokens)
 
 
 class CausalCore:

@@ -42,9 +42,8 @@ class Block(nn.Module):
         if self.moe is None:
             return self.run_mlp(self.feed_forward, x_BSD, mine)
         h_TD = self.normalise(x_BSD)
-        keys_T = context.keys_BS.flatten() if context.keys_BS is not None else None
         # in training every rank has a micro-batch of the same size; evaluation asks the others
-        y_TD = self.moe(h_TD, keys_T, h_TD.shape[0] if self.training else None)
+        y_TD = self.moe(h_TD, context.token_info(*x_BSD.shape[:2], h_TD.shape[0] if self.training else None))
         run = call if self.coefficient is None else self.run_mlp  # without a dense branch there is nothing worth recomputing
         return run(self.finish, x_BSD, h_TD, y_TD, mine)
 

@@ -52,7 +52,7 @@ class GPT(nn.Module):
         keys_BS: Tensor | None = None,
     ) -> Tensor:
         """x: tokens, or the hidden states of the stage before. Returns losses [B, S] with labels, else logits [B, S, V]."""
-        context = Context(positions_BS, segments_BS, keys_BS)
+        context = Context(positions_BS, segments_BS, keys_BS, x if self.embedding is not None else None)
         h_BSD = self.embed(x, context) if self.embedding is not None else x
         for block in self.layers.values():
             h_BSD = block(h_BSD, context)

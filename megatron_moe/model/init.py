@@ -22,11 +22,13 @@ _RESIDUAL_OUTPUT = re.compile(r"(out_proj|fc2)\.weight$|\bexperts\.w2$")
 
 @torch.no_grad()
 def initialize_parameters(model: nn.Module, seed: int, std: float, num_layers: int, identical_experts: bool = False) -> None:
-    """Fill every parameter in place, sharded or not, on whatever device.
+    """Fill every parameter and buffer in place, sharded or not, on whatever device.
 
     Norms 1, biases 0, matrices N(0, std); those that write to the residual stream std / sqrt(2 num_layers) (GPT-2). The
     numbers are drawn on the CPU in float32, one whole matrix (or expert) at a time: memory stays near the largest of them.
     """
+    for buffer in model.buffers():  # what moves by a rule of its own starts at zero
+        buffer.zero_()
     for name, p in model.named_parameters():
         local = p.to_local() if isinstance(p, DTensor) else p
         slices = local_slices(p) if isinstance(p, DTensor) else tuple(slice(0, n) for n in p.shape)

@@ -13,13 +13,20 @@ class Gate(nn.Module):
     """logits_TE = x_TD W_ED^T, no bias. float32 (float64 in parity tests): bf16 has 8 significant bits, so close scores
     would tie and the choice of experts would depend on rounding."""
 
-    def __init__(self, hidden_size: int, num_experts: int):
+    def __init__(self, hidden_size: int, num_experts: int, has_bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         nn.init.normal_(self.weight, std=hidden_size**-0.5)
+        # no parameter: it has a rule of its own (move_bias). float32: it moves by a thousandth at a time
+        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32) if has_bias else None)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         weight_ED = local_weight(self.weight)
         dtype = torch.promote_types(weight_ED.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
+
+    @torch.no_grad()
+    def move_bias(self, counts_E: Tensor, rate: float) -> None:
+        """One step of the balancing without a loss (arXiv 2408.15664, algorithm 1). counts_E: of the global batch, before dropping."""
+        self.expert_bias += rate * torch.sign(counts_E.mean() - counts_E).to(self.expert_bias.dtype)

@@ -8,8 +8,46 @@ only the counts - which carry no gradient - must be known for the whole microbat
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from megatron_moe.config.moe import MoEConfig
+from megatron_moe.moe.policies.base import Choice
+from megatron_moe.moe.routing import count_assignments
+from megatron_moe.moe.tokens import Reducer, TokenInfo
+
+
+@dataclass
+class Losses:
+    """Of the tokens here, as sums over them."""
+
+    total: Tensor  # times their coefficients
+    balance: Tensor  # of the micro-batch, unscaled
+    z: Tensor
+    batch_counts_E: Tensor | None  # of the step so far, for the next micro-batch; None without a global-batch loss
+
+
+def auxiliary_losses(
+    config: MoEConfig, logits_TE: Tensor, choice: Choice, tokens: TokenInfo, reducer: Reducer, batch_counts_E: Tensor | None
+) -> Losses:
+    """Everything that --moe-*-loss-coeff can ask for. `batch_counts_E`: of the micro-batches of the step before this one."""
+    probs_TE, ids_TK, num_experts = choice.probs_TE, choice.balance_ids_TK, logits_TE.shape[1]
+    counts_E = count_assignments(ids_TK, num_experts)
+    balance = load_balancing_sum(probs_TE, reducer.over_microbatch(counts_E))
+    if tokens.used_T is not None:  # padding counts in both means (DeepSpeed): it lowers the shares of the experts
+        used = torch.stack([tokens.used_T.sum(), torch.full_like(counts_E[0], len(tokens.used_T))])
+        used = reducer.over_microbatch(used).to(probs_TE.dtype)
+        balance = balance * (used[0] / used[1].clamp_min(1))
+    z = router_z_sum(logits_TE)
+    total = config.moe_loss_coeff * balance + config.moe_router_z_loss_coeff * z
+    if config.moe_seq_loss_coeff:
+        total = total + config.moe_seq_loss_coeff * sequence_balancing_sum(probs_TE, ids_TK, tokens, reducer)
+    if config.moe_global_loss_coeff and batch_counts_E is not None:
+        batch_counts_E = batch_counts_E + reducer.over_batch(counts_E)
+        total = total + config.moe_global_loss_coeff * load_balancing_sum(probs_TE, batch_counts_E)
+    return Losses(total, balance, z, batch_counts_E)
 
 
 def load_balancing_sum(probs_TE: Tensor, counts_E: Tensor) -> Tensor:
@@ -21,6 +59,15 @@ def load_balancing_sum(probs_TE: Tensor, counts_E: Tensor) -> Tensor:
     fraction_E = counts_E.to(probs_TE.dtype)
     fraction_E = fraction_E / fraction_E.sum().clamp_min(1)
     return probs_TE.shape[1] * (fraction_E * probs_TE.sum(0)).sum()
+
+
+def sequence_balancing_sum(probs_TE: Tensor, ids_TK: Tensor, tokens: TokenInfo, reducer: Reducer) -> Tensor:
+    """The same with f_e counted within each token's own sequence (DeepSeek-V3, arXiv 2412.19437, equation 17)."""
+    experts, sequences, sequence_T = probs_TE.shape[1], tokens.num_sequences, tokens.sequence_of(ids_TK)
+    slot_TK = torch.where(ids_TK < 0, -1, ids_TK + experts * sequence_T[:, None])
+    counts_SE = reducer.over_microbatch(count_assignments(slot_TK, sequences * experts)).view(sequences, experts).to(probs_TE.dtype)
+    fraction_SE = counts_SE / counts_SE.sum(1, keepdim=True).clamp_min(1)
+    return experts * (fraction_SE.index_select(0, sequence_T) * probs_TE).sum()
 
 
 def router_z_sum(logits_TE: Tensor) -> Tensor:

@@ -37,6 +37,12 @@ class RoutingStats:
     def add(self, measured: Tensor) -> None:
         self.sums = measured if self.sums is None else self.sums + measured
 
+    @property
+    def counts_E(self) -> Tensor:
+        """float64: assignments so far, before dropping."""
+        assert self.sums is not None, "nothing was routed yet"
+        return self.sums[: self.num_experts]
+
     def vector(self, device: torch.device) -> Tensor:
         """float64 [E + 5] to be summed over ranks; zeros when nothing ran."""
         if self.sums is None:

@@ -1,11 +1,7 @@
-"""Which experts each token goes to, with what weight, and who is left out when an expert is full.
+"""What follows a choice of experts, whoever made it: who is left out when an expert is full, and with what weight the others count.
 
-Pure functions over logits; DeepSpeed-MoE's gating (reference: deepspeed.moe.sharded_moe, arXiv 2201.05596 section 4.1),
-written as one k-general path:
-
-  k = 1   expert = argmax; weight = its raw probability (renormalised it would be 1 and the router would learn nothing)
-  k = 2   first = argmax, second = next best (in training drawn with Gumbel noise); weights renormalised over survivors
-  k >= 3  the k best; weights renormalised over survivors
+DeepSpeed-MoE's rules (reference: deepspeed.moe.sharded_moe, arXiv 2201.05596 section 4.1): capacity is per source rank and
+micro-batch, and gate weights are shares of what survived.
 
 Worked example, k = 1, capacity 2: ids [0, 0, 1, 0] by position -> [0, 0, 1, -1]; -1 is a dropped assignment, and the
 token passes the layer by its residual connection alone.
@@ -19,7 +15,6 @@ from fractions import Fraction
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 DropOrder = Literal["random", "position", "probs"]
@@ -33,6 +28,7 @@ class Routing:
     weights_TK: Tensor  # float; 0 where dropped
     counts_E: Tensor  # int64, before dropping
     measured: Tensor  # for the statistics: moe.metrics.measure
+    batch_counts_E: Tensor | None = None  # for the global-batch loss: moe.losses
 
 
 def expert_capacity(num_tokens: int, num_experts: int, factor: float, k: int, min_capacity: int) -> int:
@@ -42,29 +38,6 @@ def expert_capacity(num_tokens: int, num_experts: int, factor: float, k: int, mi
     """
     exact = Fraction(num_tokens, num_experts) * Fraction(str(factor)) * k
     return max(-(-exact.numerator // exact.denominator), min_capacity)
-
-
-def choose_experts(logits_TE: Tensor, k: int, noise_TE: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """probs_TE and ids_TK, best first. `noise_TE` (Gumbel) samples the expert of k=1 (RSample) or the second of k=2."""
-    probs_TE = F.softmax(logits_TE, dim=-1)
-    if noise_TE is None:
-        return probs_TE, _best(probs_TE.detach(), k)
-    noisy_TE = logits_TE.detach() + noise_TE
-    if k == 1:
-        return probs_TE, noisy_TE.argmax(-1, keepdim=True)
-    assert k == 2, f"Gumbel sampling is defined for k = 1 and k = 2, not {k}"
-    first_T1 = probs_TE.argmax(-1, keepdim=True)
-    second_T1 = noisy_TE.scatter(1, first_T1, float("-inf")).argmax(-1, keepdim=True)
-    return probs_TE, torch.cat([first_T1, second_T1], dim=1)
-
-
-def _best(probs_TE: Tensor, k: int) -> Tensor:
-    """ids_TK of the k largest, best first, the lower expert first at ties. (topk leaves the order of ties open.)"""
-    columns = []
-    for _ in range(k):
-        columns.append(probs_TE.argmax(-1, keepdim=True))
-        probs_TE = probs_TE.scatter(1, columns[-1], -1.0)
-    return torch.cat(columns, dim=1)
 
 
 def drop_over_capacity(ids_TK: Tensor, capacity: int, order: DropOrder, priority_TK: Tensor | None = None) -> Tensor:
@@ -90,13 +63,17 @@ def drop_over_capacity(ids_TK: Tensor, capacity: int, order: DropOrder, priority
     return kept_A.reshape(k, num_tokens).t() if choice_major else kept_A.reshape(num_tokens, k)
 
 
-def combine_weights(probs_TE: Tensor, ids_TK: Tensor) -> Tensor:
-    """Gate weights [T, K]: raw probability for k = 1, else renormalised over the surviving choices; 0 where dropped."""
-    kept_TK = ids_TK >= 0
-    weights_TK = probs_TE.gather(1, ids_TK.clamp_min(0)) * kept_TK
-    if ids_TK.shape[1] == 1:
-        return weights_TK
-    return weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(torch.finfo(weights_TK.dtype).eps)
+def combine_weights(scores_TE: Tensor, chosen_TK: Tensor, kept_TK: Tensor, normalize: str = "none", scale: float = 1.0) -> Tensor:
+    """Gate weights [T, K], 0 where dropped. `kept_TK` is `chosen_TK` with -1 for what was dropped.
+
+    none: the raw scores; chosen: over their sum before dropping; survivors: over their sum after it.
+    """
+    all_TK = scores_TE.gather(1, chosen_TK.clamp_min(0)) * (chosen_TK >= 0)
+    weights_TK = all_TK * (kept_TK >= 0)
+    if normalize != "none":
+        total_T1 = (all_TK if normalize == "chosen" else weights_TK).sum(-1, keepdim=True)
+        weights_TK = weights_TK / total_T1.clamp_min(torch.finfo(weights_TK.dtype).eps)
+    return weights_TK if scale == 1.0 else weights_TK * scale
 
 
 def count_assignments(ids_TK: Tensor, num_experts: int) -> Tensor:

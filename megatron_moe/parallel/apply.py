@@ -10,7 +10,7 @@ from megatron_moe.model.init import build_on_meta, initialize_parameters
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.mpu.mesh import ParallelMesh, build_mesh
 from megatron_moe.parallel.compile import apply_compile
-from megatron_moe.parallel.expert import apply_expert_parallel, share_microbatch_counts
+from megatron_moe.parallel.expert import apply_expert_parallel, share_counts
 from megatron_moe.parallel.recompute import apply_recompute
 from megatron_moe.parallel.tensor import apply_tensor_parallel
 from megatron_moe.parallel.zero import apply_zero
@@ -21,7 +21,7 @@ def parallelize(model: GPT, mesh: ParallelMesh, config: RunConfig) -> None:
     apply_expert_parallel(model, mesh, config.moe.moe_token_dispatcher)  # edits parameters by name: before anything wraps them
     if mesh.size("tp") > 1:
         apply_tensor_parallel(model, mesh.dense["tp"])
-    share_microbatch_counts(model, mesh.group("tp"))
+    share_counts(model, mesh)
     if config.training.recompute:
         apply_recompute(model, config.training.recompute)  # inside the FSDP units: recomputation needs their parameters gathered
     if config.training.compile:

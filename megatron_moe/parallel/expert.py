@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
@@ -12,6 +13,7 @@ from megatron_moe.model.gpt import GPT
 from megatron_moe.moe.dispatch import build_dispatcher
 from megatron_moe.moe.experts import STACKS
 from megatron_moe.moe.layer import MoELayer, moe_layers
+from megatron_moe.moe.tokens import Reducer
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.utils.compat import sum_over_ranks
 
@@ -41,12 +43,32 @@ def expert_degree(model: GPT, moe: MoELayer) -> int:
     return model.moe_config.expert_parallel_degree(moe.num_experts)
 
 
-def share_microbatch_counts(model: GPT, group: dist.ProcessGroup) -> None:
-    """A microbatch is spread over the ranks of `group` (cp x tp): routing counts of the balance loss are summed over it."""
+class GroupReducer(Reducer):
+    """Sums over process groups; none is asked that has one rank."""
 
-    def sum_counts(counts_E: Tensor) -> Tensor:
-        return sum_over_ranks(counts_E, group)
+    def __init__(self, microbatch: dist.ProcessGroup, batch: dist.ProcessGroup, experts: dist.ProcessGroup, device: str):
+        self.microbatch, self.batch, self.experts, self.device = microbatch, batch, experts, device
 
-    if dist.get_world_size(group) > 1:
-        for moe in moe_layers(model):
-            moe.sum_counts = sum_counts
+    def over_microbatch(self, counts: Tensor) -> Tensor:
+        return _sum(counts, self.microbatch)
+
+    def over_batch(self, counts: Tensor) -> Tensor:
+        return _sum(_sum(counts, self.microbatch), self.batch)
+
+    def most_tokens(self, tokens: int) -> int:
+        if dist.get_world_size(self.experts) == 1:
+            return tokens
+        most = torch.full((), tokens, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.experts)
+        return int(most)
+
+
+def _sum(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return sum_over_ranks(counts, group) if dist.get_world_size(group) > 1 else counts
+
+
+def share_counts(model: GPT, mesh: ParallelMesh) -> None:
+    """A micro-batch is spread over the tensor-parallel ranks, the step over these and the data ranks: routing counts are summed."""
+    for moe in moe_layers(model):
+        experts = mesh.expert_group(expert_degree(model, moe))
+        moe.reducer = GroupReducer(mesh.group("tp"), mesh.group("dp"), experts, mesh.dense.device_type)

@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.loss import mask_padding
 from megatron_moe.moe.layer import MoELayer
+from megatron_moe.moe.tokens import TokenInfo
 from megatron_moe.utils.compat import all_gather_into_tensor
 
 BLOCK_PLAN = {
@@ -73,16 +74,16 @@ def replicate_parameter(module: nn.Module, name: str, mesh: DeviceMesh) -> None:
 def slice_tokens(moe: MoELayer, group: dist.ProcessGroup) -> None:
     """Hooks: the layer computes on this rank's slice of the (equal) tokens of the group, its output is whole again."""
 
-    tokens: list[int] = []  # of the forward under way: the hook after needs what the hook before saw
+    count: list[int] = []  # of the forward under way: the hook after needs what the hook before saw
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x_TD, keys_T, most_tokens = (*args, None, None)[:3]
-        tokens[:] = [x_TD.shape[0]]
-        keys_t = None if keys_T is None else keys_T[_bounds(keys_T.shape[0], group)]
-        return _Slice.apply(x_TD, group), keys_t, None if most_tokens is None else _longest(most_tokens, group)
+        x_TD, info = (*args, TokenInfo())[:2]
+        count[:] = [x_TD.shape[0]]
+        most_tokens = None if info.most_tokens is None else _longest(info.most_tokens, group)
+        return _Slice.apply(x_TD, group), info.of(_bounds(x_TD.shape[0], group), most_tokens)
 
     def after(_: nn.Module, args: tuple[Any, ...], y_tD: Tensor) -> Tensor:
-        return _Gather.apply(y_tD, tokens[0], group)
+        return _Gather.apply(y_tD, count[0], group)
 
     moe.register_forward_pre_hook(before)
     moe.register_forward_hook(after)

@@ -42,8 +42,7 @@ def forward_backward(model: GPT, microbatches: Sequence[Batch], divisor: Tensor,
     """
     tokens_in_step = sum(b.tokens.numel() for b in microbatches) * mesh.size("dp")
     for moe in moe_layers(model):
-        moe.loss_weight = 1.0 / tokens_in_step
-        moe.stats.reset()
+        moe.begin_step(min((iteration + 1) / (moe.config.moe_loss_warmup_iters or 1), 1.0) / tokens_in_step)
     total = torch.zeros((), dtype=torch.float64, device=divisor.device)
     for i, batch in enumerate(microbatches):
         sync_gradients(model, mesh.zero_stage, i == len(microbatches) - 1)
@@ -76,4 +75,16 @@ def train_step(
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    move_expert_biases(model)
     return StepResult(lm_loss, norm)
+
+
+def move_expert_biases(model: GPT) -> None:
+    """One reduction for all layers that balance by a bias: after the step, by what its tokens chose."""
+    layers = [moe for moe in moe_layers(model) if moe.gate.expert_bias is not None]
+    if not layers:
+        return
+    counts = torch.cat([moe.stats.counts_E for moe in layers])
+    dist.all_reduce(counts)
+    for moe, counts_E in zip(layers, counts.split([moe.num_experts for moe in layers])):
+        moe.gate.move_bias(counts_E, moe.config.moe_router_bias_update_rate)

@@ -70,9 +70,9 @@ def waits_with(fault: str) -> list[str]:
         tensor.sum().item()
         return tensor
 
-    original = layer.choose_experts
+    original = layer.count_assignments
     faults = {
-        "item in the forward": mock.patch.object(layer, "choose_experts", lambda *a: original(*map(reading, a[:1]), *a[1:])),
+        "item in the forward": mock.patch.object(layer, "count_assignments", lambda *a: original(*map(reading, a[:1]), *a[1:])),
         "truth in the backward": mock.patch.object(layer.AttachLoss, "backward", staticmethod(lambda ctx, g: (g, g.new_ones(()) if bool(g.isfinite().all()) else None))),
         "mask in the clip": mock.patch("megatron_moe.training.step.clip_gradients", lambda grads, norm, limit: norm[None][norm[None] > limit]),
     }  # fmt: skip

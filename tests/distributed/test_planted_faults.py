@@ -151,7 +151,7 @@ def auxiliary_loss_of_each_rank():
 @contextmanager
 def counts_not_shared():
     """The balance loss of each tensor-parallel slice instead of the microbatch's."""
-    with mock.patch("megatron_moe.parallel.apply.share_microbatch_counts"):
+    with mock.patch("megatron_moe.parallel.apply.share_counts"):
         yield
 
 

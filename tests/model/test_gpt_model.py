@@ -15,6 +15,7 @@ from megatron_moe.model.gpt import GPT
 from megatron_moe.model.init import build_on_meta, initialize_parameters
 from megatron_moe.model.loss import mask_padding, token_losses
 from megatron_moe.moe.layer import moe_layers
+from megatron_moe.moe.tokens import TokenInfo
 from megatron_moe.parallel.recompute import apply_recompute
 from megatron_moe.utils.random import Purpose, dropout, stream, token_keys
 
@@ -392,7 +393,7 @@ def test_logits_equal_the_model_written_out_with_every_dropout(moe):
         h = block.mlp_norm(x)
         y = block.mlp(h) if block.mlp is not None else 0.0
         if block.moe is not None:
-            routed = block.moe(h.flatten(0, 1), keys.flatten()).view_as(h)
+            routed = block.moe(h.flatten(0, 1), TokenInfo(keys.flatten())).view_as(h)
             share = block.coefficient(h).softmax(-1) if block.coefficient is not None else torch.ones(2).double()
             y = share[..., :1] * routed + share[..., 1:] * y
         x = x + drop(y, number, Purpose.MLP_OUTPUT_DROPOUT)

@@ -3,6 +3,11 @@
 import math
 from fractions import Fraction
 
+from megatron_moe.config.moe import MoEConfig
+from megatron_moe.moe import routing
+from megatron_moe.moe.policies.topk import TopK, drawn
+from megatron_moe.moe.tokens import TokenInfo
+
 
 def capacity(tokens, experts, factor, k, minimum):
     """Smallest integer c with c >= tokens / experts * factor * k, found by counting."""
@@ -65,3 +70,18 @@ def balance(probs, ids, experts):
     """E * sum_e (share of the assignments of e) * (mean probability of e)."""
     n, tokens = counts(ids, experts), len(probs)
     return experts * sum(n[e] / sum(n) * sum(row[e] for row in probs) / tokens for e in range(experts))
+
+
+# ---------------------------------------------------------------- ours, called as the tests above think of it
+
+
+def choose_experts(logits_TE, k, noise_TE=None):
+    """Probabilities and choices of the default policy; with noise, those of its drawing."""
+    config = MoEConfig(num_experts=(logits_TE.shape[1],), topk=k)
+    choice = TopK(config)(logits_TE, TokenInfo(), None, None, True)
+    return choice.probs_TE, choice.ids_TK if noise_TE is None else drawn(logits_TE.detach(), k, noise_TE)
+
+
+def combine_weights(probs_TE, kept_TK):
+    """DeepSpeed's rule: the raw probability of one choice, else shares of what survived."""
+    return routing.combine_weights(probs_TE, kept_TK, kept_TK, "none" if kept_TK.shape[1] == 1 else "survivors")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.metrics import summarise
+from megatron_moe.moe.tokens import NO_INFO, TokenInfo
 from megatron_moe.utils.random import Purpose, stream, token_keys, uniform
 
 T, D, FFN, E = 24, 8, 12, 4
@@ -32,6 +33,10 @@ def tokens(count=T, seed=1):
 
 def keys(samples=1, iteration=0, seed=7, length=T):
     return token_keys(seed, iteration, torch.arange(samples), length).flatten()
+
+
+def info(**of_keys):
+    return TokenInfo(keys(**of_keys))
 
 
 def one_expert(layer, e, x):
@@ -123,7 +128,7 @@ def test_no_token_at_all_is_a_layer_without_rows():
         layer = build(**moe, moe_loss_coeff=0.1, moe_router_z_loss_coeff=0.1)
         layer.loss_weight = 1.0
         x = torch.zeros(0, D, dtype=torch.float64, requires_grad=True)
-        y = layer(x, keys(length=0))
+        y = layer(x, info(length=0))
         y.sum().backward()
         assert y.shape == (0, D)
         assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
@@ -240,7 +245,7 @@ def test_equal_logits_have_balance_loss_one():
 def test_losses_of_two_microbatches_with_equal_counts_add_up_to_the_whole():
     """loss_weight is 1 / tokens of the global batch, so shares of microbatches need no further factor."""
     layer, x = build(moe_loss_coeff=0.3, moe_router_z_loss_coeff=0.1), tokens()
-    layer.sum_counts = lambda counts: torch.tensor([3, 1, 1, 1])
+    layer.reducer.over_microbatch = lambda counts: torch.tensor([3, 1, 1, 1])
     layer.loss_weight = 1 / T
     whole = gradients(layer, x, 0.0 * layer(x).sum())
     halves = gradients(layer, x, 0.0 * (layer(x[: T // 2]).sum() + layer(x[T // 2 :]).sum()))
@@ -251,14 +256,14 @@ def test_losses_of_two_microbatches_with_equal_counts_add_up_to_the_whole():
 # ---------------------------------------------------------------- noise
 
 
-def survivors(layer, x, keys_T=None):
+def survivors(layer, x, of=NO_INFO):
     with torch.no_grad():
-        return layer.route(x, keys_T).ids_TK
+        return layer.route(x, of)[0].ids_TK
 
 
 def test_random_selection_draws_survivors_from_the_keys_alone():
     layer, x = build(moe_train_capacity_factor=0.5), tokens()
-    first, again, next_iteration = (survivors(layer, x, keys(iteration=i)) for i in (0, 0, 1))
+    first, again, next_iteration = (survivors(layer, x, info(iteration=i)) for i in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, next_iteration)
     assert not torch.equal(first, survivors(layer, x))  # without keys: by position
@@ -268,7 +273,7 @@ def test_random_selection_keeps_the_highest_draws_of_each_expert():
     layer, x = build(moe_train_capacity_factor=0.5), tokens()
     draws = uniform(keys(), stream(3, Purpose.TOKEN_SELECTION), 1)
     ids = looped(layer, x)[2]
-    assert survivors(layer, x, keys()).tolist() == oracle.keep(ids, T // E // 2, "random", draws.tolist())
+    assert survivors(layer, x, info()).tolist() == oracle.keep(ids, T // E // 2, "random", draws.tolist())
 
 
 @pytest.mark.parametrize(
@@ -284,14 +289,14 @@ def test_who_is_dropped_follows_deepspeed_unless_the_policy_says_otherwise(moe, 
     _, probs, ids, _ = looped(layer, x)
     k = layer.config.topk
     priority = uniform(keys(), stream(3, Purpose.TOKEN_SELECTION), k) if order == "random" else probs.gather(1, torch.tensor(ids))
-    assert survivors(layer, x, keys()).tolist() == oracle.keep(ids, T // E * k // 2, order, priority.tolist())
+    assert survivors(layer, x, info()).tolist() == oracle.keep(ids, T // E * k // 2, order, priority.tolist())
 
 
 def test_random_selection_favours_no_position():
     layer = build(moe_train_capacity_factor=0.5)
     with torch.no_grad():
         layer.gate.weight.zero_()  # everybody to expert 0, of which 3 of 24 stay
-    kept = sum((survivors(layer, tokens(), keys(iteration=i)) >= 0).double() for i in range(400)).flatten()
+    kept = sum((survivors(layer, tokens(), info(iteration=i)) >= 0).double() for i in range(400)).flatten()
     assert kept.sum() == 400 * 3
     assert ((kept - 50).square() / 50).sum() < 55  # chi-square of 24 positions: 99.98 % lie below
 
@@ -304,7 +309,7 @@ def test_random_selection_favours_no_position():
 def test_evaluation_is_deterministic_and_ignores_the_keys(moe):
     layer, x = build(**moe, moe_eval_capacity_factor=0.5).eval(), tokens()
     expected = looped(layer, x, "position")[0]
-    torch.testing.assert_close(layer(x, keys()), expected, **EXACT)
+    torch.testing.assert_close(layer(x, info()), expected, **EXACT)
     torch.testing.assert_close(layer(x), expected, **EXACT)
 
 
@@ -320,7 +325,7 @@ def test_noise_in_training_changes_with_the_iteration_and_needs_keys(moe):
     layer, x = build(**moe, moe_token_dropping=False), tokens()
     quiet = looped(layer, x)[0]
     torch.testing.assert_close(layer(x), quiet, **EXACT)
-    noisy = [layer(x, keys(iteration=i)) for i in (0, 0, 1)]
+    noisy = [layer(x, info(iteration=i)) for i in (0, 0, 1)]
     assert torch.equal(noisy[0], noisy[1])
     assert not torch.equal(noisy[0], noisy[2])
     assert not torch.allclose(noisy[0], quiet)
@@ -332,8 +337,8 @@ def test_noise_follows_sample_and_position_when_the_batch_is_permuted(moe):
     samples, length = torch.tensor([5, 9, 2]), 8
     x_BSD = tokens().detach().view(3, length, D)
     order = torch.tensor([2, 0, 1])
-    y_BSD = layer(x_BSD.flatten(0, 1), token_keys(1, 1, samples, length).flatten()).view(3, length, D)
-    permuted = layer(x_BSD[order].flatten(0, 1), token_keys(1, 1, samples[order], length).flatten()).view(3, length, D)
+    y_BSD = layer(x_BSD.flatten(0, 1), TokenInfo(token_keys(1, 1, samples, length).flatten())).view(3, length, D)
+    permuted = layer(x_BSD[order].flatten(0, 1), TokenInfo(token_keys(1, 1, samples[order], length).flatten())).view(3, length, D)
     torch.testing.assert_close(permuted, y_BSD[order], **EXACT)
 
 
@@ -342,7 +347,7 @@ def test_noise_differs_between_layers_samples_and_positions(moe):
     x = tokens(1).detach().expand(T, D)  # one token, many times: only the noise can tell them apart
     ids_or_weights = []
     for layer in (3, 4):
-        routing = build(**moe, moe_token_dropping=False, layer=layer).route(x, keys())
+        routing = build(**moe, moe_token_dropping=False, layer=layer).route(x, info())[0]
         ids_or_weights.append(torch.cat([routing.ids_TK.double(), routing.weights_TK], dim=1))
     assert len(ids_or_weights[0].unique(dim=0)) > 1
     assert not torch.equal(ids_or_weights[0], ids_or_weights[1])
@@ -352,7 +357,7 @@ def test_jitter_scales_every_input_of_the_gate_by_at_most_one_percent():
     layer, x = build(moe_noisy_gate_policy="Jitter", moe_token_dropping=False), tokens()
     seen = []
     layer.gate.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    layer(x, keys())
+    layer(x, info())
     factor = (seen[0] / x).detach()
     assert 0.99 <= factor.min() < 0.992
     assert 1.008 < factor.max() <= 1.01
@@ -362,7 +367,7 @@ def test_jitter_scales_every_input_of_the_gate_by_at_most_one_percent():
 def test_rsample_draws_experts_in_proportion_to_their_probability_and_weighs_them_cleanly():
     layer = build(moe_noisy_gate_policy="RSample", moe_token_dropping=False)
     x = tokens(1).detach().expand(4000, D)
-    routing = layer.route(x, keys(length=4000))
+    routing = layer.route(x, info(length=4000))[0]
     probs = F.softmax(x[0] @ layer.gate.weight.t(), dim=-1)
     share = routing.counts_E / 4000
     torch.testing.assert_close(share, probs.detach().float(), rtol=0, atol=0.03)
@@ -396,9 +401,9 @@ def test_routing_happens_once_outside_of_what_may_be_recomputed():
     layer, x = build(moe_train_capacity_factor=0.5), tokens()
     calls = []
     layer.run = lambda function, *args: calls.append(function) or function(*args) * 0 + function(*args)
-    once = layer(x, keys())
+    once = layer(x, info())
     tokens_seen = sum(summarise(3, layer.stats.vector(torch.device("cpu"))).tokens_per_expert)
     assert calls == [layer.compute]
     assert tokens_seen == T
     layer.run = lambda function, *args: function(*args)
-    torch.testing.assert_close(layer(x, keys()), once, rtol=0, atol=0)
+    torch.testing.assert_close(layer(x, info()), once, rtol=0, atol=0)
