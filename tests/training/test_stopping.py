@@ -149,7 +149,12 @@ def waiting(tmp_path):
     def start(handler: str, where: str) -> subprocess.Popen:
         environment = os.environ | {"PYTHONPATH": str(launches.ROOT), "GLOO_SOCKET_IFNAME": "lo"}
         process = subprocess.Popen(
-            [sys.executable, "-c", WAITING, handler, where], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", WAITING, handler, where],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         started.append(process)
         assert process.stdout.readline() == "ready\n"
