@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from benchmarks.harness import Apart, Build, Options, Report, interleave, missing, paired_ratio, say, spread, timing_table
 from benchmarks.product import Training, one_rank, prepared
@@ -172,7 +173,8 @@ def their_model(ours: Training, attention: str, experts: str) -> nn.Module:
         attn_implementation=attention, experts_implementation=experts,
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config)
-    model.load_state_dict(dict(renamed({n: p.full_tensor().detach() for n, p in ours.model.named_parameters()}, m.num_layers)))
+    whole = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in ours.model.named_parameters()}
+    model.load_state_dict(dict(renamed(whole, m.num_layers)))
     return model.train()
 
 
