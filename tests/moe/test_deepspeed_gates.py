@@ -15,7 +15,7 @@ from megatron_moe.config.moe import MoEConfig
 from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.metrics import summarise
 from megatron_moe.moe.routing import drop_over_capacity
-from megatron_moe.moe.tokens import TokenInfo
+from megatron_moe.moe.tokens import NO_INFO, TokenInfo
 from megatron_moe.utils.random import Purpose, gumbel, layer_keys, token_keys, uniform
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
@@ -40,7 +40,7 @@ def keys(tokens: int):
     return layer_keys(of_step, 2), of_step
 
 
-def ours(layer: MoELayer, logits, info: TokenInfo = TokenInfo()):
+def ours(layer: MoELayer, logits, info: TokenInfo = NO_INFO):
     """Weight of each token at each expert, loss, counts before dropping."""
     tokens, experts = logits.shape
     layer.stats.reset()
@@ -76,7 +76,7 @@ def test_top1_with_random_token_selection(tokens, experts, factor, noise):
     layer = build(experts, 1, moe_train_capacity_factor=factor, moe_noisy_gate_policy=noise or "None")
     logits = logits_of(tokens, experts)
     draws, noise_TE = uniform(mine, Purpose.TOKEN_SELECTION, 1), gumbel(mine, Purpose.GATE_SAMPLING, experts)
-    with random_selection(draws), mock.patch.object(gates, "gumbel_rsample", lambda shape, device: noise_TE):
+    with random_selection(draws), mock.patch.object(gates, "gumbel_rsample", return_value=noise_TE):
         want = theirs(gates.top1gating, logits, factor, 0, noisy_gate_policy=noise)
     assert_equal(ours(layer, logits, TokenInfo(step)), want)
 
@@ -98,7 +98,7 @@ def test_top2_with_and_without_a_sampled_second_expert(tokens, experts, factor, 
     mine, step = keys(tokens)
     layer = build(experts, 2, moe_train_capacity_factor=factor, moe_top2_2nd_expert_sampling=sampling)
     logits, noise_TE = logits_of(tokens, experts), gumbel(mine, Purpose.GATE_SAMPLING, experts)
-    with mock.patch.object(gates, "gumbel_rsample", lambda shape, device: noise_TE):
+    with mock.patch.object(gates, "gumbel_rsample", return_value=noise_TE):
         want = theirs(gates.top2gating, logits, factor, 0, top2_2nd_expert_sampling=sampling)
     assert_equal(ours(layer, logits, TokenInfo(step)), want)
 
@@ -123,7 +123,7 @@ def test_top1_with_tokens_that_are_not_used(dropping):
     layer, logits = build(8, 1, moe_token_dropping=dropping, moe_train_capacity_factor=0.5), logits_of(64, 8)
     used = torch.rand(64, generator=torch.Generator().manual_seed(1)) < 0.6
     with random_selection(uniform(mine, Purpose.TOKEN_SELECTION, 1)):
-        want = theirs(gates.top1gating, logits, 0.5, 0, used_token=used.float(), drop_tokens=dropping)
+        want = theirs(gates.top1gating, logits, 0.5, 0, used_token=used.long(), drop_tokens=dropping)
     assert_equal(ours(layer, logits, TokenInfo(step, used_T=used)), want)
 
 
