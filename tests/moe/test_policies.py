@@ -194,6 +194,31 @@ def test_tokens_that_are_all_padding_go_nowhere_and_change_nothing(moe, dropping
         assert not grad.any(), name
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_balance_loss_counts_padding_in_both_means(k):
+    """DeepSpeed's sense: padding chooses nobody, but it is a token of the means, and its probabilities count."""
+    layer, x = build(topk=k, moe_top2_2nd_expert_sampling=False), tokens()
+    used = torch.arange(T) % 3 > 0
+    route(layer, x, replace(info(), used_T=used))
+    probs = (x @ layer.gate.weight.t()).softmax(1)
+    chosen = [row[: 1 if k == 2 else k] for row, is_used in zip(probs.argsort(1, descending=True).tolist(), used.tolist()) if is_used]
+    per_choice = len(chosen[0])
+    expected = E * sum(sum(row.count(e) for row in chosen) / T / per_choice * probs[:, e].mean().item() for e in range(E))
+    measured = layer.stats.sums[-2].item() / T
+    assert measured == pytest.approx(expected, rel=1e-10)
+
+
+@EVERY
+def test_a_slice_of_the_tokens_is_routed_as_in_the_whole(moe):
+    """What tensor parallelism relies on; all but the two policies that look at all tokens."""
+    layer, x, of = build(**moe), tokens(), info()
+    if layer.config.moe_router_policy in ("expert_choice", "sinkhorn"):
+        return
+    whole = route(layer, x, of).ids_TK
+    parts = [route(layer, x[p], of.of(p, None)).ids_TK for p in (slice(0, 9), slice(9, 10), slice(10, T))]
+    assert torch.equal(torch.cat(parts), whole)
+
+
 @EVERY
 def test_padding_changes_no_other_token(moe):
     """By place: a token that is not used takes no room, neither in capacity nor in the balance of the others."""
