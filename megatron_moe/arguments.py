@@ -137,7 +137,7 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "pretrain_gpt_moe.
     if deepspeed is not None:
         warnings = [*deepspeed.warnings, *_differences(deepspeed, values), *warnings]
         not_yet += deepspeed.not_yet
-    warnings = [*run.warnings(), *repeated_options(parser, argv), *warnings]
+    warnings = [*run.warnings(values), *repeated_options(parser, argv), *warnings]
     return Parsed(run, warnings, not_yet, missing, command, values, deepspeed)
 
 

@@ -11,8 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_moe.config.flags import checked, flag, int_list
+from megatron_moe.config.flags import checked, fields_of, flag, int_list
 from megatron_moe.config.model import divisors
+
+_TOKEN_CHOICE = ("moe_router_num_groups", "moe_router_group_topk", "moe_router_enable_expert_bias", "moe_router_bias_update_rate")
+# What has no effect with a policy. Giving it is refused; the weight of the balance loss, whose default is not zero, is warned about.
+WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    "topk": (),
+    "expert_choice": (*_TOKEN_CHOICE, "moe_router_normalize", "moe_token_drop_policy", "moe_eval_capacity_factor", "moe_global_loss_coeff"),
+    "hash": (*_TOKEN_CHOICE, "moe_router_score_function", "moe_seq_loss_coeff", "moe_global_loss_coeff", "moe_router_z_loss_coeff"),
+    "sinkhorn": (*_TOKEN_CHOICE, "moe_router_score_function"),
+    "balanced": _TOKEN_CHOICE,
+    "zipf": _TOKEN_CHOICE,
+}
+_OF_ONE_POLICY = {"moe_router_hash_seed": "hash", "moe_router_sinkhorn_iterations": "sinkhorn", "moe_router_zipf_exponent": "zipf"}
 
 
 @dataclass(frozen=True)
@@ -52,12 +64,22 @@ class MoEConfig:
     moe_noisy_gate_policy: Literal["None", "Jitter", "RSample"] = flag(
         "None", "training noise of the gate: Jitter scales its input by 1 +- 1%, RSample draws the top-1 expert"
     )
+    moe_router_policy: Literal["topk", "expert_choice", "hash", "sinkhorn", "balanced", "zipf"] = flag(
+        "topk", "who goes where. topk: every token takes its k best experts. expert_choice: every expert takes its best tokens, as many as "
+        "its capacity, also with --disable-moe-token-dropping; that looks ahead, so in evaluation every token takes its k best experts, "
+        "none dropped (arXiv 2202.09368). hash: k fixed experts for each word of the vocabulary, weights 1/k, nothing to learn for the "
+        "router (arXiv 2106.04426). sinkhorn: top-k of balanced scores, plain in evaluation (S-BASE, arXiv 2202.01169). For benchmarks, "
+        "with the weights of the real router: balanced (all experts alike), zipf (expert r gets a share of 1/r^exponent)",
+    )  # fmt: skip
+    moe_router_hash_seed: int = flag(1234, "which assignment of the vocabulary --moe-router-policy hash makes", minimum=0, maximum=2**62)
+    moe_router_sinkhorn_iterations: int = flag(8, "rounds of balancing of --moe-router-policy sinkhorn", minimum=1)
+    moe_router_zipf_exponent: float = flag(1.0, "skew of --moe-router-policy zipf; 0: none", minimum=0)
     moe_router_score_function: Literal["softmax", "sigmoid"] = flag(
         "softmax", "how logits become scores: softmax over the experts, or each expert by itself (DeepSeek-V3, arXiv 2412.19437)"
     )
     moe_router_normalize: Literal["auto", "none", "chosen", "survivors"] = flag(
         "auto", "gate weights: the raw scores, or divided by the sum over the chosen experts (for softmax the same as a softmax after "
-        "top-k; norm_topk_prob in transformers), or over those that were not dropped (DeepSpeed); auto: none for k=1, else survivors",
+        "top-k; norm_topk_prob in transformers), or over those that were not dropped (DeepSpeed); auto: none for k=1, expert_choice and sinkhorn, else survivors",
     )  # fmt: skip
     moe_router_pre_softmax: bool = flag(False, "same as --moe-router-normalize none (Megatron-Core's spelling)")
     moe_router_topk_scaling_factor: float = flag(1.0, "multiplies the gate weights", above=0)
@@ -96,6 +118,7 @@ class MoEConfig:
         smallest = min((n for n in self.num_experts if n > 1), default=None)
         if smallest is not None and self.topk > smallest:
             yield f"--topk ({self.topk}) cannot exceed the experts of a layer ({smallest}); lower it or raise --num-experts"
+        yield from self._policy_problems()
         yield from self._router_problems()
         ep = self.moe_expert_parallel_size
         if self.moe_pyramid_ep == "strict":
@@ -103,6 +126,17 @@ class MoEConfig:
                 if max(n, ep) % min(n, ep):
                     yield (f"--num-experts ({n}) and --moe-expert-parallel-size ({ep}) must divide each other; for {n} experts "
                            f"use EP {_alternatives(n, ep)}, or --moe-pyramid-ep auto to take {math.gcd(n, ep)} there")  # fmt: skip
+
+    def _policy_problems(self) -> Iterator[str]:
+        policy, default = self.moe_router_policy, {s.name: s.default for s in fields_of(MoEConfig)}
+        others = [name for name, owner in _OF_ONE_POLICY.items() if owner != policy]
+        for name in (*WITHOUT_EFFECT[policy], *others):
+            if getattr(self, name) != default[name]:
+                yield f"--{name.replace('_', '-')} has no effect with --moe-router-policy {policy}; drop it, or choose another policy"
+        noise = self.moe_noisy_gate_policy
+        if (noise == "RSample" and policy != "topk") or (noise == "Jitter" and policy == "hash"):
+            cure = "None" if policy == "hash" else "Jitter or None"
+            yield f"--moe-noisy-gate-policy {noise} has no effect with --moe-router-policy {policy}; use {cure}"
 
     def _router_problems(self) -> Iterator[str]:
         k, groups, group_k = self.topk, self.moe_router_num_groups, self.moe_router_group_topk
@@ -133,11 +167,14 @@ class MoEConfig:
         """none, chosen or survivors: over what gate weights are renormalised."""
         if self.moe_router_normalize != "auto":
             return self.moe_router_normalize
-        return "none" if self.topk == 1 or self.moe_router_pre_softmax else "survivors"
+        is_raw = self.topk == 1 or self.moe_router_pre_softmax or self.moe_router_policy in ("expert_choice", "sinkhorn")
+        return "none" if is_raw else "survivors"
 
     @property
     def draws_choices(self) -> bool:
         """Whether Gumbel noise takes part in the choice: the expert of k = 1 (RSample), the second expert of k = 2."""
+        if self.moe_router_policy != "topk":
+            return False
         return (self.topk == 1 and self.moe_noisy_gate_policy == "RSample") or (self.topk == 2 and self.moe_top2_2nd_expert_sampling)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,8 +106,8 @@ class RunConfig:
         """Switches about the tensor-parallel ranks ask for nothing where there is one such rank."""
         return ("sequence_parallel", "enable_expert_tensor_parallelism") if self.parallel.tensor_model_parallel_size == 1 else ()
 
-    def warnings(self) -> Iterator[str]:
-        """What is allowed but probably not meant."""
+    def warnings(self, given: Collection[str] = ()) -> Iterator[str]:
+        """What is allowed but probably not meant. `given`: names of the settings that somebody chose, also where that is the default."""
         for name in self._idle():
             if getattr(self.parallel, name):
                 yield f"--{name.replace('_', '-')} has no effect with --tensor-model-parallel-size 1"
@@ -116,6 +116,17 @@ class RunConfig:
         experts = self.moe.num_experts
         if experts[0] > experts[-1]:
             yield f"--num-experts falls with depth ({' '.join(map(str, experts))}): published pyramids grow, later layers gain more"
+        if self.moe.has_experts:
+            yield from self._policy_warnings("moe_loss_coeff" in given)
+
+    def _policy_warnings(self, is_loss_given: bool) -> Iterator[str]:
+        policy = self.moe.moe_router_policy
+        if policy == "expert_choice":
+            yield ("--moe-router-policy expert_choice looks ahead in a causal model: which experts see a token depends on later tokens, so the "
+                   "training loss is better than what the model can do; evaluation and generation choose by token and say the truth")  # fmt: skip
+        if policy in ("expert_choice", "hash") and is_loss_given and self.moe.moe_loss_coeff:
+            why = "every expert takes equally many tokens" if policy == "expert_choice" else "the router chooses nothing"
+            yield f"--moe-loss-coeff ({self.moe.moe_loss_coeff:g}) has no effect with --moe-router-policy {policy}: {why}"
 
     # ------------------------------------------------------------ what a world size adds
 
@@ -241,6 +252,10 @@ class RunConfig:
             "padded_vocab_size": self.model.padded_vocab_size(vocab_size),
             "experts_per_layer": list(self.moe.experts_per_layer(self.model.num_layers)), "mlp_type": self.moe.mlp_type,
         }  # fmt: skip
+        if self.moe.moe_router_policy == "hash":
+            m["moe_router_hash_seed"] = self.moe.moe_router_hash_seed
+        if self.moe.moe_router_enable_expert_bias:
+            m["moe_router_enable_expert_bias"] = True
         return m
 
 

@@ -24,7 +24,7 @@ from megatron_moe.moe.metrics import RoutingStats, measure
 from megatron_moe.moe.policies import Choice, build_policy
 from megatron_moe.moe.routing import DropOrder, Routing, combine_weights, count_assignments, drop_over_capacity, expert_capacity
 from megatron_moe.moe.tokens import NO_INFO, Reducer, TokenInfo
-from megatron_moe.utils.random import Purpose, layer_keys, uniform
+from megatron_moe.utils.random import Purpose, layer_keys, layer_offset, uniform
 
 JITTER = 0.01  # DeepSpeed's width of the multiplicative noise
 
@@ -51,7 +51,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.layer, self.num_experts, self.config = layer, num_experts, moe
         self.gate = Gate(hidden_size, num_experts, moe.moe_router_enable_expert_bias)
-        self.policy = build_policy(moe, num_experts)
+        self.policy = build_policy(moe)
         self.experts = Experts(num_experts, hidden_size, ffn_size, swiglu, bias)
         self.dispatcher: Any = LocalDispatcher(num_experts)
         self.reducer = Reducer()
@@ -79,7 +79,8 @@ class MoELayer(nn.Module):
     def route(self, x_TD: Tensor, tokens: TokenInfo) -> tuple[Routing, Limits]:
         """Scores of the experts, what follows from them, and the statistics; and what is known about the ids without looking."""
         keys_T = layer_keys(tokens.keys_T, self.layer) if self.training and tokens.keys_T is not None else None
-        tokens = replace(tokens, keys_T=keys_T)
+        layer_key = torch.full((), layer_offset(self.layer), dtype=torch.int64, device=x_TD.device)
+        tokens = replace(tokens, keys_T=keys_T, layer_key=layer_key)
         has_jitter = keys_T is not None and self.config.moe_noisy_gate_policy == "Jitter"
         logits_TE = self.gate(self.jittered(x_TD, keys_T) if has_jitter else x_TD)
         most_tokens = tokens.most_tokens if tokens.most_tokens is not None else self.reducer.most_tokens(x_TD.shape[0])
@@ -117,8 +118,10 @@ class MoELayer(nn.Module):
     def capacity(self, num_tokens: int) -> int | None:
         """Rows that an expert takes of this many tokens; None: all."""
         c = self.config
+        if not (self.training if self.policy.keeps_capacity else c.moe_token_dropping):
+            return None
         factor = c.moe_train_capacity_factor if self.training else c.moe_eval_capacity_factor
-        return expert_capacity(num_tokens, self.num_experts, factor, c.topk, c.moe_min_capacity) if c.moe_token_dropping else None
+        return expert_capacity(num_tokens, self.num_experts, factor, c.topk, c.moe_min_capacity)
 
     def _drop(self, choice: Choice, capacity: int, keys_T: Tensor | None) -> Tensor:
         order = self.drop_order

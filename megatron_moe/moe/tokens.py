@@ -20,6 +20,7 @@ class TokenInfo:
     num_sequences: int = 1  # of the micro-batch, one behind the other
     sequence_length: int | None = None  # tokens of each; None: one sequence is all there is
     first: int = 0  # place of the first of these tokens in the micro-batch
+    layer_key: Tensor | None = None  # int64 scalar, set by the layer: its number as data, so one compiled graph serves all layers
 
     def of(self, part: slice, most_tokens: int | None) -> TokenInfo:
         cut = {n: v[part] for n in ("keys_T", "ids_T", "used_T") if (v := getattr(self, n)) is not None}
@@ -27,8 +28,12 @@ class TokenInfo:
 
     def sequence_of(self, like_T: Tensor) -> Tensor:
         """int64 [T]: the sequence that each token is of."""
-        place_T = torch.arange(self.first, self.first + like_T.shape[0], device=like_T.device)
+        place_T = self.places(like_T)
         return torch.zeros_like(place_T) if self.sequence_length is None else place_T // self.sequence_length
+
+    def places(self, like_T: Tensor) -> Tensor:
+        """int64 [T]: where each token stands in the micro-batch."""
+        return torch.arange(self.first, self.first + like_T.shape[0], device=like_T.device)
 
 
 NO_INFO = TokenInfo()

@@ -30,6 +30,8 @@ def apply_expert_parallel(model: GPT, mesh: ParallelMesh, dispatcher: str) -> No
             whole = distribute_tensor(p.data, mesh.experts[ep]["ep", "etp"], expert_placements(name), src_data_rank=None)
             moe.experts.register_parameter(name, nn.Parameter(whole))
         factor = moe.config.moe_train_capacity_factor if moe.config.moe_token_dropping else math.inf
+        if moe.policy.keeps_capacity:
+            factor = 1.0  # whatever the capacity is, all of it is used: no room is spare
         moe.dispatcher = build_dispatcher(dispatcher, moe.num_experts, moe.config.topk, mesh.expert_group(ep), factor)
 
 

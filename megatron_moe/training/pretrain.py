@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -238,9 +239,11 @@ def log_step(run: Run, result: StepResult, rate: float, throughput: Throughput) 
 def stop_if_not_finite(run: Run, lm_loss: float, norm: float) -> None:
     """Both numbers are equal on all ranks, so all raise together; nothing that is not finite is ever saved."""
     if not (abs(lm_loss) < float("inf") and norm < float("inf")):
-        run.tracker.event("stop", iteration=run.progress.iteration, reason="loss or gradient norm is not finite")
+        layer = next((load.layer for load in expert_loads(run) if not math.isfinite(load.z_loss)), None)
+        where = "" if layer is None else f"; layer {layer} is the first whose router logits are not finite"
+        run.tracker.event("stop", iteration=run.progress.iteration, reason=f"loss or gradient norm is not finite{where}")
         raise FloatingPointError(
-            f"iteration {run.progress.iteration}: loss {lm_loss}, gradient norm {norm}; the last checkpoint is intact. "
+            f"iteration {run.progress.iteration}: loss {lm_loss}, gradient norm {norm}{where}; the last checkpoint is intact. "
             f"Lower --lr, lengthen the warm-up, or add --moe-router-z-loss-coeff 1e-3, and resume from it"
         )
 

@@ -32,6 +32,7 @@ class Purpose(enum.IntEnum):
     GATE_JITTER = 4
     GATE_SAMPLING = 5
     TOKEN_SELECTION = 6
+    ASSIGNMENT = 7
 
 
 def stream(layer: int, purpose: Purpose) -> int:
@@ -67,7 +68,11 @@ def layer_keys(keys: Tensor, layer: int) -> Tensor:
 
     The number of the layer is in the data then, and not in the code: one compiled graph serves all layers.
     """
-    return keys + _wrap(stream(layer, Purpose(0)) * _GOLDEN)
+    return keys + layer_offset(layer)
+
+
+def layer_offset(layer: int) -> int:
+    return _wrap(stream(layer, Purpose(0)) * _GOLDEN)
 
 
 def uniform(keys: Tensor, stream_id: int, features: int, first_feature: int = 0) -> Tensor:

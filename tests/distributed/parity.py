@@ -25,7 +25,7 @@ from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
 from megatron_moe.optimizer.groups import build_optimizer
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
-from megatron_moe.training.step import count_loss_tokens, forward_backward, train_step
+from megatron_moe.training.step import count_loss_tokens, forward_backward, move_expert_biases, train_step
 from megatron_moe.utils.random import token_keys
 
 VOCAB, SEQUENCES, LENGTH, STEPS = 60, 8, 15, 5  # 15 tokens: not divisible by any tensor-parallel degree
@@ -50,6 +50,16 @@ MODELS = {
     "--disable-moe-token-dropping",
     # capacity with random token selection: per source rank and microbatch, so the same under every data/expert layout
     "dropping": "--num-experts 1 4 4 --topk 1 --moe-train-capacity-factor 0.6 --moe-min-capacity 1",
+    # sigmoid scores, groups, and a bias that moves: by 0.05, so that choices change within the five steps
+    "deepseek": "--num-experts 1 4 8 --topk 2 --moe-router-score-function sigmoid --moe-router-num-groups 2 --moe-router-group-topk 1 "
+    "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0.05 --disable-moe-top2-2nd-expert-sampling "
+    "--moe-router-normalize chosen --moe-router-topk-scaling-factor 2.5 --disable-moe-token-dropping",
+    "drawn": "--num-experts 1 4 4 --topk 1 --moe-noisy-gate-policy RSample --moe-train-capacity-factor 0.8 --moe-min-capacity 1",
+    "hash": "--num-experts 1 4 8 --topk 2 --moe-router-policy hash --moe-router-z-loss-coeff 0 --disable-moe-token-dropping",
+    "zipf": "--num-experts 1 4 4 --topk 2 --moe-router-policy zipf --moe-noisy-gate-policy Jitter --disable-moe-token-dropping",
+    # these two look at all tokens of a rank's micro-batch
+    "expert_choice": "--num-experts 1 4 4 --topk 2 --moe-router-policy expert_choice",
+    "sinkhorn": "--num-experts 1 4 4 --topk 1 --moe-router-policy sinkhorn --moe-train-capacity-factor 0.8 --moe-min-capacity 1",
 }
 
 
@@ -130,7 +140,17 @@ def reference(model_name: str, flags: str = FP64) -> dict[str, torch.Tensor]:
             group["lr"] = learning_rate(step)
         optimizer.step()
         optimizer.zero_grad()
-    return out | {f"weight {n}": whole(p) for n, p in model.named_parameters()}
+        move_biases(model)
+    return out | {f"weight {n}": whole(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def move_biases(model: GPT) -> None:
+    """The rule of arXiv 2408.15664 expert by expert, from the counts of this step."""
+    for moe in (m for m in moe_layers(model) if m.gate.expert_bias is not None):
+        counts = moe.stats.counts_E.tolist()
+        for e, count in enumerate(counts):
+            missing = sum(counts) / len(counts) - count
+            moe.gate.expert_bias[e] += moe.config.moe_router_bias_update_rate * ((missing > 0) - (missing < 0))
 
 
 def layout(model_name: str, flags: str) -> dict[str, torch.Tensor] | None:
@@ -153,7 +173,7 @@ def layout(model_name: str, flags: str) -> dict[str, torch.Tensor] | None:
             out |= {f"loss {step}": done.lm_loss, f"norm {step}": done.grad_norm}
         if step <= 1:
             out |= routing(model, step)
-    out |= {f"weight {n}": whole(p) for n, p in model.named_parameters()}
+    out |= {f"weight {n}": whole(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
     return out if dist.get_rank() == 0 else None
 
 
@@ -175,6 +195,7 @@ def first_step(model: GPT, optimizer: torch.optim.Optimizer, batches: list[Batch
     clip_gradients(model.parameters(), norm, CLIP)
     optimizer.step()
     optimizer.zero_grad()
+    move_expert_biases(model)
     return out
 
 

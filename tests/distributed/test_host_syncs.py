@@ -63,6 +63,12 @@ def test_a_step_waits_for_nothing_but_the_sizes_of_an_exchange(world, flags, per
         assert {re.sub(r"\d+", "", s) for s in seen} <= {"tolist in dispatch.py:"}
 
 
+@pytest.mark.parametrize("model", ["deepseek", "drawn", "hash", "zipf", "expert_choice", "sinkhorn"])
+def test_no_policy_waits(model):
+    for seen, _ in run_distributed(waits, 2, model, f"{EP} --moe-token-dispatcher allgather"):
+        assert seen == []
+
+
 def waits_with(fault: str) -> list[str]:
     from megatron_moe.moe import layer
 

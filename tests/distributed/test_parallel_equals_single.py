@@ -29,6 +29,13 @@ LAYOUTS = [  # model, world size, flags
     ("noisy", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"),
     ("dropping", 2, "--zero-stage 1 --moe-expert-parallel-size 2"),
     ("dropping", 4, "--zero-stage 3 --moe-expert-parallel-size 4"),
+    *((policy, 2, "--zero-stage 1 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2") for policy in ("deepseek", "hash", "zipf")),
+    *((policy, 2, "--zero-stage 1 --moe-expert-parallel-size 2") for policy in ("drawn", "expert_choice", "sinkhorn")),
+    ("expert_choice", 2, "--zero-stage 2 --moe-expert-parallel-size 2 --moe-token-dispatcher alltoall"),
+    *(
+        (policy, 4, "--zero-stage 3 --moe-expert-parallel-size 4 --recompute-granularity full")
+        for policy in ("deepseek", "hash", "zipf", "drawn", "expert_choice", "sinkhorn")
+    ),
 ]
 FAST = [
     ("pyramid", 2, "--zero-stage 1 --moe-expert-parallel-size 2"),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_moe.moe.tokens import TokenInfo
+from megatron_moe.utils.random import Purpose, mix, uniform
 
 
 @dataclass
@@ -30,7 +31,8 @@ class Choice:
 class Policy(Protocol):
     """Differentiable where it may be, without host syncs, and traceable by torch.compile."""
 
-    # Whether no expert gets more rows than the capacity that was handed in, so that nothing has to be dropped afterwards.
+    # Whether experts choose, in training: none takes more rows than the capacity that is handed in, so there always is one and
+    # nothing is dropped afterwards. In evaluation such a policy is dropless.
     keeps_capacity: bool
 
     def __call__(self, logits_TE: Tensor, tokens: TokenInfo, bias_E: Tensor | None, capacity: int | None, training: bool) -> Choice:
@@ -55,3 +57,18 @@ def best(ranks_TE: Tensor, k: int) -> Tensor:
         columns.append(ranks_TE.argmax(-1, keepdim=True))
         ranks_TE = ranks_TE.scatter(1, columns[-1], float("-inf"))
     return torch.cat(columns, dim=1)
+
+
+def assignment_key(tokens: TokenInfo, seed: int, device: torch.device) -> Tensor:
+    """int64 scalar that differs between seeds and layers, for assignments that do not change from step to step."""
+    layer_key = tokens.layer_key if tokens.layer_key is not None else torch.zeros((), dtype=torch.int64, device=device)
+    return mix(layer_key ^ seed)
+
+
+def dealt(number_N: Tensor, key: Tensor, num_experts: int, k: int) -> Tensor:
+    """ids_NK: numbers 0, 1, 2, ... are dealt to experts as cards are. Each E numbers in a row take all experts, once per choice, in
+    an order that is drawn for them: so of any N numbers from 0 on, no expert gets more than one above another."""
+    draws_NE = uniform(mix(number_N // num_experts ^ key), Purpose.ASSIGNMENT, num_experts)
+    order_NE = draws_NE.argsort(dim=1, stable=True)
+    place_NK = number_N[:, None] + torch.arange(k, device=number_N.device)
+    return order_NE.gather(1, place_NK % num_experts)
