@@ -213,6 +213,8 @@ def _by_part(counts: ParameterCounts) -> tuple[dict[str, int], dict[str, int]]:
         "dense_mlp": sum(layer.mlp for layer in layers if not layer.experts),
         "residual_mlp": sum(layer.mlp for layer in layers if layer.experts),
         "residual_coefficients": sum(layer.coefficient for layer in layers),
+        "shared_experts": sum(layer.shared_expert for layer in layers),
+        "latent_projections": sum(layer.latent for layer in layers),
         "gates": sum(layer.gate for layer in layers),
         "experts": sum(layer.experts for layer in layers),
         "head": counts.head,

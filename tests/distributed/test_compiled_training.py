@@ -143,12 +143,12 @@ def test_twenty_steps_of_varying_routing_make_no_further_graph(model, flags, in_
     assert model == "pyramid" or 0 in all_rows[1]
 
 
-@pytest.mark.parametrize("swiglu", [False, True])
-def test_any_number_of_rows_is_computed_by_one_graph(swiglu):
+@pytest.mark.parametrize("activation", ["gelu", "squared_relu", "swiglu"])
+def test_any_number_of_rows_is_computed_by_one_graph(activation):
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
-    experts = Experts(3, 8, 12, swiglu).double()
+    experts = Experts(3, 8, 12, activation).double()
     forward = of_any_rows(torch.compile(experts.forward, fullgraph=True, dynamic=False, backend="aot_eager"))
     for rows in ([2, 0, 3], [0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 0, 9]):
         offsets = torch.tensor(rows).cumsum(0).to(torch.int32)
