@@ -55,7 +55,7 @@ MODELS = {
     "shared": "--num-experts 1 4 4 --topk 2 --activation-func relu --moe-shared-expert-intermediate-size 24 --moe-shared-expert-gate "
     "--moe-ffn-hidden-size 20 --disable-moe-token-dropping",
     # experts of another width than the tokens, and the plain sum of Residual-MoE
-    "latent": "--num-experts 1 4 8 --topk 3 --squared-relu --moe-latent-size 12 --mlp-type residual --moe-residual-combine sum --init-method-std 0.1 "
+    "latent": "--num-experts 1 4 8 --topk 3 --squared-relu --moe-latent-size 12 --mlp-type residual --moe-residual-combine sum --init-method-std 0.05 "
     "--disable-moe-token-dropping",
     # experts of the factory below, of which some get no token
     "modules": "--num-experts 1 2 8 --topk 1 --disable-moe-token-dropping",
