@@ -56,6 +56,9 @@ def compiled_layout(backend: str, model: str, flags: str) -> dict[str, torch.Ten
         ("dropping", 2, f"{EP} --zero-stage 3"),
         ("noisy", 2, f"{TP} {EP} --recompute-granularity selective"),
         ("modern", 2, f"{TP} {EP} --zero-stage 2 --moe-token-dispatcher allgather --recompute-granularity full"),
+        ("shared", 2, f"{EP} --zero-stage 3 --moe-pad-expert-input-to-capacity"),
+        ("latent", 2, f"{TP} {EP} --recompute-granularity full"),
+        ("modules", 2, f"{EP} --zero-stage 3"),
     ],
     ids=lambda v: str(v).replace("--", "").replace(" ", "_"),
 )
@@ -141,6 +144,20 @@ def test_twenty_steps_of_varying_routing_make_no_further_graph(model, flags, in_
     all_rows = [rows for _, rows in results]
     assert len({n for rows in all_rows for n in rows}) > 5  # the routing did vary
     assert model == "pyramid" or 0 in all_rows[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "in_training", "sizes"),
+    [
+        ("noisy", 9, range(6, 100)),  # the largest load changes from step to step, and the number of rows with it
+        ("dropping", 8, [2]),  # one number in training, another one in evaluation
+    ],
+)
+def test_rows_padded_to_the_capacity_make_no_further_graph(model, in_training, sizes):
+    flags = f"{EP} --recompute-granularity full --moe-pad-expert-input-to-capacity"
+    for (first, evaluated, last), rows in run_distributed(graphs_over_steps, 2, model, flags):
+        assert (first, evaluated - first, last) == (in_training, 8, evaluated)
+        assert len(set(rows)) in sizes
 
 
 @pytest.mark.parametrize("activation", ["gelu", "squared_relu", "swiglu"])

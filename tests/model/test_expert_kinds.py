@@ -87,7 +87,7 @@ def test_dense_layers_know_nothing_of_shared_experts():
 @pytest.mark.parametrize("dropping", [True, False], ids=["dropping", "dropless"])
 def test_latent_experts_equal_the_layer_in_their_width_between_two_projections(k, dropping):
     """The router sees the whole token; a dropped one comes back as exactly zero."""
-    moe = {"num_experts": (4,), "topk": k, "moe_token_dropping": dropping, "moe_train_capacity_factor": 0.5, "moe_min_capacity": 0,
+    moe = {"num_experts": (4,), "topk": k, "moe_token_dropping": dropping, "moe_train_capacity_factor": 0.25, "moe_min_capacity": 0,
            "moe_rts": False, "moe_loss_coeff": 0.0}  # fmt: skip
     torch.manual_seed(0)
     latent = MoELayer(1, 4, D, 12, MoEConfig(**moe, moe_latent_size=6)).double()
