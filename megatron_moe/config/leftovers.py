@@ -161,7 +161,6 @@ NOT_YET: dict[str, tuple[int | str, str]] = {
     "end-weight-decay": (1, "a growing weight decay"),
     "rotary-percent": (1, "rotary positions in a part of each head"),
     "openai-gelu": (0, "GELU by the tanh formula"),
-    "squared-relu": (0, "squared ReLU"),
     "init-method-xavier-uniform": (0, "uniform initial weights"),
     "apply-layernorm-1p": (0, "norm weights around zero"),
     "apply-residual-connection-post-layernorm": (0, "residuals behind the norm"),

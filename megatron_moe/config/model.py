@@ -34,7 +34,11 @@ class ModelConfig:
     )
     normalization: Literal["LayerNorm", "RMSNorm"] = flag("LayerNorm", "normalisation layer")
     layernorm_epsilon: float = flag(1e-5, "epsilon inside the normalisation", names=("norm-epsilon",), above=0)
-    swiglu: bool = flag(False, "gated SiLU units in the MLP and the experts, instead of GELU")
+    activation_func: Literal["gelu", "relu", "squared_relu", "swiglu"] = flag(
+        "gelu", "activation of the MLP and the experts; squared_relu: max(x, 0)^2 (arXiv 2109.08668); swiglu: silu(gate) times value, with "
+        "a matrix more (arXiv 2002.05202)")  # fmt: skip
+    swiglu: bool = flag(False, "same as --activation-func swiglu")
+    squared_relu: bool = flag(False, "same as --activation-func squared_relu")
     add_bias_linear: bool = flag(True, "bias vectors in the linear layers", negative=("disable-bias-linear",))
     untie_embeddings_and_output_weights: bool = flag(False, "give the output layer a weight of its own")
     hidden_dropout: float = flag(0.1, "dropout on the output of attention and MLP", minimum=0, maximum=0.999)
@@ -60,6 +64,9 @@ class ModelConfig:
         if heads % groups:
             yield (f"--num-attention-heads ({heads}) must be divisible by --num-key-value-heads ({groups}); "
                    f"use one of {divisors(heads)}")  # fmt: skip
+        asked = {a for a in (self.activation_func, *self._activation_switches()) if a != "gelu"}
+        if len(asked) > 1:
+            yield f"the activation is asked to be {' and '.join(sorted(asked))}; keep one of --activation-func, --swiglu and --squared-relu"
         if self.position_embedding_type == "rope" and self.head_dim % 2:
             yield f"rotary positions need an even head width, not {self.head_dim}; change --kv-channels or the number of heads"
 
@@ -71,12 +78,20 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
+    def _activation_switches(self) -> list[str]:
+        return [name for name, is_on in (("swiglu", self.swiglu), ("squared_relu", self.squared_relu)) if is_on]
+
+    @property
+    def activation(self) -> str:
+        """Of the MLP and the experts, whichever flag named it."""
+        return next(iter(self._activation_switches()), self.activation_func)
+
     @property
     def ffn_size(self) -> int:
-        """Inner width of MLP and experts (Megatron's defaults)."""
+        """Inner width of the dense MLP, and of experts that have none of their own (Megatron's defaults)."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
-        if not self.swiglu:
+        if self.activation != "swiglu":
             return 4 * self.hidden_size
         return max(8 * self.hidden_size // 3 // 64 * 64, 64)
 

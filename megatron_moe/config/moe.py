@@ -38,6 +38,17 @@ class MoEConfig:
     mlp_type: Literal["standard", "residual"] = flag(
         "standard", "residual: a dense MLP beside the experts, mixed by a learned two-way coefficient (Residual-MoE)"
     )
+    moe_residual_combine: Literal["coefficient", "sum"] = flag(
+        "coefficient", "how --mlp-type residual adds experts and MLP up: by a learned softmax of two weights per token (DeepSpeed), or as "
+        "they are (the formula of the paper, arXiv 2201.05596 section 4.1.1)")  # fmt: skip
+    moe_ffn_hidden_size: int | None = flag(None, "inner width of each expert; --ffn-hidden-size when not given", minimum=1)
+    moe_shared_expert_intermediate_size: int | None = flag(
+        None, "inner width of a shared expert: a dense MLP that every token passes beside its routed experts", minimum=1
+    )
+    moe_shared_expert_gate: bool = flag(False, "weigh the shared expert's output by a learned sigmoid per token (Qwen2-MoE)")
+    moe_latent_size: int | None = flag(
+        None, "experts work in this width: tokens are projected to it before they travel and back after; the router sees them whole",
+        minimum=1)  # fmt: skip
     topk: int = flag(1, "experts per token (k)", names=("moe-router-topk",), minimum=1)
     expert_interval: int = flag(2, "layers divisible by this (counted from 1) are MoE layers", minimum=1)
     moe_expert_parallel_size: int = flag(
@@ -109,6 +120,10 @@ class MoEConfig:
         "auto", "how tokens travel to their experts; auto: local for EP 1, all-gather when k reaches EP and reserves at most 1.25 times "
         "the rows of equally busy experts (a capacity bounds them), else all-to-all",
         names=("moe-token-dispatcher-type",))  # fmt: skip
+    moe_pad_expert_input_to_capacity: bool = flag(
+        False, "every expert gets exactly its capacity of rows from every rank, zeros where there are fewer: exchanges of equal sizes that "
+        "no host waits for (DeepSpeed's layout). Costs rows, and memory, of experts x capacity whatever the load; without dropping the "
+        "capacity is the largest load, which the host has to ask for")  # fmt: skip
     moe_identical_expert_init: bool = flag(False, "start all experts of a layer with the same weights, as DeepSpeed does")
 
     def __post_init__(self) -> None:
@@ -120,6 +135,7 @@ class MoEConfig:
             yield f"--topk ({self.topk}) cannot exceed the experts of a layer ({smallest}); lower it or raise --num-experts"
         yield from self._policy_problems()
         yield from self._router_problems()
+        yield from self._expert_problems()
         ep = self.moe_expert_parallel_size
         if self.moe_pyramid_ep == "strict":
             for n in sorted({n for n in self.num_experts if n > 1}):
@@ -161,6 +177,28 @@ class MoEConfig:
             name = "--moe-noisy-gate-policy RSample" if k == 1 else "the sampling of the second expert"
             cure = "drop it" if k == 1 else "add --disable-moe-top2-2nd-expert-sampling"
             yield f"{name} draws from the logits alone and knows neither groups nor an expert bias; {cure}"
+
+    def _expert_problems(self) -> Iterator[str]:
+        if self.mlp_type == "residual" and self.moe_shared_expert_intermediate_size:
+            yield (f"--mlp-type residual and --moe-shared-expert-intermediate-size ({self.moe_shared_expert_intermediate_size}) both put a "
+                   "dense MLP beside the experts; keep one (residual with --moe-residual-combine sum is a shared expert of the width "
+                   "--ffn-hidden-size)")  # fmt: skip
+        if self.moe_shared_expert_gate and not self.moe_shared_expert_intermediate_size:
+            yield "--moe-shared-expert-gate needs a shared expert; give --moe-shared-expert-intermediate-size, or drop the gate"
+        if self.moe_residual_combine == "sum" and self.mlp_type != "residual":
+            yield "--moe-residual-combine sum is about the MLP of --mlp-type residual; add that, or drop it"
+        if self.moe_pad_expert_input_to_capacity and self.moe_token_dispatcher == "allgather":
+            yield ("--moe-pad-expert-input-to-capacity makes the exchanges of an all-to-all equal, and --moe-token-dispatcher allgather "
+                   "exchanges no rows; use alltoall or auto, or drop the padding")  # fmt: skip
+
+    def expert_ffn_size(self, dense: int) -> int:
+        """Inner width of an expert, where that of the dense MLP is `dense`."""
+        return self.moe_ffn_hidden_size or dense
+
+    @property
+    def residual(self) -> str | None:
+        """How a MoE layer adds up its experts and the dense MLP beside them: coefficient or sum; None without that MLP."""
+        return self.moe_residual_combine if self.mlp_type == "residual" else None
 
     @property
     def normalize(self) -> str:

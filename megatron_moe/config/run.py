@@ -92,6 +92,10 @@ class RunConfig:
                    f"use TP {_one_of(m.key_value_heads)}")  # fmt: skip
         if m.ffn_size % tp:
             yield f"the MLP width ({m.ffn_size}) must be divisible by --tensor-model-parallel-size ({tp}); change --ffn-hidden-size"
+        shared = self.moe.moe_shared_expert_intermediate_size
+        if shared and shared % tp:
+            yield (f"--moe-shared-expert-intermediate-size ({shared}) must be divisible by --tensor-model-parallel-size ({tp}); use "
+                   f"{shared // tp * tp or tp} or TP {_one_of(shared)}")  # fmt: skip
         if m.make_vocab_size_divisible_by % tp:
             yield (f"--make-vocab-size-divisible-by ({m.make_vocab_size_divisible_by}) must be divisible by "
                    f"--tensor-model-parallel-size ({tp}), so that the padded vocabulary splits evenly under every layout")  # fmt: skip
@@ -244,19 +248,35 @@ class RunConfig:
     def architecture(self, vocab_size: int) -> dict[str, Any]:
         """What weights depend on: two runs whose `architecture` is equal can exchange checkpoints."""
         m = dataclasses.asdict(self.model)
-        for name in ("hidden_dropout", "attention_dropout", "init_method_std", "use_rotary_position_embeddings"):
+        for name in ("hidden_dropout", "attention_dropout", "init_method_std", "use_rotary_position_embeddings", "activation_func",
+                     "squared_relu"):  # fmt: skip
             del m[name]
         m |= {
             "num_key_value_heads": self.model.key_value_heads, "kv_channels": self.model.head_dim,
             "ffn_hidden_size": self.model.ffn_size, "vocab_size": vocab_size,
             "padded_vocab_size": self.model.padded_vocab_size(vocab_size),
             "experts_per_layer": list(self.moe.experts_per_layer(self.model.num_layers)), "mlp_type": self.moe.mlp_type,
+            "swiglu": self.model.activation == "swiglu",
         }  # fmt: skip
+        return m | self._newer_architecture()
+
+    def _newer_architecture(self) -> dict[str, Any]:
+        """What is named only where it is used, so that the checkpoints written before it existed still are of this architecture."""
+        newer: dict[str, Any] = {}
         if self.moe.moe_router_policy == "hash":
-            m["moe_router_hash_seed"] = self.moe.moe_router_hash_seed
+            newer["moe_router_hash_seed"] = self.moe.moe_router_hash_seed
         if self.moe.moe_router_enable_expert_bias:
-            m["moe_router_enable_expert_bias"] = True
-        return m
+            newer["moe_router_enable_expert_bias"] = True
+        if self.model.activation not in ("gelu", "swiglu"):
+            newer["activation_func"] = self.model.activation
+        if self.moe.has_experts:
+            for name in ("moe_residual_combine", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
+                         "moe_latent_size"):  # fmt: skip
+                if getattr(self.moe, name) != FIELDS[name].default:
+                    newer[name] = getattr(self.moe, name)
+        if newer.get("moe_ffn_hidden_size") == self.model.ffn_size:
+            del newer["moe_ffn_hidden_size"]
+        return newer
 
 
 def digest(data: Any) -> str:

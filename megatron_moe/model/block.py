@@ -1,8 +1,9 @@
-"""One transformer layer: attention, then an MLP, experts, or both (Residual-MoE)."""
+"""One transformer layer: attention, then an MLP, experts, or both (Residual-MoE, shared experts)."""
 # B batch, S sequence, D hidden, T tokens (B*S)
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from megatron_moe.model.attention import Attention, Context
 from megatron_moe.model.mlp import MLP
 from megatron_moe.model.norm import build_norm
 from megatron_moe.moe.layer import MoELayer, call
+from megatron_moe.moe.module_experts import ExpertFactory
 from megatron_moe.utils.random import Purpose, dropout
 
 
@@ -19,21 +21,25 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)).
 
     Feed-forward is the dense MLP, or the experts, or for `--mlp-type residual` both, mixed per token by a learned two-way
-    softmax: c_0 experts(x) + c_1 mlp(x) (DeepSpeed-MoE, arXiv 2201.05596 section 4.1.1; coefficients as in its code).
+    softmax: c_0 experts(x) + c_1 mlp(x) (DeepSpeed-MoE, arXiv 2201.05596 section 4.1.1; coefficients as in its code), or as
+    they are. A shared expert is a dense MLP of a width of its own, added to the experts, gated or not.
     `run_attention` and `run_mlp` are swapped for recomputing runners; routing is outside of both. `attend`, `feed_forward`,
     `normalise` and `finish` may be compiled.
     """
 
-    def __init__(self, layer: int, num_experts: int, config: ModelConfig, moe: MoEConfig):
+    def __init__(self, layer: int, num_experts: int, config: ModelConfig, moe: MoEConfig, expert_factory: ExpertFactory | None = None):
         super().__init__()
-        is_moe, is_residual = num_experts > 1, moe.mlp_type == "residual"
+        is_moe, D, shared = num_experts > 1, config.hidden_size, moe.moe_shared_expert_intermediate_size
         self.layer, self.dropout = layer, config.hidden_dropout
         self.attn_norm, self.attn, self.mlp_norm = build_norm(config), Attention(config), build_norm(config)
-        self.mlp = MLP(config) if not is_moe or is_residual else None
+        self.mlp = MLP(config) if not is_moe or moe.residual else None
         self.moe = None
         if is_moe:
-            self.moe = MoELayer(layer, num_experts, config.hidden_size, config.ffn_size, moe, config.swiglu, config.add_bias_linear)
-        self.coefficient = nn.Linear(config.hidden_size, 2) if is_moe and is_residual else None
+            width = moe.expert_ffn_size(config.ffn_size)
+            self.moe = MoELayer(layer, num_experts, D, width, moe, config.activation, config.add_bias_linear, expert_factory)
+        self.coefficient = nn.Linear(D, 2) if is_moe and moe.residual == "coefficient" else None
+        self.shared_expert = MLP(config, shared) if is_moe and shared else None
+        self.shared_expert_gate = nn.Linear(D, 1, bias=False) if is_moe and moe.moe_shared_expert_gate else None
         self.run_attention = self.run_mlp = call
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
@@ -44,7 +50,8 @@ class Block(nn.Module):
         h_TD = self.normalise(x_BSD)
         # in training every rank has a micro-batch of the same size; evaluation asks the others
         y_TD = self.moe(h_TD, context.token_info(*x_BSD.shape[:2], h_TD.shape[0] if self.training else None))
-        run = call if self.coefficient is None else self.run_mlp  # without a dense branch there is nothing worth recomputing
+        has_branch = self.mlp is not None or self.shared_expert is not None
+        run = self.run_mlp if has_branch else call  # without a dense branch there is nothing worth recomputing
         return run(self.finish, x_BSD, h_TD, y_TD, mine)
 
     def attend(self, x_BSD: Tensor, context: Context) -> Tensor:
@@ -58,11 +65,18 @@ class Block(nn.Module):
         return self.mlp_norm(x_BSD).flatten(0, 1)
 
     def finish(self, x_BSD: Tensor, h_TD: Tensor, y_TD: Tensor, context: Context) -> Tensor:
-        """Mix the experts' answer with the dense MLP's, where there is one, and add it to the stream."""
+        """Mix the experts' answer with the dense branch's, where there is one, and add it to the stream."""
         h_BSD, y_BSD = h_TD.view_as(x_BSD), y_TD.view_as(x_BSD)
         if self.coefficient is not None:
             c_BS2 = F.softmax(self.coefficient(h_BSD), dim=-1)
             y_BSD = y_BSD * c_BS2[..., :1] + self.mlp(h_BSD) * c_BS2[..., 1:]
+        elif self.mlp is not None:
+            y_BSD = y_BSD + self.mlp(h_BSD)
+        if self.shared_expert is not None:
+            shared_BSD = self.shared_expert(h_BSD)
+            if self.shared_expert_gate is not None:
+                shared_BSD = shared_BSD * torch.sigmoid(self.shared_expert_gate(h_BSD))
+            y_BSD = y_BSD + shared_BSD
         return x_BSD + self._dropout(y_BSD, context, Purpose.MLP_OUTPUT_DROPOUT)
 
     def _dropout(self, y_BSD: Tensor, context: Context, purpose: Purpose) -> Tensor:

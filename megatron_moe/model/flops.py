@@ -15,7 +15,7 @@ from megatron_moe.config.moe import MoEConfig
 
 @dataclass(frozen=True)
 class LayerCounts:
-    """Parameters of one layer; `mlp` is the dense MLP or the residual branch, `experts` all of them."""
+    """Parameters of one layer; `mlp` is the dense MLP or the residual branch, `experts` all routed ones."""
 
     attention: int
     norms: int
@@ -24,10 +24,12 @@ class LayerCounts:
     experts: int = 0
     active_experts: int = 0
     coefficient: int = 0
+    shared_expert: int = 0  # and its gate
+    latent: int = 0  # projections around the experts
 
     @property
     def total(self) -> int:
-        return self.attention + self.norms + self.mlp + self.gate + self.experts + self.coefficient
+        return self.attention + self.norms + self.mlp + self.gate + self.experts + self.coefficient + self.shared_expert + self.latent
 
     @property
     def active(self) -> int:
@@ -77,9 +79,14 @@ def flops_per_token(model: ModelConfig, moe: MoEConfig, seq_length: int, vocab_s
             forward += 2 * _mlp_matrices(model)
             continue
         forward += 2 * model.hidden_size * num_experts  # router
-        forward += 2 * _mlp_matrices(model) * moe.topk
-        if moe.mlp_type == "residual":
-            forward += 2 * _mlp_matrices(model) + 2 * model.hidden_size * 2  # dense branch, two-way coefficient
+        forward += 2 * _mlp_matrices(model, *_expert_widths(model, moe)) * moe.topk
+        forward += 2 * 2 * model.hidden_size * (moe.moe_latent_size or 0)  # down and up
+        if moe.residual:
+            forward += 2 * _mlp_matrices(model)  # dense branch
+        if moe.residual == "coefficient":
+            forward += 2 * model.hidden_size * 2
+        if width := moe.moe_shared_expert_intermediate_size:
+            forward += 2 * _mlp_matrices(model, width=width) + 2 * model.hidden_size * moe.moe_shared_expert_gate
     return 3.0 * forward
 
 
@@ -91,15 +98,22 @@ def _layer_counts(model: ModelConfig, moe: MoEConfig, num_experts: int) -> Layer
     mlp = _mlp_parameters(model)
     if num_experts == 1:
         return LayerCounts(**common, mlp=mlp)
-    is_residual = moe.mlp_type == "residual"
+    expert, shared = _mlp_parameters(model, *_expert_widths(model, moe)), moe.moe_shared_expert_intermediate_size
     return LayerCounts(
         **common,
-        mlp=mlp if is_residual else 0,
+        mlp=mlp if moe.residual else 0,
         gate=model.hidden_size * num_experts,
-        experts=num_experts * mlp,
-        active_experts=moe.topk * mlp,
-        coefficient=2 * model.hidden_size + 2 if is_residual else 0,
+        experts=num_experts * expert,
+        active_experts=moe.topk * expert,
+        coefficient=2 * model.hidden_size + 2 if moe.residual == "coefficient" else 0,
+        shared_expert=_mlp_parameters(model, width=shared) + model.hidden_size * moe.moe_shared_expert_gate if shared else 0,
+        latent=2 * model.hidden_size * (moe.moe_latent_size or 0),
     )
+
+
+def _expert_widths(model: ModelConfig, moe: MoEConfig) -> tuple[int, int]:
+    """What goes into a routed expert and comes out of it; its inner width."""
+    return moe.moe_latent_size or model.hidden_size, moe.expert_ffn_size(model.ffn_size)
 
 
 def _attention_matrices(model: ModelConfig) -> int:
@@ -119,13 +133,14 @@ def _attention_flops(model: ModelConfig, seq_length: int) -> int:
     return 2 * _attention_matrices(model) + scores_and_values
 
 
-def _mlp_matrices(model: ModelConfig) -> int:
-    return (3 if model.swiglu else 2) * model.hidden_size * model.ffn_size  # fc1, fc2, and fc_gate
+def _mlp_matrices(model: ModelConfig, hidden: int | None = None, width: int | None = None) -> int:
+    """fc1, fc2, and fc_gate, of the dense MLP's widths if no others are given."""
+    return (3 if model.activation == "swiglu" else 2) * (hidden or model.hidden_size) * (width or model.ffn_size)
 
 
-def _mlp_parameters(model: ModelConfig) -> int:
-    biases = (2 if model.swiglu else 1) * model.ffn_size + model.hidden_size
-    return _mlp_matrices(model) + (biases if model.add_bias_linear else 0)
+def _mlp_parameters(model: ModelConfig, hidden: int | None = None, width: int | None = None) -> int:
+    biases = (2 if model.activation == "swiglu" else 1) * (width or model.ffn_size) + (hidden or model.hidden_size)
+    return _mlp_matrices(model, hidden, width) + (biases if model.add_bias_linear else 0)
 
 
 def _norm_parameters(model: ModelConfig) -> int:

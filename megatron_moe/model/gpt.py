@@ -19,6 +19,7 @@ from megatron_moe.model.attention import Context
 from megatron_moe.model.block import Block
 from megatron_moe.model.loss import token_losses
 from megatron_moe.model.norm import build_norm
+from megatron_moe.moe.module_experts import ExpertFactory
 from megatron_moe.utils.random import Purpose, dropout
 
 
@@ -26,10 +27,10 @@ class GPT(nn.Module):
     """tokens [B, S] int64 -> losses or logits. `vocab_size` is the tokenizer's; rows beyond it are padding.
 
     `project` (hidden, weight -> logits) and `token_losses` (logits, labels, vocab_size -> losses) are swapped by tensor
-    parallelism, under which the logits are this rank's columns only.
+    parallelism, under which the logits are this rank's columns only. `expert_factory` makes the experts, see moe/module_experts.py.
     """
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig, vocab_size: int):
+    def __init__(self, config: ModelConfig, moe: MoEConfig, vocab_size: int, expert_factory: ExpertFactory | None = None):
         super().__init__()
         D, rows = config.hidden_size, config.padded_vocab_size(vocab_size)
         self.config, self.moe_config, self.vocab_size = config, moe, vocab_size
@@ -37,7 +38,7 @@ class GPT(nn.Module):
         learned = config.position_embedding_type == "learned_absolute"
         self.position_embedding = nn.Embedding(config.max_position_embeddings, D) if learned else None
         experts = moe.experts_per_layer(config.num_layers)
-        self.layers = nn.ModuleDict({str(i): Block(i, n, config, moe) for i, n in enumerate(experts, start=1)})
+        self.layers = nn.ModuleDict({str(i): Block(i, n, config, moe, expert_factory) for i, n in enumerate(experts, start=1)})
         self.norm: nn.Module | None = build_norm(config)
         self.head = None if config.is_tied else nn.Linear(D, rows, bias=False)
         self.project: Callable[[Tensor, Tensor], Tensor] = F.linear

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megatron_moe.moe.experts import STACKS
+from megatron_moe.moe.module_experts import ModuleExperts
 from megatron_moe.utils.compat import local_slices
 from megatron_moe.utils.random import named_generator
 
 _EXPERT_STACK = re.compile(rf"\bexperts\.({'|'.join(STACKS)})$")
-_RESIDUAL_OUTPUT = re.compile(r"(out_proj|fc2)\.weight$|\bexperts\.w2$")
+_RESIDUAL_OUTPUT = re.compile(r"(out_proj|fc2|latent_up)\.weight$|\bexperts\.w2$")
 
 
 @torch.no_grad()
@@ -29,10 +30,10 @@ def initialize_parameters(model: nn.Module, seed: int, std: float, num_layers: i
     """
     for buffer in model.buffers():  # what moves by a rule of its own starts at zero
         buffer.zero_()
+    drawn_by_factories = _draw_module_experts(model, seed, identical_experts)
     for name, p in model.named_parameters():
-        local = p.to_local() if isinstance(p, DTensor) else p
-        slices = local_slices(p) if isinstance(p, DTensor) else tuple(slice(0, n) for n in p.shape)
-        if local.numel() == 0:
+        local, slices = _local(p)
+        if local.numel() == 0 or name in drawn_by_factories:
             continue
         scale = std * (2 * num_layers) ** -0.5 if _RESIDUAL_OUTPUT.search(name) else std
         if _EXPERT_STACK.search(name):
@@ -41,6 +42,29 @@ def initialize_parameters(model: nn.Module, seed: int, std: float, num_layers: i
                 local[i].copy_(_draw(name, key, tuple(p.shape[1:]), seed, scale)[slices[1:]])
         else:
             local.copy_(_draw(name, name, tuple(p.shape), seed, scale)[slices])
+
+
+def _local(p: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What of a parameter is here, and where it lies in the whole."""
+    if isinstance(p, DTensor):
+        return p.to_local(), local_slices(p)
+    return p, tuple(slice(0, n) for n in p.shape)
+
+
+def _draw_module_experts(model: nn.Module, seed: int, identical: bool) -> set[str]:
+    """Experts of a factory get the initial weights that it gives them, one expert at a time; returns the names of these parameters."""
+    names: set[str] = set()
+    for prefix, experts in model.named_modules():
+        if not isinstance(experts, ModuleExperts):
+            continue
+        here = {name: _local(p) for name, p in experts.named_parameters()}
+        names |= {f"{prefix}.{name}" for name in here}
+        for expert in sorted({e for _, slices in here.values() for e in range(slices[0].start, slices[0].stop)}):
+            drawn = experts.draw(prefix, seed, None if identical else expert)
+            for name, (local, slices) in here.items():
+                if slices[0].start <= expert < slices[0].stop:
+                    local[expert - slices[0].start].copy_(drawn[name][slices[1:]])
+    return names
 
 
 def _draw(name: str, key: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:

@@ -14,7 +14,7 @@ from megatron_moe.moe.layer import moe_layers
 
 def build_plain(run: RunConfig, vocab_size: int) -> GPT:
     """The model of a run without memory and without parallelism. Dropless: a token's fate must not depend on its neighbours."""
-    moe = dataclasses.replace(run.moe, moe_token_dropping=False)
+    moe = dataclasses.replace(run.moe, moe_token_dropping=False, moe_pad_expert_input_to_capacity=False)
     dtype = torch.float64 if run.training.params_dtype == "float64" else torch.float32
     model = build_on_meta(lambda: GPT(run.model, moe, vocab_size), dtype)
     for layer in moe_layers(model):

@@ -11,7 +11,8 @@ Rows arrive sorted by (expert, source rank, token, choice); offsets_e (int32) ar
 
 Where the number of rows is not known without asking the device, there are as many as there can be at most: those behind the
 last expert's are spare (`plan.has_spare_rows`). They have weight 0; the experts owe zeros for them, and zero gradients. Only the
-all-to-all asks - once per layer, for the sizes it must know on the host - and has no spare rows.
+all-to-all asks - once per layer, for the sizes it must know on the host - and has no spare rows. Padded, it need not ask: then
+zero rows of weight 0 stand behind each rank's rows of an expert, up to its capacity.
 
 Worked example, 4 experts on 2 ranks, k = 1: rank 0 routes tokens a b c to experts 2 0 2, rank 1 routes d e to 0 3.
 Rank 0 owns experts 0 and 1 and receives [b, d], offsets [2, 2]; rank 1 receives [a, c, e], offsets [2, 3].
@@ -204,17 +205,91 @@ class AllGatherDispatcher(LocalDispatcher):
         return reduce_scatter_rows(y_GD, self.group)[: plan.tokens_here]
 
 
+@dataclass
+class PaddedPlan:
+    """Which assignment fills each of the E x C rows of this rank."""
+
+    slot_R: Tensor  # int64: token * K + choice; T*K for a zero row
+    offsets_e: Tensor  # int32
+    capacity: int  # C
+    num_tokens: int
+    k: int
+    has_spare_rows: bool = False
+
+    @property
+    def token_R(self) -> Tensor:
+        return self.slot_R // self.k
+
+
+class PaddedDispatcher(LocalDispatcher):
+    """Every expert gets exactly C rows from every rank, zeros where there are fewer: DeepSpeed's [E, C, D].
+
+    All sizes follow from the capacity, so nothing is asked and no host waits. Without a capacity C is the largest load of an expert
+    on any rank of the group, for which the host waits once.
+    """
+
+    name = "padded"
+
+    def __init__(self, num_experts: int, group: dist.ProcessGroup | None = None):
+        super().__init__(num_experts)
+        self.group, self.ranks = group, 1 if group is None else dist.get_world_size(group)
+
+    def plan(self, ids_TK: Tensor, limits: Limits = Limits()) -> PaddedPlan:
+        order_A, counts_E = self._order(ids_TK)
+        capacity = self._largest_load(counts_E) if limits.capacity is None else limits.capacity
+        if limits.most_tokens is not None:
+            capacity = min(capacity, limits.most_tokens)  # the k experts of a token are different ones
+        place_C = torch.arange(capacity, device=ids_TK.device)
+        index_EC = (counts_E.cumsum(0) - counts_E)[:, None] + place_C
+        assignments = ids_TK.numel()
+        index_EC = torch.where(place_C < counts_E[:, None], index_EC, assignments)
+        slot_R = torch.nn.functional.pad(order_A, (0, 1), value=assignments).index_select(0, index_EC.flatten())
+        ends_e = torch.arange(1, self.num_experts // self.ranks + 1, dtype=torch.int32, device=ids_TK.device)
+        return PaddedPlan(slot_R, ends_e * (self.ranks * capacity), capacity, *ids_TK.shape)
+
+    def _largest_load(self, counts_E: Tensor) -> int:
+        most = counts_E.max()
+        if self.ranks > 1:
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+        return int(most)
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: PaddedPlan | None = None):
+        plan = plan or self.plan(ids_TK)
+        rows_AD = _pad_rows(x_TD, len(x_TD) + 1).index_select(0, plan.token_R)
+        weights_A = torch.nn.functional.pad(weights_TK.reshape(-1), (0, 1)).index_select(0, plan.slot_R)
+        return self._to_experts(rows_AD, plan), plan.offsets_e, self._to_experts(weights_A, plan), plan
+
+    def _to_experts(self, rows_A: Tensor, plan: PaddedPlan) -> Tensor:
+        """[E C, ...] -> [e P C, ...]: what came rank by rank is put in the order of the experts."""
+        if self.ranks == 1:
+            return rows_A
+        return self._exchange(rows_A).unflatten(0, (self.ranks, -1, plan.capacity)).transpose(0, 1).flatten(0, 2)
+
+    def combine(self, rows_RD: Tensor, plan: PaddedPlan) -> Tensor:
+        if self.ranks > 1:
+            rows_RD = self._exchange(rows_RD.unflatten(0, (-1, self.ranks, plan.capacity)).transpose(0, 1).flatten(0, 2))
+        return _sum_rows(rows_RD, plan.token_R, plan.num_tokens + 1)[: plan.num_tokens]
+
+    def _exchange(self, rows: Tensor) -> Tensor:
+        each = [len(rows) // self.ranks] * self.ranks
+        return all_to_all_rows(rows, each, each, self.group)
+
+
 def _pad_rows(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[0]), value=value)
 
 
 def build_dispatcher(
-    kind: str, num_experts: int, k: int, group: dist.ProcessGroup | None, capacity_factor: float = math.inf
+    kind: str, num_experts: int, k: int, group: dist.ProcessGroup | None, capacity_factor: float = math.inf, pad: bool = False
 ) -> LocalDispatcher:
     """kind: auto, alltoall or allgather; one rank always dispatches locally. capacity_factor: inf when nothing is dropped.
 
-    auto gathers when that moves no more rows than an exchange would, and a capacity keeps the room small.
+    auto gathers when that moves no more rows than an exchange would, and a capacity keeps the room small. pad: fill up to the
+    capacity, which goes with auto and alltoall.
     """
+    if pad:
+        assert kind != "allgather", "an all-gather exchanges nothing that could be padded"
+        return PaddedDispatcher(num_experts, group)
     if group is None or dist.get_world_size(group) == 1:
         return LocalDispatcher(num_experts)
     if kind == "auto":

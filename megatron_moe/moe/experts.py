@@ -6,13 +6,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_moe.kernels.activation import activate
 from megatron_moe.kernels.grouped_gemm import grouped_gemm
 from megatron_moe.utils.dtensor import local_weight
 
-# Dims of each stack, the one place that says what a name means: expert and tensor parallelism, ZeRO and initialisation read it.
+# Dims of each stack, the one place that says what a name means: expert parallelism, ZeRO and initialisation read it.
 STACKS = {"w1": "EDF", "w_gate": "EDF", "w2": "EFD", "b1": "EF", "b_gate": "EF", "b2": "ED"}
 
 
@@ -23,25 +23,28 @@ class Experts(nn.Module):
     experts' output nor a copy per choice is kept for the backward.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, ffn_size: int, swiglu: bool = False, bias: bool = True):
+    def __init__(self, num_experts: int, hidden_size: int, ffn_size: int, activation: str = "gelu", bias: bool = True):
         super().__init__()
-        E, D, F_ = num_experts, hidden_size, ffn_size
-        self.swiglu, self.use_reference = swiglu, False
+        E, D, F_, is_gated = num_experts, hidden_size, ffn_size, activation == "swiglu"
+        self.activation, self.use_reference = activation, False
         self.w1 = nn.Parameter(torch.empty(E, D, F_))
-        self.w_gate = nn.Parameter(torch.empty(E, D, F_)) if swiglu else None
+        self.w_gate = nn.Parameter(torch.empty(E, D, F_)) if is_gated else None
         self.w2 = nn.Parameter(torch.empty(E, F_, D))
         self.b1 = nn.Parameter(torch.zeros(E, F_)) if bias else None
-        self.b_gate = nn.Parameter(torch.zeros(E, F_)) if bias and swiglu else None
+        self.b_gate = nn.Parameter(torch.zeros(E, F_)) if bias and is_gated else None
         self.b2 = nn.Parameter(torch.zeros(E, D)) if bias else None
         for w in (self.w1, self.w_gate, self.w2):
             if w is not None:
                 nn.init.normal_(w, std=0.02)
 
+    def dims(self, name: str) -> str:
+        return STACKS[name]
+
     def forward(self, x_RD: Tensor, offsets_E: Tensor, row_weights_R: Tensor, has_spare_rows: bool = False) -> Tensor:
         """offsets_E: int32, end of each expert's rows; there may be rows behind the last, of weight 0. Returns [R, D]."""
         linear = partial(self._linear, offsets_E, _expert_of_row(x_RD, offsets_E) if self.b1 is not None else None, has_spare_rows)
-        h_RF = linear(x_RD, self.w1, self.b1)
-        h_RF = F.silu(linear(x_RD, self.w_gate, self.b_gate)) * h_RF if self.swiglu else F.gelu(h_RF)
+        gate_RF = None if self.w_gate is None else linear(x_RD, self.w_gate, self.b_gate)
+        h_RF = activate(self.activation, linear(x_RD, self.w1, self.b1), gate_RF)
         row_weights_R1 = row_weights_R[:, None].to(h_RF.dtype)
         # the bias belongs to the expert's output, so it is weighted too
         return linear(h_RF * row_weights_R1, self.w2, self.b2, row_weights_R1)

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from megatron_moe.config.moe import MoEConfig
-from megatron_moe.moe.dispatch import Limits, LocalDispatcher
+from megatron_moe.moe.dispatch import Limits, build_dispatcher
 from megatron_moe.moe.experts import Experts
 from megatron_moe.moe.gate import Gate
+from megatron_moe.moe.latent import TokenProjection
 from megatron_moe.moe.losses import AttachLoss, auxiliary_losses
 from megatron_moe.moe.metrics import RoutingStats, measure
+from megatron_moe.moe.module_experts import ExpertFactory, ModuleExperts
 from megatron_moe.moe.policies import Choice, build_policy
 from megatron_moe.moe.routing import DropOrder, Routing, combine_weights, count_assignments, drop_over_capacity, expert_capacity
 from megatron_moe.moe.tokens import NO_INFO, Reducer, TokenInfo
@@ -45,15 +47,25 @@ class MoELayer(nn.Module):
           |                +--> auxiliary losses, statistics          |
           v                                                           v
         dispatch --> rows_RD by expert --> experts --> combine --> y_TD                   compute: may be recomputed
+
+    With --moe-latent-size tokens are projected to that width before dispatch, and back behind combine. `expert_factory` makes
+    experts of any kind, see moe/module_experts.py; without it they are MLPs.
     """
 
-    def __init__(self, layer: int, num_experts: int, hidden_size: int, ffn_size: int, moe: MoEConfig, swiglu=False, bias=True):
+    def __init__(self, layer: int, num_experts: int, hidden_size: int, ffn_size: int, moe: MoEConfig, activation: str = "gelu",
+                 bias: bool = True, expert_factory: ExpertFactory | None = None):  # fmt: skip
         super().__init__()
         self.layer, self.num_experts, self.config = layer, num_experts, moe
         self.gate = Gate(hidden_size, num_experts, moe.moe_router_enable_expert_bias)
         self.policy = build_policy(moe)
-        self.experts = Experts(num_experts, hidden_size, ffn_size, swiglu, bias)
-        self.dispatcher: Any = LocalDispatcher(num_experts)
+        latent, width = moe.moe_latent_size, moe.moe_latent_size or hidden_size
+        self.latent_down = TokenProjection(hidden_size, latent) if latent else None
+        self.latent_up = TokenProjection(latent, hidden_size) if latent else None
+        if expert_factory is None:
+            self.experts: nn.Module = Experts(num_experts, width, ffn_size, activation, bias)
+        else:
+            self.experts = ModuleExperts(num_experts, width, expert_factory)
+        self.dispatcher: Any = build_dispatcher("auto", num_experts, moe.topk, None, pad=moe.moe_pad_expert_input_to_capacity)
         self.reducer = Reducer()
         self.run = call
         self.loss_weight = 0.0
@@ -72,9 +84,11 @@ class MoELayer(nn.Module):
 
     def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: Any) -> Tensor:
         """The part that may be recomputed: it decides nothing."""
+        x_TD = x_TD if self.latent_down is None else self.latent_down(x_TD)
         x_RD, offsets_e, row_weights_R, plan = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK, plan)
         y_RD = self.experts(x_RD, offsets_e, row_weights_R, plan.has_spare_rows)
-        return self.dispatcher.combine(y_RD, plan)
+        y_TD = self.dispatcher.combine(y_RD, plan)
+        return y_TD if self.latent_up is None else self.latent_up(y_TD)
 
     def route(self, x_TD: Tensor, tokens: TokenInfo) -> tuple[Routing, Limits]:
         """Scores of the experts, what follows from them, and the statistics; and what is known about the ids without looking."""

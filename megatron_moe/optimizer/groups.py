@@ -37,9 +37,10 @@ def is_bias_or_norm(name: str, parameter: torch.Tensor, module: nn.Module) -> bo
 
 
 def _is_stacked_over_experts(name: str) -> bool:
-    """`moe.experts.w1` is one tensor for all experts; `moe.experts.3.fc1.weight` belongs to one expert of a ModuleList."""
-    path = name.split(".")
-    return "experts" in path and not any(part.isdigit() for part in path[path.index("experts") + 1 :])
+    """`moe.experts.w1` and `moe.experts.stack.0.weight` (moe/module_experts.py) are one tensor for all experts;
+    `moe.experts.3.fc1.weight` belongs to one expert of a ModuleList."""
+    _, has_experts, own = f".{name}".partition(".experts.")
+    return bool(has_experts) and (own.startswith("stack.") or not any(part.isdigit() for part in own.split(".")))
 
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)

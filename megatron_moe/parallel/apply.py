@@ -8,6 +8,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.init import build_on_meta, initialize_parameters
 from megatron_moe.moe.layer import moe_layers
+from megatron_moe.moe.module_experts import ExpertFactory
 from megatron_moe.mpu.mesh import ParallelMesh, build_mesh
 from megatron_moe.parallel.compile import apply_compile
 from megatron_moe.parallel.expert import apply_expert_parallel, share_counts
@@ -40,19 +41,24 @@ def build_parallel_mesh(config: RunConfig, device_type: str) -> ParallelMesh:
     return build_mesh(device_type, config.parallel.tensor_model_parallel_size, degrees, config.parallel.zero_stage)
 
 
-def build_sharded_model(config: RunConfig, vocab_size: int, mesh: ParallelMesh) -> GPT:
+def build_sharded_model(config: RunConfig, vocab_size: int, mesh: ParallelMesh, expert_factory: ExpertFactory | None = None) -> GPT:
     """The parallel model of this rank without memory: its shards have shapes and no content."""
     dtype = torch.float64 if config.training.params_dtype == "float64" else torch.float32
-    model = build_on_meta(lambda: GPT(config.model, config.moe, vocab_size), dtype)
+    model = build_on_meta(lambda: GPT(config.model, config.moe, vocab_size, expert_factory), dtype)
     for moe in moe_layers(model):
         moe.experts.use_reference = config.training.moe_kernels == "reference"
     parallelize(model, mesh, config)
     return model
 
 
-def build_parallel_model(config: RunConfig, vocab_size: int, mesh: ParallelMesh, device: torch.device) -> GPT:
-    """The sharded model with its initial weights; no rank ever holds more than its shards and one whole matrix."""
-    model = build_sharded_model(config, vocab_size, mesh)
+def build_parallel_model(
+    config: RunConfig, vocab_size: int, mesh: ParallelMesh, device: torch.device, expert_factory: ExpertFactory | None = None
+) -> GPT:
+    """The sharded model with its initial weights; no rank ever holds more than its shards and one whole matrix.
+
+    `expert_factory`: experts of your own, see moe/module_experts.py.
+    """
+    model = build_sharded_model(config, vocab_size, mesh, expert_factory)
     model.to_empty(device=device)
     initialize_parameters(
         model, config.training.seed, config.model.init_method_std, config.model.num_layers, config.moe.moe_identical_expert_init

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_moe.model.block import Block
 from megatron_moe.model.gpt import GPT
-from megatron_moe.moe.dispatch import AllToAllDispatcher
+from megatron_moe.moe.dispatch import AllToAllDispatcher, PaddedDispatcher
 from megatron_moe.moe.experts import Experts
 from megatron_moe.moe.layer import MoELayer
 
@@ -40,8 +40,14 @@ def apply_compile(model: GPT, backend: str = "inductor") -> None:
         for name in next((names for kind, names in REGIONS.items() if isinstance(module, kind)), ()):
             setattr(module, name, torch.compile(getattr(module, name), fullgraph=True, dynamic=False, backend=backend))
     for module in model.modules():
-        if isinstance(module, MoELayer) and isinstance(module.dispatcher, AllToAllDispatcher):
+        if isinstance(module, MoELayer) and isinstance(module.experts, Experts) and _has_any_rows(module):
             module.experts.forward = of_any_rows(module.experts.forward)
+
+
+def _has_any_rows(moe: MoELayer) -> bool:
+    """Whether the number of the experts' rows depends on the routing."""
+    is_padded_to_load = isinstance(moe.dispatcher, PaddedDispatcher) and not moe.config.moe_token_dropping
+    return isinstance(moe.dispatcher, AllToAllDispatcher) or is_padded_to_load
 
 
 def of_any_rows(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -11,8 +11,8 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from megatron_moe.model.gpt import GPT
 from megatron_moe.moe.dispatch import build_dispatcher
-from megatron_moe.moe.experts import STACKS
 from megatron_moe.moe.layer import MoELayer, moe_layers
+from megatron_moe.moe.module_experts import set_parameter
 from megatron_moe.moe.tokens import Reducer
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.utils.compat import sum_over_ranks
@@ -27,17 +27,19 @@ def apply_expert_parallel(model: GPT, mesh: ParallelMesh, dispatcher: str) -> No
     for moe in moe_layers(model):
         ep = expert_degree(model, moe)
         for name, p in list(moe.experts.named_parameters()):
-            whole = distribute_tensor(p.data, mesh.experts[ep]["ep", "etp"], expert_placements(name), src_data_rank=None)
-            moe.experts.register_parameter(name, nn.Parameter(whole))
-        factor = moe.config.moe_train_capacity_factor if moe.config.moe_token_dropping else math.inf
+            placements = expert_placements(moe.experts.dims(name))
+            whole = distribute_tensor(p.data, mesh.experts[ep]["ep", "etp"], placements, src_data_rank=None)
+            set_parameter(moe.experts, name, nn.Parameter(whole, p.requires_grad))
+        c, group = moe.config, mesh.expert_group(ep)
+        factor = c.moe_train_capacity_factor if c.moe_token_dropping else math.inf
         if moe.policy.keeps_capacity:
             factor = 1.0  # whatever the capacity is, all of it is used: no room is spare
-        moe.dispatcher = build_dispatcher(dispatcher, moe.num_experts, moe.config.topk, mesh.expert_group(ep), factor)
+        pad = c.moe_pad_expert_input_to_capacity
+        moe.dispatcher = build_dispatcher(dispatcher, moe.num_experts, c.topk, group, factor, pad)
 
 
-def expert_placements(name: str) -> list[Placement]:
-    """(ep, etp): experts by number; the inner width over etp, where the stack has one."""
-    dims = STACKS[name]
+def expert_placements(dims: str) -> list[Placement]:
+    """(ep, etp): experts by number; the inner width over etp, where the stack has one. `dims` as in moe.experts.STACKS."""
     return [Shard(0), Shard(dims.index("F")) if "F" in dims else Replicate()]
 
 

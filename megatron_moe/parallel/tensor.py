@@ -23,6 +23,12 @@ from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.tokens import TokenInfo
 from megatron_moe.utils.compat import all_gather_into_tensor
 
+_MLP_PLAN = {
+    "": PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),)),
+    ".fc1": ColwiseParallel(),
+    ".fc_gate": ColwiseParallel(),
+    ".fc2": RowwiseParallel(),
+}
 BLOCK_PLAN = {
     # DTensor in: the gradients of q, k and v are summed locally before the one reduction
     "attn": PrepareModuleInput(input_layouts=(Replicate(), None), desired_input_layouts=(Replicate(), None)),
@@ -30,10 +36,7 @@ BLOCK_PLAN = {
     "attn.k_proj": ColwiseParallel(),
     "attn.v_proj": ColwiseParallel(),
     "attn.out_proj": RowwiseParallel(),
-    "mlp": PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),)),
-    "mlp.fc1": ColwiseParallel(),
-    "mlp.fc_gate": ColwiseParallel(),
-    "mlp.fc2": RowwiseParallel(),
+    **{f"{mlp}{part}": style for mlp in ("mlp", "shared_expert") for part, style in _MLP_PLAN.items()},
 }
 
 
@@ -44,7 +47,9 @@ def apply_tensor_parallel(model: GPT, mesh: DeviceMesh) -> None:
         parallelize_module(block, mesh, plan)
         block.attn.core.first_head = mesh.get_local_rank() * (model.config.num_attention_heads // mesh.size())
         if block.moe is not None:
-            replicate_parameter(block.moe.gate, "weight", mesh)
+            for module in (block.moe.gate, block.moe.latent_down, block.moe.latent_up):
+                if module is not None:
+                    replicate_parameter(module, "weight", mesh)
             slice_tokens(block.moe, mesh.get_group())
     if model.embedding is not None:
         parallelize_module(model, mesh, {"embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())})

@@ -11,7 +11,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from megatron_moe.model.gpt import GPT
-from megatron_moe.moe.experts import STACKS
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.parallel.expert import expert_degree
 
@@ -48,12 +47,12 @@ def _shard(module: nn.Module, mesh: DeviceMesh, **kind: Any) -> None:
 
 
 def _spare_dims(experts: nn.Module, ranks: int):
-    """The hidden dim of each stack, which neither EP nor ETP cuts: for layers with fewer experts than ranks to shard them over.
+    """A dim of each stack that neither EP nor ETP cuts: for layers with fewer experts than ranks to shard them over.
 
     torch shards other dims than the first only when they divide; where there is none that does, some ranks hold no expert.
     """
-    dims = {id(p): STACKS[name].find("D") for name, p in experts.named_parameters()}
-    return lambda p: Shard(dims[id(p)] if dims[id(p)] > 0 and p.shape[dims[id(p)]] % ranks == 0 else 0)
+    spare = {id(p): [i for i, dim in enumerate(experts.dims(name)) if dim not in "EF"] for name, p in experts.named_parameters()}
+    return lambda p: Shard(next((i for i in spare[id(p)] if p.shape[i] % ranks == 0), 0))
 
 
 def gathered_dtype(name: str, p: nn.Parameter, bf16: bool) -> torch.dtype:

@@ -279,7 +279,7 @@ def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model
         ", ".join(f"ep {ep}" for ep in sorted(mesh.experts)) or "no experts",
     )  # fmt: skip
     for moe in moe_layers(model):
-        logger.info("layer %d: %d experts, expert-parallel %d, %s dispatch", moe.layer, moe.num_experts,
+        logger.info("layer %d: %d experts of %s, expert-parallel %d, %s dispatch", moe.layer, moe.num_experts, kind_of_experts(c),
                     c.moe.expert_parallel_degree(moe.num_experts), moe.dispatcher.name)  # fmt: skip
     logger.info("%d iterations of %d sequences (%d tokens), %d microbatch(es) per rank", total, batch, step_tokens,
                 c.num_microbatches(world.size))  # fmt: skip
@@ -288,6 +288,18 @@ def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model
         data_parallel=mesh.size("dp"), tensor_parallel=mesh.size("tp"), expert_parallel=sorted(mesh.experts),
         zero_stage=mesh.zero_stage, experts=experts, train_iterations=total, global_batch_size=batch,
     )  # fmt: skip
+
+
+def kind_of_experts(c: RunConfig) -> str:
+    """As the log names them: `width 512, residual (sum)`."""
+    m, words = c.moe, [f"width {c.moe.expert_ffn_size(c.model.ffn_size)}"]
+    if m.moe_latent_size:
+        words.append(f"latent {m.moe_latent_size}")
+    if m.residual:
+        words.append(f"residual ({m.residual})")
+    if m.moe_shared_expert_intermediate_size:
+        words.append(f"{'gated ' if m.moe_shared_expert_gate else ''}shared expert of width {m.moe_shared_expert_intermediate_size}")
+    return ", ".join(words)
 
 
 def claim_directory(directory: Path, prepared: Prepared, world: World, command: list[str]) -> DirectoryLock | None:

@@ -101,5 +101,9 @@ def dropout(x: Tensor, p: float, keys: Tensor | None, stream_id: int) -> Tensor:
 def named_generator(seed: int, name: str) -> torch.Generator:
     """A CPU generator that depends on the seed and a name only: initial weights are the same under every layout."""
     generator = torch.Generator("cpu")
-    generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") & ((1 << 63) - 1))
+    generator.manual_seed(named_seed(seed, name))
     return generator
+
+
+def named_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") & ((1 << 63) - 1)

@@ -30,16 +30,21 @@ def train(world, save, text, flags):
     return run_distributed(runs.train_here, world, f"{data} --save {save} {flags}")[0]
 
 
+SHARED_LATENT = (
+    "--mlp-type standard --squared-relu --moe-shared-expert-intermediate-size 12 --moe-shared-expert-gate --moe-latent-size 8 "
+    "--moe-ffn-hidden-size 20"
+)
 LAYOUTS = [
     # world, flags, then another layout to load the result
     (1, "--zero-stage 1", 2, "--tensor-model-parallel-size 2"),
     (2, "--zero-stage 3 --moe-expert-parallel-size 2", 1, ""),
     (4, "--zero-stage 2 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2", 2, "--zero-stage 3"),
+    (2, f"--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2 {SHARED_LATENT}", 1, SHARED_LATENT),
 ]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("world", "flags", "other_world", "other_flags"), LAYOUTS, ids=["1", "ep2_zero3", "tp2_ep2_dp2"])
+@pytest.mark.parametrize(("world", "flags", "other_world", "other_flags"), LAYOUTS, ids=["1", "ep2_zero3", "tp2_ep2_dp2", "shared_latent"])
 def test_there_and_back_is_bit_equal_from_any_layout_and_loads_under_another(
     world, flags, other_world, other_flags, text, tmp_path, capsys
 ):

@@ -13,6 +13,7 @@ import math
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from megatron_moe.arguments import parse_args
@@ -60,7 +61,30 @@ MODELS = {
     # these two look at all tokens of a rank's micro-batch
     "expert_choice": "--num-experts 1 4 4 --topk 2 --moe-router-policy expert_choice",
     "sinkhorn": "--num-experts 1 4 4 --topk 1 --moe-router-policy sinkhorn --moe-train-capacity-factor 0.8 --moe-min-capacity 1",
+    # a gated shared expert beside narrower routed ones
+    "shared": "--num-experts 1 4 4 --topk 2 --activation-func relu --moe-shared-expert-intermediate-size 24 --moe-shared-expert-gate "
+    "--moe-ffn-hidden-size 20 --disable-moe-token-dropping",
+    # experts of another width than the tokens, and the plain sum of Residual-MoE
+    "latent": "--num-experts 1 4 8 --topk 3 --squared-relu --moe-latent-size 12 --mlp-type residual --moe-residual-combine sum --init-method-std 0.05 "
+    "--disable-moe-token-dropping",
+    # experts of the factory below, of which some get no token
+    "modules": "--num-experts 1 2 8 --topk 1 --disable-moe-token-dropping",
 }
+
+
+class OddExpert(nn.Module):
+    """What a stack of matrices is not: a norm inside, a vector, a single number, and the tuple that Megatron's modules return."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(width), nn.Sequential(nn.Linear(width, 20), nn.Tanh(), nn.Linear(20, width))
+        self.scale, self.mix = nn.Parameter(torch.ones(width)), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.inner(self.norm(x)) * self.scale + self.mix * x, None
+
+
+FACTORIES = {"modules": OddExpert}
 
 
 def config(model: str, flags: str = "") -> RunConfig:
@@ -111,7 +135,7 @@ def reference(model_name: str, flags: str = FP64) -> dict[str, torch.Tensor]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if c.training.params_dtype == "float64" else torch.float32)
     try:
-        model = GPT(c.model, c.moe, VOCAB)
+        model = GPT(c.model, c.moe, VOCAB, FACTORIES.get(model_name))
     finally:
         torch.set_default_dtype(before)
     initialize_parameters(model, c.training.seed, c.model.init_method_std, c.model.num_layers)
@@ -160,7 +184,7 @@ def layout(model_name: str, flags: str) -> dict[str, torch.Tensor] | None:
     warnings.filterwarnings("ignore", message="While redistributing")
     c = config(model_name, flags)
     mesh = build_parallel_mesh(c, "cpu")
-    model = build_parallel_model(c, VOCAB, mesh, torch.device("cpu"))
+    model = build_parallel_model(c, VOCAB, mesh, torch.device("cpu"), FACTORIES.get(model_name))
     spread_gates(model)
     optimizer = build_optimizer(model, c.optimizer)
     out: dict[str, torch.Tensor] = {}

@@ -55,6 +55,17 @@ def test_an_expert_that_is_alone_on_several_ranks_is_cut_and_not_kept_by_one():
     assert found == [{"w1": hidden * ffn // 2, "w2": hidden * ffn // 2}] * 4
 
 
+def widths_here(flags: str) -> tuple[int, int, str]:
+    block = build("shared", flags)[2].layers["3"]
+    columns, whole = block.shared_expert.fc1.weight.to_local(), block.shared_expert_gate.weight
+    return columns.shape[0], whole.shape[1], block.moe.dispatcher.name
+
+
+def test_a_shared_expert_is_cut_over_tensor_parallel_ranks_and_its_gate_is_not():
+    flags = "--tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --zero-stage 0 --moe-pad-expert-input-to-capacity"
+    assert run_distributed(widths_here, 2, flags) == [(12, 32, "padded")] * 2  # of 24 and 32
+
+
 def products_of_a_step(flags: str) -> tuple[dict[str, int], int]:
     """How often the modules of one layer compute in a step of one microbatch; collectives that nobody has waited for."""
     c, mesh, model = build("pyramid", f"{flags} --micro-batch-size {parity.SEQUENCES}")

@@ -56,6 +56,9 @@ def compiled_layout(backend: str, model: str, flags: str) -> dict[str, torch.Ten
         ("dropping", 2, f"{EP} --zero-stage 3"),
         ("noisy", 2, f"{TP} {EP} --recompute-granularity selective"),
         ("modern", 2, f"{TP} {EP} --zero-stage 2 --moe-token-dispatcher allgather --recompute-granularity full"),
+        ("shared", 2, f"{EP} --zero-stage 3 --moe-pad-expert-input-to-capacity"),
+        ("latent", 2, f"{TP} {EP} --recompute-granularity full"),
+        ("modules", 2, f"{EP} --zero-stage 3"),
     ],
     ids=lambda v: str(v).replace("--", "").replace(" ", "_"),
 )
@@ -143,12 +146,26 @@ def test_twenty_steps_of_varying_routing_make_no_further_graph(model, flags, in_
     assert model == "pyramid" or 0 in all_rows[1]
 
 
-@pytest.mark.parametrize("swiglu", [False, True])
-def test_any_number_of_rows_is_computed_by_one_graph(swiglu):
+@pytest.mark.parametrize(
+    ("model", "in_training", "sizes"),
+    [
+        ("noisy", 9, range(6, 100)),  # the largest load changes from step to step, and the number of rows with it
+        ("dropping", 8, [2]),  # one number in training, another one in evaluation
+    ],
+)
+def test_rows_padded_to_the_capacity_make_no_further_graph(model, in_training, sizes):
+    flags = f"{EP} --recompute-granularity full --moe-pad-expert-input-to-capacity"
+    for (first, evaluated, last), rows in run_distributed(graphs_over_steps, 2, model, flags):
+        assert (first, evaluated - first, last) == (in_training, 8, evaluated)
+        assert len(set(rows)) in sizes
+
+
+@pytest.mark.parametrize("activation", ["gelu", "squared_relu", "swiglu"])
+def test_any_number_of_rows_is_computed_by_one_graph(activation):
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
-    experts = Experts(3, 8, 12, swiglu).double()
+    experts = Experts(3, 8, 12, activation).double()
     forward = of_any_rows(torch.compile(experts.forward, fullgraph=True, dynamic=False, backend="aot_eager"))
     for rows in ([2, 0, 3], [0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 0, 9]):
         offsets = torch.tensor(rows).cumsum(0).to(torch.int32)

@@ -26,10 +26,10 @@ MODEL = {"dropless": "pyramid", "dropping": "dropping"}
 EP = "--moe-expert-parallel-size 2"
 
 
-def step(config: RunConfig, device: torch.device):
+def step(config: RunConfig, device: torch.device, expert_factory=None):
     """A function that makes one training step, as the loop does."""
     mesh = build_parallel_mesh(config, device.type)
-    model = build_parallel_model(config, parity.VOCAB, mesh, device)
+    model = build_parallel_model(config, parity.VOCAB, mesh, device, expert_factory)
     optimizer = build_optimizer(model, config.optimizer)
     batches = [b.to(device) for b in parity.microbatches(0, mesh.rank("dp"), mesh.size("dp"), config.training.micro_batch_size)]
     forwards = len(batches) * len(moe_layers(model))
@@ -38,7 +38,7 @@ def step(config: RunConfig, device: torch.device):
 
 def waits(model: str, flags: str) -> tuple[list[str], int]:
     """What the second step of a run waits for, and how many MoE layer forwards it has."""
-    run, forwards = step(parity.config(model, flags), torch.device("cpu"))
+    run, forwards = step(parity.config(model, flags), torch.device("cpu"), parity.FACTORIES.get(model))
     run(0)
     with HostSyncs() as syncs:
         run(1)
@@ -67,6 +67,21 @@ def test_a_step_waits_for_nothing_but_the_sizes_of_an_exchange(world, flags, per
 def test_no_policy_waits(model):
     for seen, _ in run_distributed(waits, 2, model, f"{EP} --moe-token-dispatcher allgather"):
         assert seen == []
+@pytest.mark.parametrize(("routing", "per_forward"), [("dropping", 0), ("dropless", 1)])
+@pytest.mark.parametrize(
+    ("world", "flags"), [(1, ""), (2, EP), (2, f"{EP} --tensor-model-parallel-size 2 --recompute-granularity full --bf16")]
+)
+def test_rows_padded_to_the_capacity_are_exchanged_without_a_wait(world, flags, routing, per_forward):
+    """Without dropping, the capacity is the largest load: one wait, and none in the recomputation."""
+    for seen, forwards in run_distributed(waits, world, MODEL[routing], f"{flags} --moe-pad-expert-input-to-capacity"):
+        assert len(seen) == per_forward * forwards, seen
+        assert {re.sub(r"\d+", "", s) for s in seen} <= {"_local_scalar_dense in dispatch.py:"}
+
+
+def test_experts_that_are_modules_wait_once_to_know_where_their_rows_end():
+    for seen, forwards in run_distributed(waits, 1, "modules", ""):
+        assert len(seen) == forwards
+        assert {re.sub(r"\d+", "", s) for s in seen} == {"tolist in module_experts.py:"}
 
 
 def waits_with(fault: str) -> list[str]:

@@ -9,6 +9,7 @@ from distributed import parity
 
 pytestmark = pytest.mark.distributed
 
+PADDED = "--moe-pad-expert-input-to-capacity"
 LAYOUTS = [  # model, world size, flags
     *(("pyramid", 1, f"--zero-stage {z}") for z in (0, 3)),
     *(("pyramid", 2, f"--zero-stage {z}") for z in (0, 1, 2, 3)),
@@ -36,11 +37,25 @@ LAYOUTS = [  # model, world size, flags
         (policy, 4, "--zero-stage 3 --moe-expert-parallel-size 4 --recompute-granularity full")
         for policy in ("deepseek", "hash", "zipf", "drawn", "expert_choice", "sinkhorn")
     ),
+    ("dropping", 2, f"--zero-stage 1 --moe-expert-parallel-size 2 {PADDED}"),
+    ("dropping", 4, f"--zero-stage 3 --moe-expert-parallel-size 2 --recompute-granularity full {PADDED}"),
+    ("pyramid", 4, f"--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full {PADDED}"),
+    ("shared", 2, "--zero-stage 2 --moe-expert-parallel-size 2 --moe-token-dispatcher allgather"),
+    ("shared", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --recompute-granularity full"),
+    ("latent", 2, "--zero-stage 1 --moe-expert-parallel-size 2"),
+    ("latent", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"),
+    ("latent", 4, f"--zero-stage 2 --tensor-model-parallel-size 4 --moe-expert-parallel-size 2 {PADDED}"),
+    ("modules", 2, "--zero-stage 0 --tensor-model-parallel-size 2"),
+    ("modules", 4, "--zero-stage 1 --moe-expert-parallel-size 2 --moe-token-dispatcher allgather"),
+    ("modules", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --recompute-granularity full"),
+    ("modules", 4, f"--zero-stage 3 --moe-expert-parallel-size 4 {PADDED}"),
 ]
 FAST = [
     ("pyramid", 2, "--zero-stage 1 --moe-expert-parallel-size 2"),
     ("pyramid", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4"),
     ("modern", 4, "--zero-stage 2 --moe-expert-parallel-size 4"),
+    ("shared", 4, f"--zero-stage 2 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 {PADDED}"),
+    ("latent", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4"),
 ]
 
 

@@ -65,6 +65,17 @@ def gate_not_declared_partial():
 
 
 @contextmanager
+def latent_projection_not_declared_partial():
+    """The same for the projections around latent experts."""
+
+    def plain(weight):
+        return weight.to_local() if isinstance(weight, DTensor) else weight
+
+    with mock.patch("megatron_moe.moe.latent.local_weight", plain):
+        yield
+
+
+@contextmanager
 def router_gradient_not_summed_over_tp():
     """The gate stays a plain parameter, which each tensor-parallel rank trains on its own tokens."""
     with mock.patch("megatron_moe.parallel.tensor.replicate_parameter"):
@@ -185,6 +196,39 @@ def gate_weight_lost_on_the_way():
 
 
 @contextmanager
+def padded_rows_by_rank():
+    """Rows from several ranks stay as they came, and half of an expert's rows go to another one."""
+    from megatron_moe.moe.dispatch import PaddedDispatcher
+
+    with mock.patch.object(PaddedDispatcher, "_to_experts", lambda self, rows, plan: self._exchange(rows)):
+        yield
+
+
+@contextmanager
+def modules_drawn_by_local_number():
+    """Every rank begins to count its experts at zero."""
+    from megatron_moe.moe.module_experts import ModuleExperts
+
+    original = ModuleExperts.draw
+    with mock.patch.object(ModuleExperts, "draw", lambda self, name, seed, expert: original(self, name, seed, expert % 2)):
+        yield
+
+
+@contextmanager
+def modules_without_gate_weight():
+    """What comes out of them is added as it is."""
+    from megatron_moe.moe.module_experts import ModuleExperts
+
+    original = ModuleExperts.forward
+
+    def forward(self, x, offsets, weights, *rest):
+        return original(self, x, offsets, torch.ones_like(weights), *rest)
+
+    with mock.patch.object(ModuleExperts, "forward", forward):
+        yield
+
+
+@contextmanager
 def replay_draws_anew():
     """Recomputation draws other numbers than the forward did, as with a generator whose state nobody puts back."""
     from megatron_moe.utils import random
@@ -260,6 +304,7 @@ def optimizer_of_the_parameters_before_sharding():
 
 EP2, TP2 = "--moe-expert-parallel-size 2", "--tensor-model-parallel-size 2"
 EP4_RECOMPUTED = "--zero-stage 3 --moe-expert-parallel-size 4 --recompute-granularity full"
+LATENT = "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"
 NOISY = "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"
 
 PLANTED = [  # fault, the row that turns red, the quantity that sees it, its error at least
@@ -276,6 +321,11 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
     (counts_not_shared, ("pyramid", 2, f"--zero-stage 1 {TP2} {EP2}"), "gradient layers.3.moe.gate.weight", 1e-3),
     (token_count_not_summed, ("pyramid", 2, "--zero-stage 0"), "loss 0", 1e-4),
     (gate_weight_lost_on_the_way, ("pyramid", 2, f"--zero-stage 1 {EP2}"), "loss 0", 1e-6),
+    (latent_projection_not_declared_partial, ("latent", 4, LATENT), "gradient layers.3.moe.latent_down.weight", 0.01),
+    (latent_projection_not_declared_partial, ("latent", 4, LATENT), "gradient layers.3.moe.latent_up.weight", 0.05),
+    (padded_rows_by_rank, ("dropping", 2, f"--zero-stage 1 {EP2} {rows.PADDED}"), "loss 0", 1e-6),
+    (modules_drawn_by_local_number, ("modules", 4, f"--zero-stage 1 {EP2} --moe-token-dispatcher allgather"), "loss 0", 1e-6),
+    (modules_without_gate_weight, ("modules", 2, f"--zero-stage 0 {TP2}"), "gradient layers.3.moe.experts.stack.scale", 1e-3),
     (replay_draws_anew, ("noisy", 4, NOISY), "gradient layers.1.mlp.fc1.weight", 0.05),
     (routing_recomputed, ("pyramid", 4, EP4_RECOMPUTED), "routing 3 in step 0", 0.5),
     (replicas_start_apart, ("pyramid", 2, "--zero-stage 0"), "loss 0", 1e-3),

@@ -7,8 +7,13 @@ from small_models import LEARNED, ROPE_GQA_SWIGLU, all_logits, random_tokens, sm
 from megatron_moe.inference.kv_cache import CachedCore, cached_attention
 from megatron_moe.model.attention import CausalCore, Context
 
+SHARED_LATENT = LEARNED | {
+    "mlp_type": "standard", "moe_shared_expert_intermediate_size": 12, "moe_shared_expert_gate": True, "moe_latent_size": 10,
+    "moe_ffn_hidden_size": 20, "activation_func": "relu", "moe_pad_expert_input_to_capacity": True,
+}  # fmt: skip
 
-@pytest.mark.parametrize("kind", [LEARNED, LEARNED | {"num_key_value_heads": 1, "mlp_type": "standard"}, ROPE_GQA_SWIGLU])
+
+@pytest.mark.parametrize("kind", [LEARNED, LEARNED | {"num_key_value_heads": 1, "mlp_type": "standard"}, ROPE_GQA_SWIGLU, SHARED_LATENT])
 @pytest.mark.parametrize("pieces", [(5, *[1] * 11), (16,), (4, 3, 1, 8)])
 def test_cached_decoding_equals_the_full_forward_at_every_position(kind, pieces):
     model, tokens = small_model(**kind), random_tokens(2, 16)

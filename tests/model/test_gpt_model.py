@@ -86,24 +86,29 @@ def test_the_modern_variant_has_no_biases_no_positions_and_a_head():
     kv_channels=st.sampled_from([None, 6]),
     layers=st.sampled_from([2, 4]),
     flags=st.fixed_dictionaries({
-        "swiglu": st.booleans(), "add_bias_linear": st.booleans(), "untie_embeddings_and_output_weights": st.booleans(),
+        "activation_func": st.sampled_from(["gelu", "relu", "swiglu"]), "add_bias_linear": st.booleans(), "untie_embeddings_and_output_weights": st.booleans(),
         "normalization": st.sampled_from(["LayerNorm", "RMSNorm"]), "ffn_hidden_size": st.sampled_from([None, 20]),
         "position_embedding_type": st.sampled_from(["learned_absolute", "rope"]),
         "make_vocab_size_divisible_by": st.sampled_from([1, 16, 128]),
     }),
     moe=st.fixed_dictionaries({
-        "num_experts": st.sampled_from([(1,), (2,), (4,), (2, 4), (1, 3)]), "mlp_type": st.sampled_from(["standard", "residual"]),
+        "num_experts": st.sampled_from([(1,), (2,), (4,), (2, 4), (1, 3)]),
         "topk": st.sampled_from([1, 2]), "expert_interval": st.sampled_from([1, 2]),
+        "moe_ffn_hidden_size": st.sampled_from([None, 7]), "moe_latent_size": st.sampled_from([None, 10]),
     }),
+    beside=st.sampled_from([
+        {}, {"mlp_type": "residual"}, {"mlp_type": "residual", "moe_residual_combine": "sum"},
+        {"moe_shared_expert_intermediate_size": 9}, {"moe_shared_expert_intermediate_size": 9, "moe_shared_expert_gate": True},
+    ]),
     vocab=st.integers(1, 70),
 )  # fmt: skip
-def test_parameter_counts_equal_those_of_the_built_model(heads, kv_channels, layers, flags, moe, vocab):
+def test_parameter_counts_equal_those_of_the_built_model(heads, kv_channels, layers, flags, moe, beside, vocab):
     model = ModelConfig(
         num_layers=layers, hidden_size=24, num_attention_heads=heads[0], num_key_value_heads=heads[1], kv_channels=kv_channels, **flags
     )
     if layers // moe["expert_interval"] % len(moe["num_experts"]):
         moe = moe | {"num_experts": moe["num_experts"][:1]}
-    moe_config = MoEConfig(**moe)
+    moe_config = MoEConfig(**moe, **beside)
     gpt = build_on_meta(lambda: GPT(model, moe_config, vocab), torch.float32)
     counts = parameter_counts(model, moe_config, vocab)
     assert counts.total == sum(p.numel() for p in gpt.parameters())

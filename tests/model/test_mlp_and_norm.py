@@ -15,15 +15,17 @@ def affine(layer, x):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("swiglu", [True, False])
-def test_mlp_equals_its_formula(swiglu, bias):
+@pytest.mark.parametrize("flags", [{}, {"swiglu": True}, {"squared_relu": True}, {"activation_func": "relu"}], ids=str)
+def test_mlp_equals_its_formula(flags, bias):
     torch.manual_seed(0)
-    mlp = MLP(ModelConfig(hidden_size=8, num_attention_heads=2, ffn_hidden_size=12, swiglu=swiglu, add_bias_linear=bias)).double()
+    mlp = MLP(ModelConfig(hidden_size=8, num_attention_heads=2, ffn_hidden_size=12, add_bias_linear=bias, **flags)).double()
     x = torch.randn(5, 8, dtype=torch.float64)
     value = affine(mlp.fc1, x)
-    if swiglu:
+    if "swiglu" in flags:
         gate = affine(mlp.fc_gate, x)
         inner = gate / (1 + torch.exp(-gate)) * value  # silu of the gate, not of the value
+    elif flags:
+        inner = torch.where(value > 0, value, 0.0) ** (2 if "squared_relu" in flags else 1)
     else:
         inner = value * 0.5 * (1 + torch.erf(value / math.sqrt(2)))  # exact GELU
     torch.testing.assert_close(mlp(x), affine(mlp.fc2, inner), rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Llama and Mixtral of Hugging Face transformers, with the same weights: the same logits, losses and gradients."""
+"""Llama, Mixtral and Qwen2-MoE of Hugging Face transformers, with the same weights: the same logits, losses and gradients."""
 
 import pytest
 import torch
@@ -53,6 +53,10 @@ def under_their_names(p):
             theirs[b + "mlp.gate.weight"] = p[a + "moe.gate.weight"]
             theirs[b + "mlp.experts.gate_up_proj"] = torch.cat([p[e + "w_gate"], p[e + "w1"]], dim=2).transpose(1, 2)
             theirs[b + "mlp.experts.down_proj"] = p[e + "w2"].transpose(1, 2)
+        if a + "shared_expert_gate.weight" in p:
+            theirs[b + "mlp.shared_expert_gate.weight"] = p[a + "shared_expert_gate.weight"]
+            for x, y in (("fc_gate", "gate_proj"), ("fc1", "up_proj"), ("fc2", "down_proj")):
+                theirs[b + f"mlp.shared_expert.{y}.weight"] = p[a + f"shared_expert.{x}.weight"]
     return {name: weight.detach().clone().contiguous() for name, weight in theirs.items()}
 
 
@@ -60,6 +64,13 @@ def build_pair(kind, dtype):
     if kind == "llama":
         moe = MoEConfig()
         theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHARED))
+    elif kind == "qwen2_moe":  # a gated shared expert, experts of a width of their own, scores that are not renormalised
+        moe = MoEConfig(num_experts=(EXPERTS,), topk=2, expert_interval=1, moe_token_dropping=False, moe_router_normalize="none",
+                        moe_ffn_hidden_size=24, moe_shared_expert_intermediate_size=40, moe_shared_expert_gate=True)  # fmt: skip
+        theirs = transformers.Qwen2MoeForCausalLM(
+            transformers.Qwen2MoeConfig(**SHARED, num_experts=EXPERTS, num_experts_per_tok=2, norm_topk_prob=False, qkv_bias=False,
+                                        moe_intermediate_size=24, shared_expert_intermediate_size=40, experts_implementation="eager")
+        )  # fmt: skip
     else:
         moe = MoEConfig(num_experts=(EXPERTS,), topk=2, expert_interval=1, moe_token_dropping=False)
         theirs = transformers.MixtralForCausalLM(
@@ -82,7 +93,7 @@ def forward(model, theirs):
 
 # float64 stops at theirs: rotary angles, norms and the router's softmax are float32 there
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen2_moe"])
 def test_logits_losses_and_gradients_equal_those_of_transformers(kind, dtype):
     model, theirs = build_pair(kind, dtype)
     logits, losses, reference, reference_losses = forward(model, theirs)

@@ -16,11 +16,11 @@ T, D, FFN, E = 24, 8, 12, 4
 EXACT = {"rtol": 0, "atol": 1e-10}
 
 
-def build(swiglu=False, bias=True, num_experts=E, layer=3, **moe):
+def build(activation="gelu", bias=True, num_experts=E, layer=3, **moe):
     """A float64 layer whose weights are large enough that routing has no near-ties."""
     torch.manual_seed(0)
     moe = {"moe_top2_2nd_expert_sampling": False, "moe_loss_coeff": 0.0, "moe_min_capacity": 0} | moe
-    layer = MoELayer(layer, num_experts, D, FFN, MoEConfig(num_experts=(num_experts,), **moe), swiglu, bias).double()
+    layer = MoELayer(layer, num_experts, D, FFN, MoEConfig(num_experts=(num_experts,), **moe), activation, bias).double()
     with torch.no_grad():
         for p in layer.parameters():
             p.normal_(0, 0.5)
@@ -44,7 +44,10 @@ def one_expert(layer, e, x):
     w = layer.experts
     bias = (lambda name: getattr(w, name)[e]) if w.b1 is not None else (lambda name: 0.0)
     h = x @ w.w1[e] + bias("b1")
-    h = F.silu(x @ w.w_gate[e] + bias("b_gate")) * h if w.swiglu else F.gelu(h)
+    if w.activation == "swiglu":
+        h = F.silu(x @ w.w_gate[e] + bias("b_gate")) * h
+    else:
+        h = {"gelu": F.gelu(h), "relu": h.clamp_min(0), "squared_relu": h.clamp_min(0) ** 2}[w.activation]
     return h @ w.w2[e] + bias("b2")
 
 
@@ -87,9 +90,9 @@ DROPPING = {
 @pytest.mark.parametrize("drop", DROPPING.values(), ids=DROPPING.keys())
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("swiglu", [False, True], ids=["gelu", "swiglu"])
-def test_output_and_gradients_equal_the_loop_over_tokens_and_experts(swiglu, bias, k, drop):
-    layer, x = build(swiglu, bias, topk=k, **({"moe_token_drop_policy": "position"} | drop)), tokens()
+@pytest.mark.parametrize("activation", ["gelu", "relu", "squared_relu", "swiglu"])
+def test_output_and_gradients_equal_the_loop_over_tokens_and_experts(activation, bias, k, drop):
+    layer, x = build(activation, bias, topk=k, **({"moe_token_drop_policy": "position"} | drop)), tokens()
     expected, _, ids, kept = looped(layer, x, layer.drop_order)
     assert (kept != ids) == layer.config.moe_token_dropping  # somebody was dropped
     y = layer(x)
@@ -390,7 +393,7 @@ def test_the_router_decides_in_float32_whatever_the_tokens_are():
 
 def test_the_layer_equals_its_reference_kernels_in_float32():
     torch.manual_seed(0)
-    layer = MoELayer(1, E, 16, 32, MoEConfig(num_experts=(E,), topk=2), swiglu=True)
+    layer = MoELayer(1, E, 16, 32, MoEConfig(num_experts=(E,), topk=2), activation="swiglu")
     x = torch.randn(T, 16)
     fast = layer(x)
     layer.experts.use_reference = True

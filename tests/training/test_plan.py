@@ -120,7 +120,7 @@ def test_a_token_meets_one_expert_of_each_layer_and_every_gate():
     parts = plan_of_known("gpt-350m-pr-moe-32-64")["parameters"]["by_part"]
     assert parts == {
         "embedding": (50304 + 2048) * H350, "attention": 24 * (4 * H350**2 + 4 * H350), "norms": (24 * 4 + 2) * H350,
-        "dense_mlp": 12 * mlp(H350), "residual_mlp": 12 * mlp(H350), "residual_coefficients": 12 * (2 * H350 + 2),
+        "dense_mlp": 12 * mlp(H350), "residual_mlp": 12 * mlp(H350), "residual_coefficients": 12 * (2 * H350 + 2), "shared_experts": 0, "latent_projections": 0,
         "gates": (10 * 32 + 2 * 64) * H350, "experts": (10 * 32 + 2 * 64) * mlp(H350), "head": 0,
     }  # fmt: skip
 
