@@ -86,9 +86,11 @@ class MoELayer(nn.Module):
         capacity = self.capacity(most_tokens)
         is_attached = self.loss_weight and self.training
         loss_weight = torch.full((), self.loss_weight, dtype=logits_TE.dtype, device=logits_TE.device) if is_attached else None
-        if self.batch_counts_E is None and self.config.moe_global_loss_coeff:
-            self.batch_counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=x_TD.device)
-        routing = self.decide(logits_TE, tokens, capacity, loss_weight, self.gate.expert_bias, self.batch_counts_E)
+        counts_E = None  # of the step so far; evaluation has no part in them
+        if is_attached and self.config.moe_global_loss_coeff:
+            counts_E = self.batch_counts_E
+            counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=x_TD.device) if counts_E is None else counts_E
+        routing = self.decide(logits_TE, tokens, capacity, loss_weight, self.gate.expert_bias, counts_E)
         self.stats.add(routing.measured)
         self.batch_counts_E = routing.batch_counts_E
         return routing, Limits(capacity is None and tokens.used_T is None, capacity, most_tokens)
