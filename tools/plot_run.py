@@ -19,12 +19,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_moe.config.flags import checked, flag, parse_tool
+from megatron_moe.metrics.panel import expert_panel
 from megatron_moe.metrics.reader import read_records, valid_history
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f"]
 MAPS_PER_ROW = 4
-FULL_BLOCKS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # eighths of a character cell, from empty to full
-ASCII_BLOCKS = " .:-=+*#@"
 
 
 @dataclass(frozen=True)
@@ -98,39 +97,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load_table(run: Run) -> list[str]:
-    """Lines of a table: one character per expert, half height is the mean load, full height twice the mean or more."""
+    """The panel of the last training record."""
     last = run.train[-1]
     layers = [m for m in last.get("moe") or () if m.get("expert_load")]
     if not layers:
-        return [f"{run.name}: no expert load was recorded; the run is dense"]
-    blocks = FULL_BLOCKS if _can_print(FULL_BLOCKS) else ASCII_BLOCKS
-    lines = [
-        f"{run.name}: expert load at iteration {last['iteration']} (one character per expert; "
-        f"{blocks[4]!r} is the mean, {blocks[8]!r} twice the mean or more)",
-        "layer  experts  max/mean  dead  dropped  load",
-    ]
-    for m in sorted(layers, key=lambda m: m["layer"]):
-        bars = "".join(block_of(share * len(m["expert_load"]), blocks) for share in m["expert_load"])
-        lines.append(
-            f"{m['layer']:5d}  {len(m['expert_load']):7d}  {m['load_max_over_mean'] or 0:8.2f}  {m['dead_experts']:4d}  "
-            f"{100 * (m['dropped_fraction'] or 0):6.1f}%  [{bars}]"
-        )
-    return lines
-
-
-def block_of(load_over_mean: float, blocks: str) -> str:
-    """Blank only for an expert without a single token."""
-    if load_over_mean <= 0:
-        return blocks[0]
-    return blocks[min(max(round(load_over_mean * 4), 1), 8)]
-
-
-def _can_print(text: str) -> bool:
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True
+        return [f"{run.name}: no expert load was recorded; the run is dense, or has --no-log-expert-load"]
+    return [f"{run.name}: MoE layers at iteration {last['iteration']}", *expert_panel(layers)]
 
 
 # ---------------------------------------------------------------- image

@@ -68,7 +68,9 @@ class MoELayer(nn.Module):
     def forward(self, x_TD: Tensor, tokens: TokenInfo = NO_INFO) -> Tensor:
         routing, limits = self.route(x_TD, tokens)
         plan = self.dispatcher.plan(routing.ids_TK, limits)
-        return self.run(self.compute, x_TD, routing.ids_TK, routing.weights_TK, plan)
+        y_TD = self.run(self.compute, x_TD, routing.ids_TK, routing.weights_TK, plan)
+        self.stats.add_sent(plan.sent_bytes, torch.is_grad_enabled(), self.run is not call)
+        return y_TD
 
     def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: Any) -> Tensor:
         """The part that may be recomputed: it decides nothing."""

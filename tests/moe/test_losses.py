@@ -81,7 +81,7 @@ def test_every_loss_equals_its_loop(case):
         choice.ids_TK = torch.where(info.used_T[:, None], choice.ids_TK, -1)
     found = {}
     for name, coefficient in COEFFICIENTS.items():
-        alone = MoEConfig(num_experts=(experts,), topk=k, **({n: 0.0 for n in COEFFICIENTS} | {name: coefficient}))
+        alone = MoEConfig(num_experts=(experts,), topk=k, **(dict.fromkeys(COEFFICIENTS, 0.0) | {name: coefficient}))
         counts_E = torch.tensor(before) if name == "moe_global_loss_coeff" else None
         found[name] = auxiliary_losses(alone, logits, choice, info, Reducer(), counts_E)
     for name, expected in zip(COEFFICIENTS, (micro, z, sequence, batch)):
@@ -171,7 +171,7 @@ def test_a_batch_balanced_as_a_whole_and_not_in_its_sequences_is_seen_by_the_seq
     """Worked example: two sequences of two tokens, two experts; each sequence has its own expert."""
     logits = torch.tensor([[9.0, 0], [9, 0], [0, 9], [0, 9]], dtype=torch.float64)
     info = TokenInfo(num_sequences=2, sequence_length=2)
-    config = {n: 0.0 for n in COEFFICIENTS}
+    config = dict.fromkeys(COEFFICIENTS, 0.0)
 
     def value(name):
         alone = MoEConfig(num_experts=(2,), **config | {name: 1.0})

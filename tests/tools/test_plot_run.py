@@ -62,7 +62,7 @@ def test_show_table_prints_one_character_per_expert_and_draws_nothing(tmp_path, 
     run = write_run(tmp_path / "a", [train(10)])
     assert plot_run.main(["--run", run, "--show-table"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].split()[:5] == ["1", "2", "1.50", "0", "10.0%"]
+    assert lines[2].split()[:6] == ["1", "2", "1.50", "0.50", "0", "10.0%"]
     assert lines[3].endswith("[\u2584\u2584 \u2588]")  # loads 1, 1, 0, 2 over the mean
     assert not (tmp_path / "a" / "plot.png").exists()
 
@@ -70,10 +70,6 @@ def test_show_table_prints_one_character_per_expert_and_draws_nothing(tmp_path, 
 def test_show_table_of_a_dense_run_says_so(tmp_path, capsys):
     assert plot_run.main(["--run", write_run(tmp_path / "a", [train(10, loads=())]), "--show-table"]) == 0
     assert "the run is dense" in capsys.readouterr().out
-
-
-def test_only_an_expert_without_a_token_is_blank():
-    assert [plot_run.block_of(load, plot_run.ASCII_BLOCKS) for load in (0, 1e-6, 1, 2, 50)] == [" ", ".", "=", "@", "@"]
 
 
 def test_missing_matplotlib_says_what_to_install(tmp_path, capsys, monkeypatch):
