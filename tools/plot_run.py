@@ -249,11 +249,16 @@ def _draw_layers(figure: Any, runs: list[Run]) -> None:
 
 
 def _draw_alerts(axis: Any, run: Run) -> None:
+    places: dict[tuple[int, int], list[str]] = {}
     for alert in run.alerts:
         if alert["layer"] in run.moe_layers:
-            y = run.moe_layers.index(alert["layer"])
-            axis.plot(alert["iteration"], y, "x", color="black", ms=6)
-            axis.annotate(alert["condition"], (alert["iteration"], y), (4, 0), textcoords="offset points", fontsize=8, va="center")
+            places.setdefault((alert["iteration"], run.moe_layers.index(alert["layer"])), []).append(alert["condition"])
+    middle = sum(axis.get_xlim()) / 2
+    for (x, y), conditions in places.items():
+        axis.plot(x, y, "x", color="black", ms=6)
+        offset, side = ((6, 0), "left") if x < middle else ((-6, 0), "right")
+        axis.annotate(", ".join(conditions), (x, y), offset, textcoords="offset points", fontsize=8, ha=side, va="center",
+                      bbox={"facecolor": "white", "alpha": 0.7, "pad": 1, "lw": 0})  # fmt: skip
 
 
 def _draw_heat_maps(figure: Any, runs: list[Run], rows: int, columns: int) -> None:
