@@ -22,7 +22,7 @@ from megatron_moe.training.step import train_step
 
 pytestmark = pytest.mark.distributed
 
-MODEL = {"dropless": "pyramid", "dropping": "dropping"}
+MODEL = {"dropless": "pyramid", "dropping": "dropping", "every loss": "losses"}
 EP = "--moe-expert-parallel-size 2"
 
 

@@ -240,7 +240,11 @@ def test_tensorboard_gets_one_scalar_per_number_and_layer():
     assert values["train/lm_loss"] == 6.5
     assert values["moe/layer_1/load_max_over_mean"] == 3.0
     assert values["moe/layer_3/dead_experts"] == 0
+    assert values["moe/layer_1/load_p50_over_mean"] == 0.5
     assert not any("expert_load" in tag or tag.endswith(("/iteration", "/layer")) for tag in values)
+    assert not any("bias" in tag for tag in values)
+    biased = train_record(moe=[moe_layer_record(1, [1, 1], 0.0, 1.0, bias_range=(-0.5, 0.25), sent_bytes=7.0)])
+    assert [dict(scalars(biased))[f"moe/layer_1/{key}"] for key in ("bias_min", "bias_max", "sent_bytes")] == [-0.5, 0.25, 7.0]
 
 
 def test_tensorboard_keeps_splits_apart_and_skips_other_events():

@@ -194,7 +194,7 @@ def test_the_global_batch_forgives_a_microbatch_that_the_others_make_up_for():
     assert alone.abs().max() < 1e-12  # equal shares: the sum over probabilities is constant
 
 
-def test_evaluation_and_the_next_step_start_without_counts_of_the_step_before():
+def test_evaluation_neither_counts_nor_asks_other_ranks():
     layer, x = build(topk=1, moe_token_dropping=False, moe_global_loss_coeff=1.0), tokens()
     layer.begin_step(0.1)
     layer(x)
@@ -202,9 +202,16 @@ def test_evaluation_and_the_next_step_start_without_counts_of_the_step_before():
     layer.eval()
     layer.reducer.over_batch = None  # nobody may be asked: ranks may evaluate unequal numbers of micro-batches
     layer(x)
-    layer.train()
-    layer.begin_step(0.1)
     assert layer.batch_counts_E is None
+
+
+def test_a_step_begins_without_the_counts_of_the_step_before():
+    layer = build(topk=1, moe_token_dropping=False, moe_global_loss_coeff=1.0)
+    for _ in range(2):
+        layer.begin_step(0.1)
+        layer(tokens())
+        layer(tokens(seed=2))
+        assert layer.batch_counts_E.sum() == 2 * T
 
 
 def test_no_loss_counts_after_dropping():
