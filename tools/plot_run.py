@@ -9,9 +9,10 @@ Resumed runs show what the final weights have seen: later records win over earli
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_moe.config.flags import checked, flag, parse_tool
+from megatron_moe.metrics.panel import expert_panel
 from megatron_moe.metrics.reader import read_records, valid_history
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f"]
 MAPS_PER_ROW = 4
-FULL_BLOCKS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # eighths of a character cell, from empty to full
-ASCII_BLOCKS = " .:-=+*#@"
+MOST_DOUBLINGS = 3  # of the mean load: the ends of the colour scale are 1/8 and 8
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,19 @@ class Run:
     name: str
     train: list[dict[str, Any]]
     evals: list[dict[str, Any]]
+    alerts: list[dict[str, Any]] = field(default_factory=list)  # about a layer
 
     @property
     def has_tokens(self) -> bool:
         return all(r.get("consumed_tokens") for r in self.train)
 
     @property
+    def moe_layers(self) -> list[int]:
+        return sorted({m["layer"] for r in self.train for m in r.get("moe") or ()})
+
+    @property
     def layers(self) -> list[int]:
-        """MoE layers whose load was recorded."""
+        """MoE layers of which the load of each expert was recorded."""
         return sorted({m["layer"] for r in self.train for m in r.get("moe") or () if m.get("expert_load")})
 
 
@@ -75,7 +81,8 @@ def load_run(path: str) -> Run:
         raise ValueError(f"{metrics_file(path)} holds no training record yet; wait for the first --log-interval")
     file = metrics_file(path)
     name = file.parent.resolve().name if file.name == "metrics.jsonl" else file.stem
-    return Run(name, train, [r for r in history if r["event"] == "eval"])
+    of_layers = [r for r in history if r["event"] == "alert" and "layer" in r]
+    return Run(name, train, [r for r in history if r["event"] == "eval"], of_layers)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,56 +105,34 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load_table(run: Run) -> list[str]:
-    """Lines of a table: one character per expert, half height is the mean load, full height twice the mean or more."""
+    """The panel of the last training record."""
     last = run.train[-1]
     layers = [m for m in last.get("moe") or () if m.get("expert_load")]
     if not layers:
-        return [f"{run.name}: no expert load was recorded; the run is dense"]
-    blocks = FULL_BLOCKS if _can_print(FULL_BLOCKS) else ASCII_BLOCKS
-    lines = [
-        f"{run.name}: expert load at iteration {last['iteration']} (one character per expert; "
-        f"{blocks[4]!r} is the mean, {blocks[8]!r} twice the mean or more)",
-        "layer  experts  max/mean  dead  dropped  load",
-    ]
-    for m in sorted(layers, key=lambda m: m["layer"]):
-        bars = "".join(block_of(share * len(m["expert_load"]), blocks) for share in m["expert_load"])
-        lines.append(
-            f"{m['layer']:5d}  {len(m['expert_load']):7d}  {m['load_max_over_mean'] or 0:8.2f}  {m['dead_experts']:4d}  "
-            f"{100 * (m['dropped_fraction'] or 0):6.1f}%  [{bars}]"
-        )
-    return lines
-
-
-def block_of(load_over_mean: float, blocks: str) -> str:
-    """Blank only for an expert without a single token."""
-    if load_over_mean <= 0:
-        return blocks[0]
-    return blocks[min(max(round(load_over_mean * 4), 1), 8)]
-
-
-def _can_print(text: str) -> bool:
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True
+        return [f"{run.name}: no expert load was recorded; the run is dense, or has --no-log-expert-load"]
+    return [f"{run.name}: MoE layers at iteration {last['iteration']}", *expert_panel(layers)]
 
 
 # ---------------------------------------------------------------- image
 
 
 def draw(runs: list[Run], output: Path) -> None:
-    """Curves of all runs on top, then the heat maps of each run."""
+    """Curves of all runs on top, then all MoE layers of each run over time, then the experts of each layer."""
     plt = _pyplot()
     columns = min(MAPS_PER_ROW, max(len(run.layers) for run in runs))
     map_rows = sum(-(-len(run.layers) // columns) for run in runs if run.layers)
-    heights = [7.2, 2.6 * map_rows + 0.4] if map_rows else [7.2]
+    with_layers = [run for run in runs if len(run.moe_layers) > 1]
+    parts: list[tuple[float, Callable[[Any], None]]] = [(7.2, lambda part: _draw_curves(part.subplots(2, 2), runs))]
+    if with_layers:
+        height = sum(1.4 + 0.12 * min(len(run.moe_layers), 24) for run in with_layers) + 0.4
+        parts.append((height, lambda part: _draw_layers(part, with_layers)))
+    if map_rows:
+        parts.append((2.6 * map_rows + 0.4, lambda part: _draw_heat_maps(part, runs, map_rows, columns)))
+    heights = [height for height, _ in parts]
     figure = plt.figure(figsize=(16, sum(heights) + 0.4), dpi=100, layout="constrained")
     figure.suptitle("   ".join(f"{run.name}: iteration {run.train[-1]['iteration']:,}" for run in runs), fontsize=13)
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    _draw_curves(parts[0].subplots(2, 2), runs)
-    if map_rows:
-        _draw_heat_maps(parts[1], runs, map_rows, columns)
+    for (_, draw_part), part in zip(parts, figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]):
+        draw_part(part)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
     plt.close(figure)
@@ -168,7 +153,7 @@ def _pyplot() -> Any:
 def _draw_curves(axes: Any, runs: list[Run]) -> None:
     (loss, rate), (norm, balance) = axes
     _draw_loss(loss, runs)
-    has_experts = any(run.layers for run in runs)
+    has_experts = any(run.moe_layers for run in runs)
     has_drops = any(_worst(r, "dropped_fraction") for run in runs for r in run.train)
     for run, colour in zip(runs, COLOURS * len(runs)):
         x = [r["iteration"] for r in run.train]
@@ -176,7 +161,7 @@ def _draw_curves(axes: Any, runs: list[Run]) -> None:
         norm.plot(x, _column(run.train, "grad_norm"), color=colour, lw=1.2)
         if not has_experts:
             balance.plot(x, _column(run.train, "tokens_per_second"), color=colour)
-        elif run.layers:
+        elif run.moe_layers:
             balance.plot(x, [_worst(r, "load_max_over_mean") for r in run.train], color=colour, label=f"{run.name}: load / mean")
     for axis, title, unit in (
         (rate, "Learning rate", ""),
@@ -224,7 +209,7 @@ def _log_axis(axis: Any, which: str) -> None:
 def _draw_drops(axis: Any, below: Any, runs: list[Run]) -> None:
     """Dropped tokens on the right-hand scale of the balance panel."""
     for run, colour in zip(runs, COLOURS * len(runs)):
-        if not run.layers:
+        if not run.moe_layers:
             continue
         share = [100 * (_worst(r, "dropped_fraction") or 0) for r in run.train]
         axis.plot([r["iteration"] for r in run.train], share, color=colour, ls=":", label=f"{run.name}: dropped")
@@ -237,34 +222,72 @@ def _draw_drops(axis: Any, below: Any, runs: list[Run]) -> None:
     below.legend(lines, [line.get_label() for line in lines], loc="upper right", fontsize=9)
 
 
-def _draw_heat_maps(figure: Any, runs: list[Run], rows: int, columns: int) -> None:
-    """One map per MoE layer, all on one colour scale; each run starts a new row."""
-    from matplotlib.colors import TwoSlopeNorm
+def _draw_layers(figure: Any, runs: list[Run]) -> None:
+    """Layer over iteration: the busiest expert, what was dropped, how decided the router is; and where an alert was given."""
+    kinds = (
+        ("load_max_over_mean", "busiest expert: load / mean", "Reds", 1.0, 1.0),
+        ("dropped_fraction", "dropped assignments (%)", "Purples", 0.0, 100.0),
+        ("router_entropy", "router entropy (1: undecided)", "viridis", 0.0, 1.0),
+    )
+    axes = figure.subplots(len(runs), len(kinds), squeeze=False)
+    for row, run in zip(axes, runs):
+        layers, iterations = run.moe_layers, [r["iteration"] for r in run.train if r.get("moe")]
+        for axis, (key, title, colours, least, scale) in zip(row, kinds):
+            values = [[_of_layer(r, layer, key) * scale for r in run.train if r.get("moe")] for layer in layers]
+            most = max((v for by_time in values for v in by_time if v == v), default=1.0)
+            most = min(max(most, least + 1.0), 8.0) if key == "load_max_over_mean" else 1.0 if key == "router_entropy" else max(most, 1.0)
+            borders = [i - 0.5 for i in range(len(layers) + 1)]
+            mesh = axis.pcolormesh(_edges(iterations), borders, values, cmap=colours, vmin=least, vmax=most)
+            step = -(-len(layers) // 12)
+            axis.set(xlabel="iteration", ylabel="layer", title=(f"{run.name}, " if len(runs) > 1 else "") + title)
+            axis.set_yticks(range(0, len(layers), step), [str(n) for n in layers[::step]])
+            axis.invert_yaxis()
+            axis.grid(False)
+            figure.colorbar(mesh, ax=axis, extend="max" if most == 8.0 else "neither", pad=0.01)
+        _draw_alerts(row[0], run)
+    figure.suptitle("All MoE layers" + (" (crosses: alerts)" if any(run.alerts for run in runs) else ""), fontsize=12)
 
+
+def _draw_alerts(axis: Any, run: Run) -> None:
+    places: dict[tuple[int, int], list[str]] = {}
+    for alert in run.alerts:
+        if alert["layer"] in run.moe_layers:
+            places.setdefault((alert["iteration"], run.moe_layers.index(alert["layer"])), []).append(alert["condition"])
+    middle = sum(axis.get_xlim()) / 2
+    for (x, y), conditions in places.items():
+        axis.plot(x, y, "x", color="black", ms=6)
+        offset, side = ((6, 0), "left") if x < middle else ((-6, 0), "right")
+        axis.annotate(", ".join(conditions), (x, y), offset, textcoords="offset points", fontsize=8, ha=side, va="center",
+                      bbox={"facecolor": "white", "alpha": 0.7, "pad": 1, "lw": 0})  # fmt: skip
+
+
+def _draw_heat_maps(figure: Any, runs: list[Run], rows: int, columns: int) -> None:
+    """One map per MoE layer, all on one colour scale of powers of two, on which twice and half the mean are equally far from it."""
     axes = figure.subplots(rows, columns, squeeze=False)
-    peak = max(max(loads) for run in runs for layer in run.layers for _, loads in _loads(run, layer))
-    norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=min(max(peak, 2.0), 8.0))
     free = iter(axes.flat)
     mesh = None
-    for run in runs:
+    for run in runs:  # each starts a new row
         for layer in run.layers:
-            mesh = _draw_heat_map(next(free), _loads(run, layer), norm)
+            mesh = _draw_heat_map(next(free), _loads(run, layer))
             mesh.axes.set_title((f"{run.name}, " if len(runs) > 1 else "") + f"layer {layer}")
         for _ in range(-len(run.layers) % columns):
             next(free).set_axis_off()
-    figure.suptitle("Expert load / mean load of each MoE layer (1 is balanced, 0 is a dead expert)", fontsize=12)
-    bar = figure.colorbar(mesh, ax=axes, label="load / mean", extend="max" if peak > 8 else "neither", fraction=0.02, pad=0.01, aspect=25)
-    ticks = [t for t in (0, 0.5, 1, 2, 3, 4, 6, 8) if t <= norm.vmax]
-    bar.set_ticks(ticks, labels=[f"{t:g}" for t in ticks])
+    figure.suptitle("Load of each expert over the mean load (white is balanced, black an expert without a token)", fontsize=12)
+    bar = figure.colorbar(mesh, ax=axes, label="load / mean", extend="both", fraction=0.02, pad=0.01, aspect=25)
+    bar.set_ticks(range(-MOST_DOUBLINGS, MOST_DOUBLINGS + 1), labels=["1/8", "1/4", "1/2", "1", "2", "4", "8"])
 
 
-def _draw_heat_map(axis: Any, loads: list[tuple[int, list[float]]], norm: Any) -> Any:
+def _draw_heat_map(axis: Any, loads: list[tuple[int, list[float]]]) -> Any:
+    import matplotlib
+
     iterations, by_time = zip(*loads)
     num_experts = len(by_time[0])
     borders = [e - 0.5 for e in range(num_experts + 1)]
-    mesh = axis.pcolormesh(_edges(list(iterations)), borders, list(zip(*by_time)), norm=norm, cmap="RdBu_r")
+    doublings = [[math.log2(load) if load > 0 else math.nan for load in expert] for expert in zip(*by_time)]
+    colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="black")
+    mesh = axis.pcolormesh(_edges(list(iterations)), borders, doublings, vmin=-MOST_DOUBLINGS, vmax=MOST_DOUBLINGS, cmap=colours)
     step = -(-num_experts // 8)
-    axis.set(xlabel="iteration", ylabel="expert", yticks=range(0, num_experts, step))
+    axis.set(xlabel="iteration", ylabel="expert", yticks=range(0, num_experts, step), facecolor="black")  # NaN cells are see-through
     axis.invert_yaxis()
     axis.grid(False)
     return mesh
@@ -280,6 +303,12 @@ def _column(records: list[dict[str, Any]], key: str) -> list[float]:
 
 def _worst(record: dict[str, Any], key: str) -> float | None:
     return max((m[key] for m in record.get("moe") or () if m.get(key) is not None), default=None)
+
+
+def _of_layer(record: dict[str, Any], layer: int, key: str) -> float:
+    """NaN where it is missing or was not finite: a gap in the map."""
+    value = next((m.get(key) for m in record["moe"] if m["layer"] == layer), None)
+    return math.nan if value is None else value
 
 
 def _loads(run: Run, layer: int) -> list[tuple[int, list[float]]]:

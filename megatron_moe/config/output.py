@@ -48,9 +48,24 @@ class LoggingConfig:
     metrics_path: str | None = flag(None, "metrics.jsonl; in the run directory when not given", metavar="FILE")
     tensorboard_dir: str | None = flag(None, "write TensorBoard events here (needs the tensorboard package)", metavar="DIR")
     tensorboard_queue_size: int = flag(1000, "events kept before they are written", minimum=1)
+    moe_panel: Literal["auto", "all", "off"] = flag(
+        "auto", "the table of the MoE layers below each log line: all of them, or those with the busiest experts (auto: at most 8)"
+    )
+    log_expert_load: bool = flag(
+        True, "the load of every expert in metrics.jsonl, which the heat maps of tools/plot_run.py are drawn from; 10 bytes per expert "
+        "and logged step")  # fmt: skip
+    moe_alerts: bool = flag(
+        True, "a warning with advice when the experts of a layer drop tokens, die or collapse, or its router's logits or biases grow"
+    )
+    moe_alert_dropped_fraction: float = flag(0.1, "dropped share of a layer's assignments above which it warns", minimum=0, maximum=1)
 
     def __post_init__(self) -> None:
         checked(self)
 
     def problems(self) -> Iterator[str]:
         return iter(())
+
+    @property
+    def panel_rows(self) -> int | None:
+        """Layers in the table at most; None: all."""
+        return {"auto": 8, "all": None, "off": 0}[self.moe_panel]

@@ -57,7 +57,7 @@ class Tracker:
         })  # fmt: skip
 
     def event(self, name: str, **values: Any) -> None:
-        """start, save, load, alert or stop (with reason=...)."""
+        """start, save, load, alert or stop (with reason=...). An alert about experts has condition, layer, value and flag beside the reason."""
         assert name in EVENTS, f"{name} is not one of {EVENTS}"
         assert name != "stop" or "reason" in values, f"stop wants a reason, not only {values}"
         self._write({"event": name, **values})
@@ -88,23 +88,35 @@ def build_tracker(config: LoggingConfig, run_dir: str | None, rank: int, train_i
     """Terminal always, metrics.jsonl with a run directory or --metrics-path, TensorBoard when asked for; nothing off rank 0."""
     if rank != 0:
         return Tracker()
-    writers: list[Writer] = [ConsoleWriter(train_iterations, global_batch_size)]
+    writers: list[Writer] = [ConsoleWriter(train_iterations, global_batch_size, panel_rows=config.panel_rows)]
     path = config.metrics_path or (Path(run_dir) / "metrics.jsonl" if run_dir else None)
     if path:
-        writers.append(JsonlWriter(path))
+        writers.append(JsonlWriter(path, () if config.log_expert_load else ("expert_load",)))
     if config.tensorboard_dir:
         writers.append(TensorBoardWriter(config.tensorboard_dir, config.tensorboard_queue_size))
     return Tracker(writers)
 
 
-def moe_layer_record(layer: int, tokens_per_expert: Sequence[float], dropped_fraction: float, router_entropy: float) -> Record:
+def moe_layer_record(
+    layer: int,
+    tokens_per_expert: Sequence[float],
+    dropped_fraction: float,
+    router_entropy: float,
+    router_logit_rms: float = 0.0,
+    bias_range: tuple[float, float] | None = None,
+    sent_bytes: float = 0.0,
+) -> Record:
     """The entry of one MoE layer from its counts over the global batch, before anything is dropped.
 
-    Counts (6, 2, 0, 0) have mean 2: load_max_over_mean 3, load_min_over_mean 0, dead_experts 2, expert_load (.75, .25, 0, 0).
+    Counts (6, 2, 0, 0) have mean 2: load_max_over_mean 3, load_p50_over_mean 0.5, load_min_over_mean 0, dead_experts 2,
+    expert_load (.75, .25, 0, 0). router_entropy is 1 for a uniform and 0 for a decided router; router_logit_rms the root mean square
+    of logsumexp(logits); bias_min and bias_max are null without expert biases; sent_bytes is what a rank sent to other ranks in
+    the step for rows and their gradients (mean over ranks).
     """
     counts = [float(n) for n in tokens_per_expert]
     total, num_experts = sum(counts), len(counts)
     shares = [n / total if total else 0.0 for n in counts]
+    bias_min, bias_max = bias_range or (None, None)
     return {
         "layer": layer,
         "load_max_over_mean": max(shares) * num_experts,
@@ -112,8 +124,22 @@ def moe_layer_record(layer: int, tokens_per_expert: Sequence[float], dropped_fra
         "dead_experts": sum(n == 0 for n in counts),
         "dropped_fraction": float(dropped_fraction),
         "router_entropy": float(router_entropy),
+        **{f"load_p{p}_over_mean": percentile(shares, p) * num_experts for p in (5, 50, 95)},
+        "router_logit_rms": float(router_logit_rms),
+        "bias_min": bias_min,
+        "bias_max": bias_max,
+        "sent_bytes": float(sent_bytes),
         "expert_load": shares,
     }
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear between the two nearest of the sorted values: of (0, 0, 2, 6), 50 -> 1."""
+    ordered = sorted(values)
+    place = percent / 100 * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def perplexity(loss: float) -> float:

@@ -10,13 +10,12 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_moe.metrics.panel import Record, expert_panel
 from megatron_moe.metrics.throughput import format_duration
-
-Record = dict[str, Any]
 
 
 class Writer(Protocol):
@@ -33,14 +32,18 @@ class JsonlWriter:
 
     The file only ever holds whole lines: the half line of a run that was killed is cut off when the next run opens the file.
     Strict JSON has no NaN and no infinity: they become null, and the tracker adds an `alert` that names them.
+    `left_out`: keys of the MoE layers that are not written.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, left_out: Sequence[str] = ()):
+        self._left_out = left_out
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open for the whole run
         _cut_half_line(self._file)
 
     def write(self, record: Record) -> None:
+        if "moe" in record:
+            record = record | {"moe": [self._layer(layer) for layer in record["moe"]]}
         line = json.dumps(finite(record), allow_nan=False).encode() + b"\n"
         start = self._file.seek(0, os.SEEK_END)
         try:
@@ -52,6 +55,12 @@ class JsonlWriter:
 
     def close(self) -> None:
         self._file.close()
+
+    def _layer(self, layer: Record) -> Record:
+        kept = {key: value for key, value in layer.items() if key not in self._left_out}
+        if "expert_load" in kept:  # five digits tell experts apart, and keep the lines of a thousand experts short
+            kept["expert_load"] = [float(f"{share:.5g}") for share in kept["expert_load"]]
+        return kept
 
 
 def _cut_half_line(file: Any, block: int = 1 << 16) -> None:
@@ -83,15 +92,24 @@ def finite(value: Any) -> Any:
 
 
 class ConsoleWriter:
-    """One line per record, in the words of Megatron's log."""
+    """One line per record, in the words of Megatron's log; below a training step a table of its MoE layers."""
 
-    def __init__(self, train_iterations: int, global_batch_size: int, show: Callable[[str], None] | None = None):
-        self.train_iterations, self.global_batch_size = train_iterations, global_batch_size
+    def __init__(
+        self,
+        train_iterations: int,
+        global_batch_size: int,
+        show: Callable[[str], None] | None = None,
+        panel_rows: int | None = 0,
+    ):
+        self.train_iterations, self.global_batch_size, self.panel_rows = train_iterations, global_batch_size, panel_rows
         self._show = show or _print
 
     def write(self, record: Record) -> None:
-        parts = {"train": self._train_parts, "eval": _eval_parts}.get(record["event"], _event_parts)(record)
+        parts = {"train": self._train_parts, "eval": _eval_parts, "alert": _alert_parts}.get(record["event"], _event_parts)(record)
         self._show(" " + " | ".join(parts))
+        if record.get("moe") and self.panel_rows != 0:
+            for line in expert_panel(record["moe"], self.panel_rows):
+                self._show(" " + line)
 
     def close(self) -> None:
         pass
@@ -127,6 +145,11 @@ def _eval_parts(r: Record) -> Iterator[str]:
     yield f"lm loss: {r['lm_loss']:.6E}"
     yield f"perplexity: {r['perplexity']:.6E}"
     yield f"tokens: {r['tokens']}"
+
+
+def _alert_parts(r: Record) -> Iterator[str]:
+    """The reason is the sentence that people read; of an alert about a layer the rest says it again for programs."""
+    return _event_parts({key: value for key, value in r.items() if key not in ("condition", "layer", "value", "flag")})
 
 
 def _event_parts(r: Record) -> Iterator[str]:

@@ -14,6 +14,8 @@ last expert's are spare (`plan.has_spare_rows`). They have weight 0; the experts
 all-to-all asks - once per layer, for the sizes it must know on the host - and has no spare rows. Padded, it need not ask: then
 zero rows of weight 0 stand behind each rank's rows of an expert, up to its capacity.
 
+`plan.sent_bytes`, known once rows have travelled: what this rank sends to others for them, in a forward and in its backward.
+
 Worked example, 4 experts on 2 ranks, k = 1: rank 0 routes tokens a b c to experts 2 0 2, rank 1 routes d e to 0 3.
 Rank 0 owns experts 0 and 1 and receives [b, d], offsets [2, 2]; rank 1 receives [a, c, e], offsets [2, 3].
 """
@@ -52,6 +54,7 @@ class LocalPlan:
     num_tokens: int
     k: int
     has_spare_rows: bool
+    sent_bytes: tuple[int, int] = (0, 0)
 
     @property
     def token_R(self) -> Tensor:
@@ -112,6 +115,7 @@ class AllToAllPlan:
     arrival_R: Tensor  # row r of the experts is the arrival_R[r]-th row received
     offsets_e: Tensor
     has_spare_rows: bool = False
+    sent_bytes: tuple[int, int] = (0, 0)
 
 
 class AllToAllDispatcher(LocalDispatcher):
@@ -139,9 +143,16 @@ class AllToAllDispatcher(LocalDispatcher):
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: AllToAllPlan | None = None):
         plan = plan or self.plan(ids_TK)
         rows_AD, _, weights_A, _ = super().dispatch(x_TD, ids_TK, weights_TK, plan.local)
+        plan.sent_bytes = self._sent_bytes(plan, row_bytes(rows_AD), weights_A.element_size())
         rows_RD = all_to_all_rows(rows_AD, plan.receive_P, plan.send_P, self.group).index_select(0, plan.arrival_R)
         weights_R = all_to_all_rows(weights_A, plan.receive_P, plan.send_P, self.group).index_select(0, plan.arrival_R)
         return rows_RD, plan.offsets_e, weights_R, plan
+
+    def _sent_bytes(self, plan: AllToAllPlan, row: int, weight: int) -> tuple[int, int]:
+        """Exact: rows and weights go out and rows come back; their gradients the other way round."""
+        rank = dist.get_rank(self.group)
+        out, back = (sum(rows_P) - rows_P[rank] for rows_P in (plan.send_P, plan.receive_P))
+        return out * (row + weight) + back * row, back * (row + weight) + out * row
 
     def combine(self, rows_RD: Tensor, plan: AllToAllPlan) -> Tensor:
         back_R = torch.empty_like(plan.arrival_R)
@@ -157,6 +168,7 @@ class AllGatherPlan:
     local: LocalPlan  # over the gathered tokens, of the experts here
     tokens_here: int
     padded_tokens: int  # per rank: every rank contributes as many as the longest
+    sent_bytes: tuple[int, int] = (0, 0)
 
     @property
     def has_spare_rows(self) -> bool:
@@ -195,6 +207,9 @@ class AllGatherDispatcher(LocalDispatcher):
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: AllGatherPlan | None = None):
         plan = plan or self.plan(ids_TK)
+        # as a ring moves them: each rank's rows go to every other rank, and sums of as many come back; gradients likewise
+        each_way = (self.ranks - 1) * plan.padded_tokens * (2 * row_bytes(x_TD) + row_bytes(weights_TK))
+        plan.sent_bytes = (each_way, each_way)
         x_GD = all_gather_rows(_pad_rows(x_TD, plan.padded_tokens), self.group)
         weights_GK = all_gather_rows(_pad_rows(weights_TK, plan.padded_tokens), self.group)
         rows_RD, offsets_e, weights_R, _ = super().dispatch(x_GD, ids_TK, weights_GK, plan.local)
@@ -215,6 +230,7 @@ class PaddedPlan:
     num_tokens: int
     k: int
     has_spare_rows: bool = False
+    sent_bytes: tuple[int, int] = (0, 0)
 
     @property
     def token_R(self) -> Tensor:
@@ -257,6 +273,9 @@ class PaddedDispatcher(LocalDispatcher):
         plan = plan or self.plan(ids_TK)
         rows_AD = _pad_rows(x_TD, len(x_TD) + 1).index_select(0, plan.token_R)
         weights_A = torch.nn.functional.pad(weights_TK.reshape(-1), (0, 1)).index_select(0, plan.slot_R)
+        rows_to_others = len(rows_AD) // self.ranks * (self.ranks - 1)
+        each_way = rows_to_others * (2 * row_bytes(rows_AD) + weights_A.element_size())  # rows and weights go out, rows come back
+        plan.sent_bytes = (each_way, each_way)
         return self._to_experts(rows_AD, plan), plan.offsets_e, self._to_experts(weights_A, plan), plan
 
     def _to_experts(self, rows_A: Tensor, plan: PaddedPlan) -> Tensor:
@@ -273,6 +292,10 @@ class PaddedDispatcher(LocalDispatcher):
     def _exchange(self, rows: Tensor) -> Tensor:
         each = [len(rows) // self.ranks] * self.ranks
         return all_to_all_rows(rows, each, each, self.group)
+
+
+def row_bytes(x: Tensor) -> int:
+    return x.shape[1] * x.element_size()
 
 
 def _pad_rows(x: Tensor, rows: int, value: float = 0.0) -> Tensor:

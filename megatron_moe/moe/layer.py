@@ -80,7 +80,9 @@ class MoELayer(nn.Module):
     def forward(self, x_TD: Tensor, tokens: TokenInfo = NO_INFO) -> Tensor:
         routing, limits = self.route(x_TD, tokens)
         plan = self.dispatcher.plan(routing.ids_TK, limits)
-        return self.run(self.compute, x_TD, routing.ids_TK, routing.weights_TK, plan)
+        y_TD = self.run(self.compute, x_TD, routing.ids_TK, routing.weights_TK, plan)
+        self.stats.add_sent(plan.sent_bytes, torch.is_grad_enabled(), self.run is not call)
+        return y_TD
 
     def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: Any) -> Tensor:
         """The part that may be recomputed: it decides nothing."""
@@ -101,9 +103,11 @@ class MoELayer(nn.Module):
         capacity = self.capacity(most_tokens)
         is_attached = self.loss_weight and self.training
         loss_weight = torch.full((), self.loss_weight, dtype=logits_TE.dtype, device=logits_TE.device) if is_attached else None
-        if self.batch_counts_E is None and self.config.moe_global_loss_coeff:
-            self.batch_counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=x_TD.device)
-        routing = self.decide(logits_TE, tokens, capacity, loss_weight, self.gate.expert_bias, self.batch_counts_E)
+        counts_E = None  # of the step so far; evaluation has no part in them
+        if is_attached and self.config.moe_global_loss_coeff:
+            counts_E = self.batch_counts_E
+            counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=x_TD.device) if counts_E is None else counts_E
+        routing = self.decide(logits_TE, tokens, capacity, loss_weight, self.gate.expert_bias, counts_E)
         self.stats.add(routing.measured)
         self.batch_counts_E = routing.batch_counts_E
         return routing, Limits(capacity is None and tokens.used_T is None, capacity, most_tokens)

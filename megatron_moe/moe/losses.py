@@ -3,8 +3,11 @@
 A loss that is a mean over tokens is computed as a sum over the tokens here, times one factor (1 / tokens of the global
 batch); so local shares, and their gradients, add up to the whole over microbatches and ranks. In the load-balancing loss
 only the counts - which carry no gradient - must be known for the whole microbatch, so only they cross ranks.
+
+Which choices are counted differs: the micro-batch loss of k = 2 counts first choices alone, as GShard and DeepSpeed do; the
+sequence and global-batch losses count all k, as the papers that they are from.
 """
-# T tokens, E experts
+# T tokens, E experts, S sequences, K experts per token
 
 from __future__ import annotations
 
@@ -33,19 +36,18 @@ def auxiliary_losses(
     config: MoEConfig, logits_TE: Tensor, choice: Choice, tokens: TokenInfo, reducer: Reducer, batch_counts_E: Tensor | None
 ) -> Losses:
     """Everything that --moe-*-loss-coeff can ask for. `batch_counts_E`: of the micro-batches of the step before this one."""
-    probs_TE, ids_TK, num_experts = choice.probs_TE, choice.balance_ids_TK, logits_TE.shape[1]
-    counts_E = count_assignments(ids_TK, num_experts)
-    balance = load_balancing_sum(probs_TE, reducer.over_microbatch(counts_E))
-    if tokens.used_T is not None:  # padding counts in both means (DeepSpeed): it lowers the shares of the experts
-        used = torch.stack([tokens.used_T.sum(), torch.full_like(counts_E[0], len(tokens.used_T))])
-        used = reducer.over_microbatch(used).to(probs_TE.dtype)
+    probs_TE, used_T, num_experts = choice.probs_TE, tokens.used_T, logits_TE.shape[1]
+    balance = load_balancing_sum(probs_TE, reducer.over_microbatch(count_assignments(choice.balance_ids_TK, num_experts)))
+    if used_T is not None:  # padding counts in both means of this one (DeepSpeed): it lowers the shares of the experts
+        used = reducer.over_microbatch(torch.stack([used_T.sum(), torch.ones_like(used_T).sum()])).to(probs_TE.dtype)
         balance = balance * (used[0] / used[1].clamp_min(1))
-    z = router_z_sum(logits_TE)
+        probs_TE = probs_TE * used_T[:, None]  # and in no other
+    z = router_z_sum(logits_TE, used_T)
     total = config.moe_loss_coeff * balance + config.moe_router_z_loss_coeff * z
     if config.moe_seq_loss_coeff:
-        total = total + config.moe_seq_loss_coeff * sequence_balancing_sum(probs_TE, ids_TK, tokens, reducer)
-    if config.moe_global_loss_coeff and batch_counts_E is not None:
-        batch_counts_E = batch_counts_E + reducer.over_batch(counts_E)
+        total = total + config.moe_seq_loss_coeff * sequence_balancing_sum(probs_TE, choice.ids_TK, tokens, reducer)
+    if batch_counts_E is not None:
+        batch_counts_E = batch_counts_E + reducer.over_batch(count_assignments(choice.ids_TK, num_experts))
         total = total + config.moe_global_loss_coeff * load_balancing_sum(probs_TE, batch_counts_E)
     return Losses(total, balance, z, batch_counts_E)
 
@@ -70,9 +72,10 @@ def sequence_balancing_sum(probs_TE: Tensor, ids_TK: Tensor, tokens: TokenInfo, 
     return experts * (fraction_SE.index_select(0, sequence_T) * probs_TE).sum()
 
 
-def router_z_sum(logits_TE: Tensor) -> Tensor:
-    """Sum over the tokens here of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
-    return torch.logsumexp(logits_TE, dim=-1).square().sum()
+def router_z_sum(logits_TE: Tensor, used_T: Tensor | None = None) -> Tensor:
+    """Sum over the tokens here, padding left out, of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
+    square_T = torch.logsumexp(logits_TE, dim=-1).square()
+    return (square_T if used_T is None else square_T * used_T).sum()
 
 
 class AttachLoss(torch.autograd.Function):

@@ -20,6 +20,8 @@ class LayerLoad:
     router_entropy: float  # mean entropy of the gate's probabilities over log(E): 1 is uniform, 0 decided
     aux_loss: float  # unscaled load-balancing loss: 1 is balanced
     z_loss: float
+    sent_bytes: float = 0.0  # by a rank to other ranks, for rows and their gradients; mean over ranks
+    bias_range: tuple[float, float] | None = None  # smallest and largest expert bias, where experts have one
 
 
 class RoutingStats:
@@ -29,13 +31,19 @@ class RoutingStats:
 
     def __init__(self, num_experts: int):
         self.num_experts = num_experts
-        self.sums: Tensor | None = None  # float64 [E + SCALARS]: exact counts
+        self.reset()
 
     def reset(self) -> None:
-        self.sums = None
+        self.sums: Tensor | None = None  # float64 [E + SCALARS]: exact counts
+        self.sent_bytes = 0  # by this rank; the host knows it
 
     def add(self, measured: Tensor) -> None:
         self.sums = measured if self.sums is None else self.sums + measured
+
+    def add_sent(self, sent_bytes: tuple[int, int], has_backward: bool, is_recomputed: bool) -> None:
+        """(forward, backward) of a micro-batch. A backward that recomputes sends what the forward sent once more."""
+        forward, backward = sent_bytes
+        self.sent_bytes += forward + has_backward * (backward + is_recomputed * forward)
 
     @property
     def counts_E(self) -> Tensor:
@@ -71,3 +79,8 @@ def summarise(layer: int, vector: Tensor) -> LayerLoad:
         aux_loss=aux / tokens,
         z_loss=z / tokens,
     )
+
+
+def range_of(bias_E: Tensor | None) -> tuple[float, float] | None:
+    """The smallest and the largest; the host waits for them. None where experts have no bias."""
+    return None if bias_E is None else tuple(torch.stack([bias_E.min(), bias_E.max()]).tolist())

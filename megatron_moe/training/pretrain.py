@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,13 @@ from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch, make_batch
 from megatron_moe.data.loader import SplitDatasets, build_datasets, build_loader
+from megatron_moe.metrics.alerts import ExpertAlerts
 from megatron_moe.metrics.throughput import Throughput, peak_memory_bytes, tflops_per_device
 from megatron_moe.metrics.tracker import Tracker, build_tracker, moe_layer_record
 from megatron_moe.model.flops import flops_per_token, parameter_counts
 from megatron_moe.model.gpt import GPT
 from megatron_moe.moe.layer import moe_layers
-from megatron_moe.moe.metrics import LayerLoad, summarise
+from megatron_moe.moe.metrics import LayerLoad, range_of, summarise
 from megatron_moe.optimizer.groups import build_optimizer
 from megatron_moe.optimizer.schedule import LearningRateSchedule, build_schedule
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
@@ -56,6 +57,7 @@ class Run:
     schedule: LearningRateSchedule
     datasets: SplitDatasets
     tracker: Tracker
+    alerts: ExpertAlerts | None
     stopper: Stopper
     watchdog: Watchdog
     manager: CheckpointManager | None
@@ -128,7 +130,13 @@ def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
     datasets = in_turn(world, lambda: build_datasets(config.data, seq_length, seed, prepared.vocab_size, progress.ordered_samples))
     stopper = Stopper(config.training, world.cpu_group)
     watchdog = Watchdog(world.rank, config.parallel.distributed_timeout_minutes)
-    return Run(prepared, world, mesh, model, optimizer, schedule, datasets, tracker, stopper, watchdog, manager, lock, progress, total)
+    alerts = None
+    if config.logging.moe_alerts and config.moe.has_experts:
+        step_tokens = config.global_batch_size(world.size) * config.training.seq_length
+        alerts = ExpertAlerts(config.moe, step_tokens, config.logging.moe_alert_dropped_fraction)
+    return Run(
+        prepared, world, mesh, model, optimizer, schedule, datasets, tracker, alerts, stopper, watchdog, manager, lock, progress, total
+    )
 
 
 def train(run: Run) -> None:
@@ -211,9 +219,14 @@ def expert_loads(run: Run) -> list[LayerLoad]:
     if not layers:
         return []
     vectors = [moe.stats.vector(run.world.device) for moe in layers]
-    together = torch.cat(vectors)
+    sent = torch.tensor([moe.stats.sent_bytes for moe in layers], dtype=torch.float64, device=run.world.device)
+    together = torch.cat([*vectors, sent / run.world.size])
     dist.all_reduce(together)
-    return [summarise(moe.layer, v) for moe, v in zip(layers, together.cpu().split([len(v) for v in vectors]))]
+    *vectors, sent = together.cpu().split([*map(len, vectors), len(layers)])
+    return [
+        replace(summarise(moe.layer, v), sent_bytes=float(n), bias_range=range_of(moe.gate.expert_bias))
+        for moe, v, n in zip(layers, vectors, sent)
+    ]
 
 
 def log_step(run: Run, result: StepResult, rate: float, throughput: Throughput) -> None:
@@ -224,6 +237,11 @@ def log_step(run: Run, result: StepResult, rate: float, throughput: Throughput) 
     c = run.config
     flops = flops_per_token(c.model, c.moe, c.training.seq_length, run.prepared.vocab_size)
     mean = lambda values: sum(values) / len(loads) if loads else 0.0  # noqa: E731
+    records = [
+        moe_layer_record(load.layer, load.tokens_per_expert, load.dropped_fraction, load.router_entropy, load.z_loss**0.5,
+                         load.bias_range, load.sent_bytes)
+        for load in loads
+    ]  # fmt: skip
     run.tracker.log_train(
         iteration=run.progress.iteration, consumed_samples=run.progress.consumed_samples, consumed_tokens=run.progress.consumed_tokens,
         lm_loss=lm_loss, grad_norm=norm, learning_rate=rate,
@@ -231,8 +249,10 @@ def log_step(run: Run, result: StepResult, rate: float, throughput: Throughput) 
         iteration_time_ms=window.iteration_time_ms, tokens_per_second=window.tokens_per_second,
         tflops_per_device=tflops_per_device(flops, window.tokens_per_second, run.world.size),
         peak_memory_bytes=peak_memory_bytes(run.world.device.type),
-        moe=[moe_layer_record(load.layer, load.tokens_per_expert, load.dropped_fraction, load.router_entropy) for load in loads],
+        moe=records,
     )  # fmt: skip
+    for alert in run.alerts.check(records) if run.alerts else ():
+        run.tracker.event("alert", iteration=run.progress.iteration, **asdict(alert))
     stop_if_not_finite(run, lm_loss, norm)
 
 

@@ -1,6 +1,9 @@
 """The definition of right: a parallel layout trains the model that one process trains.
 
 `reference(model_flags)` trains a plain GPT - no mesh, no DTensor, no FSDP - on the whole batch in this process.
+One thing depends on the layout by definition, the global-batch loss: its counts are of the micro-batches so far, and how many that
+are differs with the data ranks. `reference(..., ranks)` walks the micro-batches of so many ranks in turn, and knows the counts
+of those that the ranks route at the same time from a forward of the whole step before (`CountsOfRounds`).
 `layout(flags)` trains the same model in a layout, on every rank of a pool. Both return losses and norms of every step, all
 gradients of the first, routing statistics of the first two, and the weights after the last. `check` compares.
 """
@@ -22,6 +25,7 @@ from megatron_moe.data.batch import Batch
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.init import initialize_parameters
 from megatron_moe.moe.layer import moe_layers
+from megatron_moe.moe.tokens import Reducer
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
 from megatron_moe.optimizer.groups import build_optimizer
@@ -69,6 +73,9 @@ MODELS = {
     "--disable-moe-token-dropping",
     # experts of the factory below, of which some get no token
     "modules": "--num-experts 1 2 8 --topk 1 --disable-moe-token-dropping",
+    # every auxiliary loss at once, in a warm-up: micro-batch and z from the common flags, sequence, global batch
+    "losses": "--num-experts 1 4 8 --topk 2 --disable-moe-token-dropping --moe-seq-loss-coeff 0.4 --moe-global-loss-coeff 0.3 "
+    "--moe-loss-warmup-iters 3",
 }
 
 
@@ -127,9 +134,48 @@ def whole(t: torch.Tensor) -> torch.Tensor:
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
 
 
+class CountsOfRounds(Reducer):
+    """A reducer of one process that walks the micro-batches of `ranks` data ranks: micro-batch m of rank r is its (m * ranks + r)-th.
+
+    Without `recorded` counts it only takes them down. With them, the counts of a round - all ranks' m-th micro-batches - come with
+    the first micro-batch of the round, so that each of its micro-batches has seen the same ones.
+    """
+
+    def __init__(self, ranks: int, recorded: list[torch.Tensor] | None = None):
+        self.ranks, self.recorded, self.seen = ranks, recorded, []
+
+    def over_batch(self, counts: torch.Tensor) -> torch.Tensor:
+        number = len(self.seen)
+        self.seen.append(counts)
+        if self.recorded is None:
+            return counts
+        assert torch.equal(counts, self.recorded[number]), "the same step routes the same way twice"
+        return sum(self.recorded[number : number + self.ranks]) if number % self.ranks == 0 else torch.zeros_like(counts)
+
+
+def know_other_ranks(model: GPT, batches: list[Batch], step: int, ranks: int) -> None:
+    """Route the whole step once, to give every layer the counts of the rounds ahead."""
+    layers = moe_layers(model)
+    for moe in layers:
+        moe.reducer = CountsOfRounds(ranks)
+    with torch.no_grad():
+        for b in batches:
+            model(b.tokens, b.position_ids, b.labels, None, token_keys(SEED, step, b.sample_ids, LENGTH))
+    for moe in layers:
+        moe.reducer = CountsOfRounds(ranks, moe.reducer.seen)
+        moe.begin_step(moe.loss_weight)
+
+
+def expected(model_name: str, world: int, flags: str) -> dict[str, torch.Tensor]:
+    """The reference of a layout in float64."""
+    c = config(model_name, f"{FP64} {flags}")
+    ranks = world // c.parallel.tensor_model_parallel_size if c.moe.moe_global_loss_coeff else 1
+    return reference(model_name, FP64, ranks)
+
+
 @functools.cache
-def reference(model_name: str, flags: str = FP64) -> dict[str, torch.Tensor]:
-    """One process, nothing but the model and torch's optimizer."""
+def reference(model_name: str, flags: str = FP64, ranks: int = 1) -> dict[str, torch.Tensor]:
+    """One process, nothing but the model and torch's optimizer. `ranks`: see above."""
     c = config(model_name, flags)
     torch.manual_seed(0)
     before = torch.get_default_dtype()
@@ -141,15 +187,18 @@ def reference(model_name: str, flags: str = FP64) -> dict[str, torch.Tensor]:
     initialize_parameters(model, c.training.seed, c.model.init_method_std, c.model.num_layers)
     for moe in moe_layers(model):
         moe.experts.use_reference = c.training.moe_kernels == "reference"
-        moe.loss_weight = 1.0 / (SEQUENCES * LENGTH)
     spread_gates(model)
     optimizer = build_optimizer(model, c.optimizer)
     out: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         divisor, total = global_batch(step)[1].sum(), 0.0
+        batches = microbatches(step, 0, 1, c.training.micro_batch_size)
+        warmup = [(i + 1) / c.moe.moe_loss_warmup_iters for i in range(c.moe.moe_loss_warmup_iters)] + [1.0] * STEPS
         for moe in moe_layers(model):
-            moe.stats.reset()
-        for b in microbatches(step, 0, 1, c.training.micro_batch_size):
+            moe.begin_step(warmup[step] / (SEQUENCES * LENGTH))
+        if c.moe.moe_global_loss_coeff:
+            know_other_ranks(model, batches, step, ranks)
+        for b in batches:
             keys = token_keys(SEED, step, b.sample_ids, LENGTH)
             loss = (model(b.tokens, b.position_ids, b.labels, None, keys) * b.loss_mask).sum() / divisor
             loss.backward()

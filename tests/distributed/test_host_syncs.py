@@ -22,7 +22,7 @@ from megatron_moe.training.step import train_step
 
 pytestmark = pytest.mark.distributed
 
-MODEL = {"dropless": "pyramid", "dropping": "dropping"}
+MODEL = {"dropless": "pyramid", "dropping": "dropping", "every loss": "losses"}
 EP = "--moe-expert-parallel-size 2"
 
 
@@ -67,6 +67,8 @@ def test_a_step_waits_for_nothing_but_the_sizes_of_an_exchange(world, flags, per
 def test_no_policy_waits(model):
     for seen, _ in run_distributed(waits, 2, model, f"{EP} --moe-token-dispatcher allgather"):
         assert seen == []
+
+
 @pytest.mark.parametrize(("routing", "per_forward"), [("dropping", 0), ("dropless", 1)])
 @pytest.mark.parametrize(
     ("world", "flags"), [(1, ""), (2, EP), (2, f"{EP} --tensor-model-parallel-size 2 --recompute-granularity full --bf16")]

@@ -6,6 +6,7 @@ fail. The table also names the quantity that sees the fault, and by how much at 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from contextlib import contextmanager
 from unittest import mock
@@ -167,6 +168,67 @@ def counts_not_shared():
 
 
 @contextmanager
+def batch_counts_not_summed():
+    """The global-batch loss of each data rank's own tokens."""
+    from megatron_moe.parallel.expert import GroupReducer
+
+    with mock.patch.object(GroupReducer, "over_batch", GroupReducer.over_microbatch):
+        yield
+
+
+@contextmanager
+def batch_counts_of_this_microbatch_alone():
+    """The micro-batches of the step before are forgotten."""
+    from megatron_moe.moe.layer import MoELayer
+
+    original = MoELayer.decide
+
+    def decide(self, *args):
+        return original(self, *args[:-1], args[-1] * 0)
+
+    with mock.patch.object(MoELayer, "decide", decide):
+        yield
+
+
+@contextmanager
+def batch_counts_kept_from_step_to_step():
+    from megatron_moe.moe.layer import MoELayer
+
+    original = MoELayer.begin_step
+
+    def begin_step(self, loss_weight):
+        kept = self.batch_counts_E
+        original(self, loss_weight)
+        self.batch_counts_E = kept
+
+    with mock.patch.object(MoELayer, "begin_step", begin_step):
+        yield
+
+
+@contextmanager
+def sequences_counted_from_each_slice():
+    """A tensor-parallel rank takes its first token for the first of the micro-batch."""
+    from megatron_moe.moe.tokens import TokenInfo
+
+    original = TokenInfo.of
+    with mock.patch.object(TokenInfo, "of", lambda self, *args: dataclasses.replace(original(self, *args), first=0)):
+        yield
+
+
+@contextmanager
+def warmup_applied_twice():
+    from megatron_moe.moe.layer import MoELayer
+
+    original = MoELayer.begin_step
+
+    def begin_step(self, loss_weight):
+        original(self, loss_weight * min(loss_weight * parity.SEQUENCES * parity.LENGTH, 1.0))
+
+    with mock.patch.object(MoELayer, "begin_step", begin_step):
+        yield
+
+
+@contextmanager
 def token_count_not_summed():
     """Each rank divides by its own unmasked tokens: a mean of means."""
 
@@ -305,6 +367,8 @@ def optimizer_of_the_parameters_before_sharding():
 EP2, TP2 = "--moe-expert-parallel-size 2", "--tensor-model-parallel-size 2"
 EP4_RECOMPUTED = "--zero-stage 3 --moe-expert-parallel-size 4 --recompute-granularity full"
 LATENT = "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"
+LOSSES_EP2 = f"--zero-stage 2 {EP2}"
+LOSSES_TP4 = "--zero-stage 1 --tensor-model-parallel-size 4 --moe-expert-parallel-size 4"
 NOISY = "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"
 
 PLANTED = [  # fault, the row that turns red, the quantity that sees it, its error at least
@@ -319,6 +383,18 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
     (auxiliary_loss_counted_twice, ("pyramid", 2, f"--zero-stage 1 {EP2}"), "gradient layers.3.moe.gate.weight", 0.01),
     (auxiliary_loss_of_each_rank, ("pyramid", 2, f"--zero-stage 1 {EP2}"), "gradient layers.3.moe.gate.weight", 0.01),
     (counts_not_shared, ("pyramid", 2, f"--zero-stage 1 {TP2} {EP2}"), "gradient layers.3.moe.gate.weight", 1e-3),
+    (batch_counts_not_summed, ("losses", 2, LOSSES_EP2), "gradient layers.3.moe.gate.weight", 1e-3),
+    (batch_counts_of_this_microbatch_alone, ("losses", 2, LOSSES_EP2), "gradient layers.3.moe.gate.weight", 1e-3),
+    (batch_counts_kept_from_step_to_step, ("losses", 2, LOSSES_EP2), "norm 1", 1e-6),
+    (sequences_counted_from_each_slice, ("losses", 4, LOSSES_TP4), "gradient layers.3.moe.gate.weight", 1e-3),
+    (counts_not_shared, ("losses", 4, LOSSES_TP4), "gradient layers.3.moe.gate.weight", 1e-3),
+    (warmup_applied_twice, ("losses", 2, LOSSES_EP2), "gradient layers.3.moe.gate.weight", 1e-3),
+    (
+        routing_recomputed,
+        ("losses", 4, "--zero-stage 1 --moe-expert-parallel-size 4 --recompute-granularity full"),
+        "routing 3 in step 0",
+        0.5,
+    ),
     (token_count_not_summed, ("pyramid", 2, "--zero-stage 0"), "loss 0", 1e-4),
     (gate_weight_lost_on_the_way, ("pyramid", 2, f"--zero-stage 1 {EP2}"), "loss 0", 1e-6),
     (latent_projection_not_declared_partial, ("latent", 4, LATENT), "gradient layers.3.moe.latent_down.weight", 0.01),

@@ -3,7 +3,10 @@
 import json
 import math
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_moe.config.output import LoggingConfig
 from megatron_moe.metrics.reader import read_records, valid_history
@@ -54,7 +57,8 @@ def test_train_record_has_exactly_the_published_keys():
     record = train_record()
     assert list(record) == ["event", *STEP, "moe"]
     assert list(record["moe"][0]) == [
-        "layer", "load_max_over_mean", "load_min_over_mean", "dead_experts", "dropped_fraction", "router_entropy", "expert_load",
+        "layer", "load_max_over_mean", "load_min_over_mean", "dead_experts", "dropped_fraction", "router_entropy", "load_p5_over_mean",
+        "load_p50_over_mean", "load_p95_over_mean", "router_logit_rms", "bias_min", "bias_max", "sent_bytes", "expert_load",
     ]  # fmt: skip
 
 
@@ -69,8 +73,16 @@ def test_eval_record_has_exactly_the_published_keys():
 def test_layer_record_of_a_skewed_load_matches_the_worked_example():
     assert LAYERS[0] == {
         "layer": 1, "load_max_over_mean": 3.0, "load_min_over_mean": 0.0, "dead_experts": 2, "dropped_fraction": 0.25,
-        "router_entropy": 0.9, "expert_load": [0.75, 0.25, 0.0, 0.0],
+        "router_entropy": 0.9, "load_p5_over_mean": 0.0, "load_p50_over_mean": 0.5, "load_p95_over_mean": pytest.approx(2.7),
+        "router_logit_rms": 0.0, "bias_min": None, "bias_max": None, "sent_bytes": 0.0, "expert_load": [0.75, 0.25, 0.0, 0.0],
     }  # fmt: skip
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=40))
+def test_percentiles_of_the_load_are_those_of_numpy(counts):
+    record, mean = moe_layer_record(1, counts, 0.0, 1.0), max(np.mean(counts), 1e-9)
+    for p in (5, 50, 95):
+        assert record[f"load_p{p}_over_mean"] == pytest.approx(np.percentile(counts, p) / mean, abs=1e-9)
 
 
 def test_layer_record_without_any_token_has_no_division_by_zero():
@@ -135,6 +147,16 @@ def test_a_record_that_finds_no_room_names_the_file_and_leaves_no_half_line(tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     writer.close()
     assert path.read_text() == '{"event": "start"}\n'
+
+
+def test_the_load_of_each_expert_can_be_left_out_of_the_file_and_is_short_in_it(tmp_path):
+    record = train_record(moe=[moe_layer_record(1, [1, 1, 1], 0.0, 1.0)])
+    for name, left_out in (("with", ()), ("without", ("expert_load",))):
+        JsonlWriter(tmp_path / name, left_out).write(record)
+    ((layer,), (without,)) = (lines_of(tmp_path / name)[0]["moe"] for name in ("with", "without"))
+    assert layer["expert_load"] == [0.33333] * 3
+    assert list(without) == [key for key in layer if key != "expert_load"]
+    assert record["moe"][0]["expert_load"] == [1 / 3] * 3  # other writers see what it was
 
 
 def test_a_whole_file_is_left_alone(tmp_path):
@@ -203,6 +225,13 @@ def test_console_shows_evaluations_and_events():
     assert shown[1] == " stop | iteration: 10 | reason: signal SIGTERM"
 
 
+def test_console_shows_the_sentence_of_an_alert_and_not_its_fields_again():
+    alert = {"event": "alert", "iteration": 7, "condition": "dropping", "layer": 2, "value": 0.5, "flag": "--x", "reason": "layer 2 drops"}
+    assert console_lines(alert) == [" alert | iteration: 7 | reason: layer 2 drops"]
+    not_finite = {"event": "alert", "iteration": 7, "reason": "not finite", "values": {"lm_loss": "nan"}}
+    assert console_lines(not_finite) == [" alert | iteration: 7 | reason: not finite | values: {'lm_loss': 'nan'}"]
+
+
 # ---------------------------------------------------------------- TensorBoard
 
 
@@ -211,7 +240,11 @@ def test_tensorboard_gets_one_scalar_per_number_and_layer():
     assert values["train/lm_loss"] == 6.5
     assert values["moe/layer_1/load_max_over_mean"] == 3.0
     assert values["moe/layer_3/dead_experts"] == 0
+    assert values["moe/layer_1/load_p50_over_mean"] == 0.5
     assert not any("expert_load" in tag or tag.endswith(("/iteration", "/layer")) for tag in values)
+    assert not any("bias" in tag for tag in values)
+    biased = train_record(moe=[moe_layer_record(1, [1, 1], 0.0, 1.0, bias_range=(-0.5, 0.25), sent_bytes=7.0)])
+    assert [dict(scalars(biased))[f"moe/layer_1/{key}"] for key in ("bias_min", "bias_max", "sent_bytes")] == [-0.5, 0.25, 7.0]
 
 
 def test_tensorboard_keeps_splits_apart_and_skips_other_events():
@@ -250,7 +283,17 @@ def test_metrics_go_to_the_run_directory_unless_a_path_is_given(tmp_path, capsys
         with build_tracker(config, str(tmp_path), rank=0, train_iterations=10, global_batch_size=8) as tracker:
             tracker.log_train(**STEP, moe=LAYERS)
         assert len(lines_of(place)) == 1
-    assert capsys.readouterr().out.count("lm loss") == 2
+    out = capsys.readouterr().out
+    assert out.count("lm loss") == 2
+    assert out.count("max/mean min/mean dead") == 2  # the panel
+
+
+def test_the_panel_and_the_load_of_each_expert_are_switched_by_flags(tmp_path, capsys):
+    config = LoggingConfig(moe_panel="off", log_expert_load=False)
+    with build_tracker(config, str(tmp_path), rank=0, train_iterations=10, global_batch_size=8) as tracker:
+        tracker.log_train(**STEP, moe=LAYERS)
+    assert "min/mean" not in capsys.readouterr().out
+    assert "expert_load" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_without_a_run_directory_the_terminal_is_all(tmp_path, monkeypatch):

@@ -58,11 +58,44 @@ def test_a_dense_run_has_no_heat_map_and_two_runs_share_one_image(tmp_path):
     assert size_of_png(tmp_path / "dense.png")[1] < size_of_png(tmp_path / "new" / "both.png")[1]
 
 
+@draws
+def test_without_the_load_of_each_expert_the_layers_are_drawn_all_the_same(tmp_path):
+    records = [train(i) for i in (10, 20, 30)]
+    whole = write_run(tmp_path / "whole", records)
+    for r in records:
+        for m in r["moe"]:
+            del m["expert_load"]
+    short = write_run(tmp_path / "short", records)
+    for run in (whole, short):
+        assert plot_run.main(["--run", run]) == 0
+    heights = [size_of_png(tmp_path / name / "plot.png")[1] for name in ("whole", "short")]
+    assert heights[0] > heights[1] > 900  # curves and the layers over time, without the maps of the experts
+
+
+@draws
+def test_an_alert_is_a_cross_at_its_layer_and_iteration(tmp_path):
+    alert = {"event": "alert", "iteration": 20, "layer": 3, "condition": "dead", "reason": "layer 3 ..."}
+    other = {"event": "alert", "iteration": 20, "reason": "not finite", "values": {}}
+    run = plot_run.load_run(write_run(tmp_path / "a", [train(10), train(20), alert, alert | {"condition": "collapse"}, other]))
+    axis = plot_run._pyplot().figure().subplots()
+    plot_run._draw_alerts(axis, run)
+    (cross,), (text,) = axis.get_lines(), axis.texts
+    assert [list(v) for v in cross.get_data()] == [[20], [1]]  # the second of layers 1 and 3
+    assert text.get_text() == "dead, collapse"
+
+
+def test_a_layer_that_was_not_recorded_is_a_gap():
+    records = [train(10), train(20, loads=((3, 1),))]
+    found = [plot_run._of_layer(r, 3, "dead_experts") for r in records]
+    assert found[0] == 1
+    assert found[1] != found[1]
+
+
 def test_show_table_prints_one_character_per_expert_and_draws_nothing(tmp_path, capsys):
     run = write_run(tmp_path / "a", [train(10)])
     assert plot_run.main(["--run", run, "--show-table"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].split()[:5] == ["1", "2", "1.50", "0", "10.0%"]
+    assert lines[2].split()[:6] == ["1", "2", "1.50", "0.50", "0", "10.0%"]
     assert lines[3].endswith("[\u2584\u2584 \u2588]")  # loads 1, 1, 0, 2 over the mean
     assert not (tmp_path / "a" / "plot.png").exists()
 
@@ -70,10 +103,6 @@ def test_show_table_prints_one_character_per_expert_and_draws_nothing(tmp_path, 
 def test_show_table_of_a_dense_run_says_so(tmp_path, capsys):
     assert plot_run.main(["--run", write_run(tmp_path / "a", [train(10, loads=())]), "--show-table"]) == 0
     assert "the run is dense" in capsys.readouterr().out
-
-
-def test_only_an_expert_without_a_token_is_blank():
-    assert [plot_run.block_of(load, plot_run.ASCII_BLOCKS) for load in (0, 1e-6, 1, 2, 50)] == [" ", ".", "=", "@", "@"]
 
 
 def test_missing_matplotlib_says_what_to_install(tmp_path, capsys, monkeypatch):
