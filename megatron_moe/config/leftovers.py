@@ -113,17 +113,6 @@ LEFTOVERS: dict[str, tuple[int | str, str]] = {
 
 # Flags of features that are planned: parsed, and refused when used to train.
 NOT_YET: dict[str, tuple[int | str, str]] = {
-    "mos": (0, "Mixture-of-Students distillation"),
-    "kd": (0, "knowledge distillation"),
-    "kd-alpha-ce": (1, "knowledge distillation"),
-    "kd-beta-ce": (1, "knowledge distillation"),
-    "kd-temp": (1, "knowledge distillation"),
-    "reset-iteration": (0, "knowledge distillation"),
-    "load-teacher": (1, "knowledge distillation"),
-    "num-layers-teacher": (1, "knowledge distillation"),
-    "num-experts-teacher": ("*", "knowledge distillation"),
-    "hidden-size-teacher": (1, "knowledge distillation"),
-    "num-attention-heads-teacher": (1, "knowledge distillation"),
     "num-layers-per-virtual-pipeline-stage": (1, "pipeline parallelism"),
     "standalone-embedding-stage": (0, "pipeline parallelism"),
     "enable-zbh1-pipeline": (0, "zero-bubble pipeline schedules"),
@@ -174,16 +163,8 @@ NOT_YET: dict[str, tuple[int | str, str]] = {
 NEUTRAL: dict[str, str] = {"ds-sequence-parallel-size": "1", "weight-decay-incr-style": "constant", "rotary-percent": "1"}
 
 # Settings of a feature in NOT_YET: without one of its switches they ask for nothing.
-_DISTILLATION, _FPDT, _WANDB, _PROFILER = ("mos", "kd"), ("ds-sequence-parallel-fpdt",), ("wandb-project",), ("profile",)
+_FPDT, _WANDB, _PROFILER = ("ds-sequence-parallel-fpdt",), ("wandb-project",), ("profile",)
 SWITCHES: dict[str, tuple[str, ...]] = {
-    "kd-alpha-ce": _DISTILLATION,
-    "kd-beta-ce": _DISTILLATION,
-    "kd-temp": _DISTILLATION,
-    "load-teacher": _DISTILLATION,
-    "num-layers-teacher": _DISTILLATION,
-    "num-experts-teacher": _DISTILLATION,
-    "hidden-size-teacher": _DISTILLATION,
-    "num-attention-heads-teacher": _DISTILLATION,
     "ds-sequence-parallel-fpdt-chunk-size": _FPDT,
     "ds-sequence-parallel-fpdt-offloading": _FPDT,
     "wandb-entity": _WANDB,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_moe.config.data import DataConfig, TokenizerConfig
+from megatron_moe.config.distillation import DistillationConfig
 from megatron_moe.config.flags import ConfigError, FieldSpec, bound_problems, fields_of
 from megatron_moe.config.model import ModelConfig, divisors
 from megatron_moe.config.moe import MoEConfig
@@ -23,6 +25,7 @@ GROUPS: dict[str, type] = {
     "parallel": ParallelConfig,
     "training": TrainingConfig,
     "optimizer": OptimizerConfig,
+    "distillation": DistillationConfig,
     "tokenizer": TokenizerConfig,
     "data": DataConfig,
     "checkpoint": CheckpointConfig,
@@ -40,6 +43,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -80,6 +84,12 @@ class RunConfig:
         return run
 
     def problems(self) -> Iterator[str]:
+        own = list(self._own_problems())
+        yield from own
+        if self.distillation.is_on:
+            yield from self._teacher_problems(own)
+
+    def _own_problems(self) -> Iterator[str]:
         m, t, tp = self.model, self.training, self.parallel.tensor_model_parallel_size
         if t.seq_length > m.max_position_embeddings:
             yield (f"--seq-length ({t.seq_length}) must not exceed --max-position-embeddings ({m.max_position_embeddings}); "
@@ -102,6 +112,30 @@ class RunConfig:
         if self.data.data_order == "megatron" and t.seed >= 2**32:
             yield f"--data-order megatron takes a --seed below {2**32}, not {t.seed}: that is all that Megatron's generator can be given"
 
+    def _teacher_problems(self, own: list[str]) -> Iterator[str]:
+        """What is wrong with the teacher and is not wrong with the student already."""
+        try:
+            self.teacher()
+        except ConfigError as error:
+            known = {*own, *(p for group in GROUPS for p in getattr(self, group).problems())}
+            for problem in (p for p in error.problems if p not in known):
+                yield "the teacher: " + re.sub(_OF_THE_TEACHER, r"--\1-teacher", problem)
+
+    def teacher(self) -> RunConfig:
+        """The run whose model the teacher is. It adds nothing to a loss and recomputes nothing: there is no backward.
+
+        An MLP width that follows from the hidden size follows from the teacher's.
+        """
+        d, m, t = self.distillation, self.model, self.training
+        model = dataclasses.replace(
+            m, num_layers=d.num_layers_teacher or m.num_layers, hidden_size=d.hidden_size_teacher or m.hidden_size,
+            num_attention_heads=d.num_attention_heads_teacher or m.num_attention_heads,
+        )  # fmt: skip
+        losses = {s.name: 0.0 for s in fields_of(MoEConfig) if s.name.endswith("loss_coeff")}
+        moe = dataclasses.replace(self.moe, num_experts=d.num_experts_teacher, **losses)
+        training = dataclasses.replace(t, checkpoint_activations=False, recompute_activations=False, recompute_granularity=None)
+        return dataclasses.replace(self, model=model, moe=moe, training=training, distillation=DistillationConfig())
+
     def _idle(self) -> tuple[str, ...]:
         """Switches about the tensor-parallel ranks ask for nothing where there is one such rank."""
         return ("sequence_parallel", "enable_expert_tensor_parallelism") if self.parallel.tensor_model_parallel_size == 1 else ()
@@ -113,6 +147,9 @@ class RunConfig:
                 yield f"--{name.replace('_', '-')} has no effect with --tensor-model-parallel-size 1"
         if self.checkpoint.save_interval and not self.checkpoint.save:
             yield f"--save-interval ({self.checkpoint.save_interval}) has no effect without --save DIR"
+        yield from (f"{option} has no effect: it is a setting of --mos and --kd" for option in self.distillation.idle)
+        if self.distillation.mos and not self.moe.has_experts:
+            yield "--mos with a dense student is plain distillation (--kd): a Mixture-of-Students keeps its experts; see --num-experts"
         experts = self.moe.num_experts
         if experts[0] > experts[-1]:
             yield f"--num-experts falls with depth ({' '.join(map(str, experts))}): published pyramids grow, later layers gain more"
@@ -121,6 +158,12 @@ class RunConfig:
 
     def data_parallel_size(self, world_size: int) -> int:
         return world_size // self.parallel.model_parallel_size
+
+    def expert_degrees(self) -> list[int]:
+        """Distinct expert-parallel degrees of the layers, the teacher's among them."""
+        runs = [self, self.teacher()] if self.distillation.is_on else [self]
+        experts = {(run.moe, n) for run in runs for n in run.moe.experts_per_layer(run.model.num_layers) if n > 1}
+        return sorted({moe.expert_parallel_degree(n) for moe, n in experts})
 
     def global_batch_size(self, world_size: int) -> int:
         t = self.training
@@ -153,10 +196,10 @@ class RunConfig:
             yield (f"--global-batch-size ({batch}) must be divisible by --micro-batch-size ({micro}) x data-parallel size ({dp}) = "
                    f"{unit}; use {f'{below} or ' if below else ''}{below + unit}")  # fmt: skip
         try:
-            degrees = {self.moe.expert_parallel_degree(n) for n in self.moe.experts_per_layer(self.model.num_layers) if n > 1}
+            degrees = self.expert_degrees()
         except ValueError:
             return  # said by problems()
-        for ep in sorted(degrees):
+        for ep in degrees:
             if world_size % ep:
                 yield (f"the number of ranks ({world_size}) must be divisible by the expert-parallel degree ({ep}); set "
                        f"--moe-expert-parallel-size to one of {_one_of(world_size)}")  # fmt: skip
@@ -188,6 +231,8 @@ class RunConfig:
                    "or --vocab-size")  # fmt: skip
         if self.tokenizer.kind == "NullTokenizer" and not self.model.vocab_size:
             yield "--tokenizer-type NullTokenizer needs --vocab-size"
+        if self.distillation.is_on and not self.distillation.load_teacher:
+            yield "the teacher is missing: give --load-teacher DIR, the run directory in which it was trained"
 
     def train_ends(self, world_size: int) -> dict[str, int]:
         """Optimizer steps until each of the given ends, by flag."""
@@ -242,6 +287,9 @@ class RunConfig:
             "experts_per_layer": list(self.moe.experts_per_layer(self.model.num_layers)), "mlp_type": self.moe.mlp_type,
         }  # fmt: skip
         return m
+
+
+_OF_THE_TEACHER = r"--(num-layers|num-experts|hidden-size|num-attention-heads)(?![\w-])"
 
 
 def digest(data: Any) -> str:

@@ -37,14 +37,15 @@ class Tracker:
         peak_memory_bytes: int,
         moe_aux_loss: float = 0.0,
         moe_z_loss: float = 0.0,
+        kd_loss: float | None = None,
         loss_scale: float = 1.0,
         skipped_iterations: int = 0,
         moe: Sequence[Record] = (),
     ) -> None:
-        """One logged step; `moe` holds a `moe_layer_record` per MoE layer."""
+        """One logged step; `kd_loss` is KL(teacher || student) in nats, None without a teacher; `moe` holds a `moe_layer_record` per MoE layer."""
         self._write({
             "event": "train", "iteration": iteration, "consumed_samples": consumed_samples, "consumed_tokens": consumed_tokens,
-            "lm_loss": lm_loss, "moe_aux_loss": moe_aux_loss, "moe_z_loss": moe_z_loss, "grad_norm": grad_norm,
+            "lm_loss": lm_loss, "kd_loss": kd_loss, "moe_aux_loss": moe_aux_loss, "moe_z_loss": moe_z_loss, "grad_norm": grad_norm,
             "learning_rate": learning_rate, "loss_scale": loss_scale, "skipped_iterations": skipped_iterations,
             "iteration_time_ms": iteration_time_ms, "tokens_per_second": tokens_per_second,
             "tflops_per_device": tflops_per_device, "peak_memory_bytes": peak_memory_bytes, "moe": list(moe),

@@ -104,6 +104,8 @@ class ConsoleWriter:
         yield f"learning rate: {r['learning_rate']:.3E}"
         yield f"global batch size: {self.global_batch_size:5d}"
         yield f"lm loss: {r['lm_loss']:.6E}"
+        if r["kd_loss"] is not None:
+            yield f"kd loss: {r['kd_loss']:.6E}"
         if r["moe"]:
             yield f"moe loss: {r['moe_aux_loss']:.6E}"
         if r["moe_z_loss"]:

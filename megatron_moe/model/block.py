@@ -35,6 +35,7 @@ class Block(nn.Module):
             self.moe = MoELayer(layer, num_experts, config.hidden_size, config.ffn_size, moe, config.swiglu, config.add_bias_linear)
         self.coefficient = nn.Linear(config.hidden_size, 2) if is_moe and is_residual else None
         self.run_attention = self.run_mlp = call
+        self.has_equal_batches = False  # in evaluation too: micro-batches are of the same size on every rank
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         mine = context.of_layer(self.layer)
@@ -43,7 +44,8 @@ class Block(nn.Module):
             return self.run_mlp(self.feed_forward, x_BSD, mine)
         h_TD = self.normalise(x_BSD)
         # in training every rank has a micro-batch of the same size; evaluation asks the others
-        y_TD = self.moe(h_TD, context.token_info(*x_BSD.shape[:2], h_TD.shape[0] if self.training else None))
+        known = h_TD.shape[0] if self.training or self.has_equal_batches else None
+        y_TD = self.moe(h_TD, context.token_info(*x_BSD.shape[:2], known))
         run = call if self.coefficient is None else self.run_mlp  # without a dense branch there is nothing worth recomputing
         return run(self.finish, x_BSD, h_TD, y_TD, mine)
 

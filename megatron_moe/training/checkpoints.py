@@ -73,6 +73,8 @@ def resume(prepared: Prepared, model: GPT, optimizer: torch.optim.Optimizer, wor
         complete.append("optimizer.")
     load_tensors(found.path, tensors, complete, world.cpu_group)
     progress = Progress() if c.finetune else Progress(**found.meta["progress"])
+    if c.reset_iteration:
+        progress.iteration = 0
     return progress, str(found.path), [*found.notes, *([] if c.finetune else _data_notes(prepared, found.meta, world))]
 
 

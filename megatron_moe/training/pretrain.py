@@ -32,6 +32,7 @@ from megatron_moe.optimizer.groups import build_optimizer
 from megatron_moe.optimizer.schedule import LearningRateSchedule, build_schedule
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
 from megatron_moe.training.checkpoints import Progress, describe, resume, save
+from megatron_moe.training.distillation import Distillation, build_teacher, load_teacher
 from megatron_moe.training.distributed import World, end_distributed, explain_lost_rank, in_turn, init_distributed
 from megatron_moe.training.evaluate import evaluate
 from megatron_moe.training.preflight import Prepared
@@ -61,6 +62,7 @@ class Run:
     lock: DirectoryLock | None  # on rank 0, with --save
     progress: Progress
     total_iterations: int
+    distillation: Distillation | None  # until its stage is over
 
     @property
     def config(self) -> RunConfig:
@@ -121,13 +123,31 @@ def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
             logger.warning(note)
             tracker.event("alert", reason=note)
         tracker.event("load", iteration=progress.iteration, path=path)
+    distillation = set_up_distillation(prepared, mesh, world, progress, tracker)
     if config.data.data_order == "megatron" and progress.ordered_samples is None:
         progress.ordered_samples = list(config.wanted_samples(world.size))
     seq_length, seed = config.training.seq_length, config.training.seed
     datasets = in_turn(world, lambda: build_datasets(config.data, seq_length, seed, prepared.vocab_size, progress.ordered_samples))
     stopper = Stopper(config.training, world.cpu_group)
     watchdog = Watchdog(world.rank, config.parallel.distributed_timeout_minutes)
-    return Run(prepared, world, mesh, model, optimizer, schedule, datasets, tracker, stopper, watchdog, manager, lock, progress, total)
+    return Run(prepared, world, mesh, model, optimizer, schedule, datasets, tracker, stopper, watchdog, manager, lock, progress, total,
+               distillation)  # fmt: skip
+
+
+def set_up_distillation(
+    prepared: Prepared, mesh: mpu.ParallelMesh, world: World, progress: Progress, tracker: Tracker
+) -> Distillation | None:
+    """The teacher, unless there is none or the run has left it behind. Collective."""
+    config = prepared.run.distillation
+    if not config.is_on or config.is_over(progress.iteration, progress.consumed_tokens):
+        return None
+    teacher = build_teacher(prepared.run, prepared.vocab_size, mesh, world.device)
+    found = load_teacher(teacher, config, prepared.run.checkpoint.ckpt_verify, world.cpu_group)
+    for note in found.notes:
+        logger.warning(note)
+        tracker.event("alert", reason=f"teacher: {note}")
+    tracker.event("load", teacher=str(found.path))  # no iteration: it is none of this run
+    return Distillation(config, teacher)
 
 
 def train(run: Run) -> None:
@@ -140,11 +160,14 @@ def train(run: Run) -> None:
     throughput.restart()
     while reason is None:
         run.watchdog.step()
+        if run.distillation and config.distillation.is_over(progress.iteration, progress.consumed_tokens):
+            run.distillation = None  # frees the teacher
+            run.tracker.event("alert", iteration=progress.iteration, reason="distillation is over: the language-model loss goes on alone")
         microbatches = [next(batches).to(run.world.device) for _ in range(config.num_microbatches(run.world.size))]
         # the rate of the step after which this much is consumed: the first step does not run at zero
         rate = run.schedule.at(progress.iteration + 1, progress.consumed_samples + samples, progress.consumed_tokens + tokens)
         seed, clip = config.training.seed, config.optimizer.clip_grad
-        result = train_step(run.model, run.optimizer, microbatches, run.mesh, rate, clip, seed, progress.iteration)
+        result = train_step(run.model, run.optimizer, microbatches, run.mesh, rate, clip, seed, progress.iteration, run.distillation)
         progress.advance(samples, tokens)
         throughput.add(tokens)
         i = progress.iteration
@@ -227,6 +250,7 @@ def log_step(run: Run, result: StepResult, rate: float, throughput: Throughput) 
         iteration=run.progress.iteration, consumed_samples=run.progress.consumed_samples, consumed_tokens=run.progress.consumed_tokens,
         lm_loss=lm_loss, grad_norm=norm, learning_rate=rate,
         moe_aux_loss=mean(load.aux_loss for load in loads), moe_z_loss=mean(load.z_loss for load in loads),
+        kd_loss=None if result.kd_loss is None else float(result.kd_loss),
         iteration_time_ms=window.iteration_time_ms, tokens_per_second=window.tokens_per_second,
         tflops_per_device=tflops_per_device(flops, window.tokens_per_second, run.world.size),
         peak_memory_bytes=peak_memory_bytes(run.world.device.type),
@@ -275,6 +299,9 @@ def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model
         "%d rank(s) on %s: dp %d, tp %d, ZeRO %d, %s", world.size, world.device.type, mesh.size("dp"), mesh.size("tp"), mesh.zero_stage,
         ", ".join(f"ep {ep}" for ep in sorted(mesh.experts)) or "no experts",
     )  # fmt: skip
+    if c.distillation.is_on:
+        teacher = parameter_counts(c.teacher().model, c.teacher().moe, prepared.vocab_size)
+        logger.info("teacher: %s parameters, %s active per token", f"{teacher.total:,}", f"{teacher.active:,}")
     for moe in moe_layers(model):
         logger.info("layer %d: %d experts, expert-parallel %d, %s dispatch", moe.layer, moe.num_experts,
                     c.moe.expert_parallel_degree(moe.num_experts), moe.dispatcher.name)  # fmt: skip
