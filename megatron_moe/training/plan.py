@@ -328,8 +328,7 @@ def _length(run: RunConfig, world_size: int) -> dict[str, Any]:
     if not ends:
         return {"iterations": None, "samples": None, "tokens": None, "decided_by": None}
     flag = min(ends, key=ends.__getitem__)
-    samples = ends[flag] * run.global_batch_size(world_size)
-    return {"iterations": ends[flag], "samples": samples, "tokens": samples * run.training.seq_length, "decided_by": flag}
+    return run.pace(world_size).after(ends[flag])._asdict() | {"decided_by": flag}
 
 
 def _learning_rate(run: RunConfig, world_size: int) -> dict[str, Any]:
@@ -337,10 +336,11 @@ def _learning_rate(run: RunConfig, world_size: int) -> dict[str, Any]:
     told: dict[str, Any] = {"max": o.lr, "min": o.min_lr, "style": o.lr_decay_style}
     lengths: dict[str, Any] = dict.fromkeys(("unit", "warmup", "decay", "warmup_iterations", "decay_iterations"))
     if iterations or any(getattr(o, name) for name in DECAY_LENGTHS):
-        s = build_schedule(o, run.training, run.global_batch_size(world_size), iterations or 0)
+        pace = run.pace(world_size)
+        s = build_schedule(o, pace, iterations or 0)
         lengths |= {
             "unit": s.unit, "warmup": s.warmup, "decay": s.decay,
-            "warmup_iterations": s.warmup / s.per_iteration, "decay_iterations": s.decay / s.per_iteration,
+            "warmup_iterations": pace.iterations_at(s.unit, s.warmup), "decay_iterations": pace.iterations_at(s.unit, s.decay),
         }  # fmt: skip
     return told | lengths
 

@@ -15,6 +15,7 @@ from megatron_moe.model.gpt import GPT
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
+from megatron_moe.optimizer.groups import set_rates
 from megatron_moe.parallel.zero import sync_gradients
 from megatron_moe.training.distillation import Distillation
 from megatron_moe.utils.random import token_keys
@@ -85,6 +86,7 @@ def train_step(
     seed: int,
     iteration: int,
     distillation: Distillation | None = None,
+    weight_decay: float | None = None,
 ) -> StepResult:
     """Forward and backward of all microbatches, clip, update. Collective."""
     lm_loss = forward_backward(model, microbatches, count_loss_tokens(microbatches, mesh), mesh, seed, iteration, distillation)
@@ -95,8 +97,7 @@ def train_step(
     norm = gradient_norm(parameters, mesh.stage_ranks)
     if clip_grad > 0:
         clip_gradients(parameters, norm, clip_grad)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_rates(optimizer, learning_rate, weight_decay)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     move_expert_biases(model)
