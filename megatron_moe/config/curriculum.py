@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_moe.config.flags import checked, flag, int_list
+from megatron_moe.config.flags import checked, fields_of, flag, int_list
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,12 @@ class CurriculumConfig:
         for name, values in (("difficulty", lengths), ("max-step", steps)):
             if list(values) != sorted(set(values)):
                 yield f"--curriculum-{name} must ascend, not {' '.join(map(str, values))}"
+
+    @property
+    def idle(self) -> list[str]:
+        """Flags that were given and do nothing, because the curriculum is off."""
+        given = [s.option for s in fields_of(type(self)) if getattr(self, s.name) != s.default]
+        return [] if self.curriculum_learning else given
 
     def longest(self, seq_length: int) -> int:
         if not self.curriculum_learning:

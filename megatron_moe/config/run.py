@@ -158,6 +158,7 @@ class RunConfig:
         if self.checkpoint.save_interval and not self.checkpoint.save:
             yield f"--save-interval ({self.checkpoint.save_interval}) has no effect without --save DIR"
         yield from (f"{option} has no effect: it is a setting of --mos and --kd" for option in self.distillation.idle)
+        yield from (f"{option} has no effect: it is a setting of --curriculum-learning" for option in self.curriculum.idle)
         if self.distillation.mos and not self.moe.has_experts:
             yield "--mos with a dense student is plain distillation (--kd): a Mixture-of-Students keeps its experts; see --num-experts"
         if (longest := self.curriculum.longest(self.training.seq_length)) < self.training.seq_length:

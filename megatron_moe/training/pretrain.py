@@ -325,8 +325,10 @@ def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model
                     c.moe.expert_parallel_degree(moe.num_experts), moe.dispatcher.name)  # fmt: skip
     logger.info("%d iterations of %d sequences (%d tokens), %d microbatch(es) per rank", total, batch, step_tokens,
                 c.num_microbatches(world.size))  # fmt: skip
-    for phase in c.pace(world.size).phases[:-1]:
-        logger.info("from step %d: %d sequences of %d tokens", phase.start.iterations + 1, phase.batch, phase.length)
+    if len(phases := c.pace(world.size).phases) > 1:
+        logger.info("%d sizes of a step: %s", len(phases), ", ".join(
+            f"{p.batch} x {p.length} from step {p.start.iterations + 1}" for p in (*phases[:3], *phases[max(3, len(phases) - 1):])
+        ))  # fmt: skip
     tracker.event(
         "start", parameters=counts.total, active_parameters=counts.active, flops_per_step=flops, world_size=world.size,
         data_parallel=mesh.size("dp"), tensor_parallel=mesh.size("tp"), expert_parallel=sorted(mesh.experts),

@@ -6,14 +6,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_moe.config.training import OptimizerConfig, TrainingConfig
+from megatron_moe.config.pace import Pace
+from megatron_moe.config.training import OptimizerConfig
 from megatron_moe.optimizer.schedule import build_schedule
 
 STYLES = ["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 
 
 def build(batch=2, iterations=100, seq_length=10, **optimizer):
-    return build_schedule(OptimizerConfig(**optimizer), TrainingConfig(seq_length=seq_length), batch, iterations)
+    return build_schedule(OptimizerConfig(**optimizer), Pace(batch, seq_length), iterations)
 
 
 def rates(schedule, iterations, batch=2, seq_length=10):
