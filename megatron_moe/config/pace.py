@@ -74,12 +74,12 @@ class Pace:
         start: Consumed = Consumed(),  # noqa: B008 - immutable
     ):
         self.full, self.longest = full, longest
-        self.batch_size, self._length = batch_size or (lambda samples: full), length or (lambda step: longest)
+        self.batch_size, self.length = batch_size or (lambda samples: full), length or (lambda step: longest)
         self.phases = list(self._all_phases(start))
 
     def step_after(self, done: Consumed) -> tuple[int, int]:
         """(sequences, length) of the next step."""
-        return self.batch_size(done.samples), self._length(done.iterations + 1)
+        return self.batch_size(done.samples), self.length(done.iterations + 1)
 
     def after(self, iterations: int) -> Consumed:
         """Where the run is then."""
