@@ -31,10 +31,10 @@ def weight_decay_groups(
 
 
 def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float | None = None) -> None:
-    """For the next step; without a weight decay it stays what it was."""
+    """For the next step; without a weight decay it stays what it was. Groups that were made elsewhere have no share of their own."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["lr_mult"]
-        if weight_decay is not None:
+        group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+        if weight_decay is not None and "wd_mult" in group:
             group["weight_decay"] = weight_decay * group["wd_mult"]
 
 

@@ -51,6 +51,9 @@ MODELS = {
     "noisy": "--num-experts 1 4 4 --topk 1 --hidden-dropout 0.2 --attention-dropout 0.2 --moe-noisy-gate-policy Jitter "
     "--disable-moe-token-dropping",
     # capacity with random token selection: per source rank and microbatch, so the same under every data/expert layout
+    # experts with a rate and a decay of their own, and a decay that grows
+    "rates": "--num-experts 1 2 8 --mlp-type residual --topk 2 --disable-moe-token-dropping --moe-expert-lr-mult 0.3 --moe-expert-wd-mult 4 "
+    "--weight-decay-incr-style linear --start-weight-decay 0.5 --end-weight-decay 2.5 --weight-decay 0.5",
     # a student with all the noise, and a teacher that has none: other depth, width and degrees (4 and 8), evaluation capacity
     "student": "--num-experts 1 4 4 --topk 1 --hidden-dropout 0.2 --attention-dropout 0.2 --moe-noisy-gate-policy Jitter "
     "--moe-train-capacity-factor 16 --moe-eval-capacity-factor 16 --kd-alpha-ce 0.7 --kd-beta-ce 1.5 --kd-temp 2 --mos "
@@ -86,6 +89,33 @@ def microbatches(step: int, rank: int, ranks: int, size: int) -> list[Batch]:
 
 def learning_rate(step: int) -> float:
     return 1e-2 * (1 + step / 2)  # of step 0: what the optimizer was built with
+
+
+def weight_decay(c: RunConfig, step: int) -> float:
+    """Of step 0: what the optimizer was built with."""
+    o = c.optimizer
+    return (
+        o.weight_decay
+        if o.start_weight_decay is None
+        else o.start_weight_decay + (o.end_weight_decay - o.start_weight_decay) * step / STEPS
+    )
+
+
+def plain_optimizer(model: GPT, c: RunConfig) -> torch.optim.AdamW:
+    """A group for every parameter, with its shares of rate and decay in words: matrices decay, experts have multipliers."""
+    o, groups = c.optimizer, []
+    for name, p in model.named_parameters():
+        is_expert = ".experts." in name
+        is_matrix = (name.endswith(".weight") and "norm" not in name) or name.endswith((".w1", ".w2", ".w_gate", ".w3"))
+        shares = {"rate": o.moe_expert_lr_mult if is_expert else 1.0, "decay": (o.moe_expert_wd_mult if is_expert else 1.0) * is_matrix}
+        groups.append({"params": [p], **shares})
+    set_plain_rates(groups, learning_rate(0), weight_decay(c, 0))
+    return torch.optim.AdamW(groups, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps, fused=True)
+
+
+def set_plain_rates(groups: list[dict], rate: float, decay: float) -> None:
+    for group in groups:
+        group["lr"], group["weight_decay"] = rate * group["rate"], decay * group["decay"]
 
 
 def spread_gates(model: GPT) -> None:
@@ -137,7 +167,7 @@ def reference(model_name: str, flags: str = FP64) -> dict[str, torch.Tensor]:
     spread_gates(model)
     if teacher:
         fill_teacher(teacher, c)
-    optimizer = build_optimizer(model, c.optimizer)
+    optimizer = plain_optimizer(model, c)
     out: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         divisor, total, divergence = global_batch(step)[1].sum(), 0.0, 0.0
@@ -160,8 +190,7 @@ def reference(model_name: str, flags: str = FP64) -> dict[str, torch.Tensor]:
         out |= {f"loss {step}": torch.as_tensor(total).double(), f"norm {step}": norm.clone()}
         if teacher and step:
             out[f"divergence {step}"] = torch.as_tensor(divergence).double()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+        set_plain_rates(optimizer.param_groups, learning_rate(step), weight_decay(c, step))
         optimizer.step()
         optimizer.zero_grad()
     return out | {f"weight {n}": whole(p) for n, p in model.named_parameters()}
@@ -186,7 +215,7 @@ def layout(model_name: str, flags: str) -> dict[str, torch.Tensor] | None:
         if step == 0:
             out |= first_step(model, optimizer, batches, mesh, distillation)
         else:
-            done = train_step(model, optimizer, batches, mesh, learning_rate(step), CLIP, SEED, step, distillation)
+            done = train_step(model, optimizer, batches, mesh, learning_rate(step), CLIP, SEED, step, distillation, weight_decay(c, step))
             out |= {f"loss {step}": done.lm_loss, f"norm {step}": done.grad_norm}
             if done.kd_loss is not None:
                 out[f"divergence {step}"] = done.kd_loss

@@ -27,6 +27,8 @@ LAYOUTS = [  # model, world size, flags
     ("modern", 4, "--zero-stage 2 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --recompute-granularity selective"),
     ("noisy", 2, "--zero-stage 1 --tensor-model-parallel-size 2"),
     ("noisy", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"),
+    ("rates", 2, "--zero-stage 0 --moe-expert-parallel-size 2"),
+    ("rates", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4"),
     *(("student", 2, f"--zero-stage {z} --moe-expert-parallel-size 2") for z in (0, 1, 3)),
     ("student", 2, "--zero-stage 2 --tensor-model-parallel-size 2"),
     ("student", 4, "--zero-stage 1 --tensor-model-parallel-size 4 --moe-expert-parallel-size 4"),
