@@ -22,7 +22,8 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
                             expert_parameters, bytes (parameters, gathered). It comes on top of per_rank
     groups                  tp dp pp cp: number, size, stride, ranks; ep and edp the same for each degree. Above 128 ranks
                             `ranks` has the first and the last group only; the others follow by stride
-    batch                   micro_batch_size, global_batch_size, micro_batches_per_step (of a rank), tokens_per_step
+    batch                   micro_batch_size, global_batch_size, micro_batches_per_step (of a rank), tokens_per_step; sizes: from_step,
+                            sequences, length of each phase of a ramp-up or curriculum, the last of them without an end
     length                  iterations, samples, tokens, decided_by (the flag)
     learning_rate           max, min, style, unit, warmup, decay (in the unit), warmup_iterations, decay_iterations
     data                    mock, sources (prefix, weight, tokens, samples, epochs), train_tokens, epochs
@@ -38,6 +39,7 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator
@@ -226,10 +228,14 @@ def _by_part(counts: ParameterCounts) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _flops(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, float | None]:
-    per_token = flops_per_token(run.model, run.moe, run.training.seq_length, vocab_size)
-    tokens = _length(run, world_size)["tokens"]
+    """Of the model that is trained, without a teacher. Short sequences of a curriculum cost less attention per token."""
+    pace, end = run.pace(world_size), _length(run, world_size)["tokens"]
+    of_length = functools.cache(lambda length: flops_per_token(run.model, run.moe, length, vocab_size))
+    per_token = of_length(run.training.seq_length)
     per_step = per_token * run.global_batch_size(world_size) * run.training.seq_length
-    return {"per_token": per_token, "per_step": per_step, "whole_run": per_token * tokens if tokens else None}
+    edges = [*(p.start.tokens for p in pace.phases[1:]), end]
+    whole = sum(of_length(p.length) * max(min(edge, end) - p.start.tokens, 0) for p, edge in zip(pace.phases, edges)) if end else None
+    return {"per_token": per_token, "per_step": per_step, "whole_run": whole}
 
 
 # ---------------------------------------------------------------- ranks
@@ -315,11 +321,13 @@ def _group_table(groups: Groups, world_size: int) -> dict[str, Any]:
 # ---------------------------------------------------------------- time
 
 
-def _batch(run: RunConfig, world_size: int) -> dict[str, int]:
+def _batch(run: RunConfig, world_size: int) -> dict[str, Any]:
     batch = run.global_batch_size(world_size)
+    sizes = [{"from_step": p.start.iterations + 1, "sequences": p.batch, "length": p.length} for p in run.pace(world_size).phases]
     return {
         "micro_batch_size": run.training.micro_batch_size, "global_batch_size": batch,
         "micro_batches_per_step": run.num_microbatches(world_size), "tokens_per_step": batch * run.training.seq_length,
+        "sizes": sizes,
     }  # fmt: skip
 
 
