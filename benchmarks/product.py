@@ -50,7 +50,7 @@ class Training:
         self.model = build_parallel_model(c, self.prepared.vocab_size, mesh, world.device)
         self.optimizer = build_optimizer(self.model, c.optimizer)
         self.batch_size = c.global_batch_size(1)
-        self.schedule = build_schedule(c.optimizer, c.training, self.batch_size, c.train_iterations(1))
+        self.schedule = build_schedule(c.optimizer, c.pace(1), c.train_iterations(1))
         self.datasets = build_datasets(c.data, c.training.seq_length, c.training.seed, self.prepared.vocab_size)
         self.collate = partial(make_batch, eod=self.prepared.eod)
         self.batches = iter(

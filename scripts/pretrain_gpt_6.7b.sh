@@ -25,6 +25,7 @@ MP_SIZE="${MP_SIZE:-8}" # tensor parallel
 # batches, length, learning rate
 MICRO_BATCH_SIZE="${MICRO_BATCH_SIZE:-4}" # sequences per data rank
 GLOBAL_BATCH_SIZE="${GLOBAL_BATCH_SIZE:-1024}"
+RAMPUP="${RAMPUP:-32 32 4882812}" # the batch: from, by, over so many samples
 TRAIN_TOKENS="${TRAIN_TOKENS:-300000000000}"
 LR="${LR:-1.2e-4}"
 MIN_LR="${MIN_LR:-1.2e-5}"
@@ -45,12 +46,13 @@ DATA=(--data-path $DATA_PATH --split 98,2,0 --vocab-file "$VOCAB_FILE" --merge-f
 
 smoke # nothing without SMOKE=1
 
+# shellcheck disable=SC2086 # three words
 pretrain \
   --num-layers "$NUM_LAYERS" --hidden-size "$HIDDEN_SIZE" --num-attention-heads "$NUM_ATTN_HEADS" \
   --seq-length "$SEQ_LEN" --max-position-embeddings "$SEQ_LEN" --init-method-std "$INIT_STD" \
   --tensor-model-parallel-size "$MP_SIZE" \
   --bf16 --checkpoint-activations \
-  --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" --train-tokens "$TRAIN_TOKENS" \
+  --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" --rampup-batch-size $RAMPUP --train-tokens "$TRAIN_TOKENS" \
   --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine --lr-decay-tokens "$LR_DECAY_TOKENS" --lr-warmup-tokens "$WARMUP_TOKENS" \
   --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 \
   --log-interval "$LOG_INTERVAL" --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" \

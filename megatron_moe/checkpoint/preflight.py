@@ -9,9 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.checkpoint.compare import architecture_differences
-from megatron_moe.checkpoint.files import TRACKER, CheckpointError, Manifest, iteration_name, iterations_in, other_format, read_manifest
+from megatron_moe.checkpoint.files import (
+    TRACKER,
+    CheckpointError,
+    Manifest,
+    iteration_name,
+    iterations_in,
+    other_format,
+    read_manifest,
+    run_directory,
+)
 from megatron_moe.config.data import DataConfig
 from megatron_moe.config.flags import fields_of
+from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.output import CheckpointConfig
 from megatron_moe.config.run import RunConfig
 
@@ -118,6 +128,56 @@ def _shown(value: Any) -> str:
     return "not given" if value is None else str(value)
 
 
+# ---------------------------------------------------------------- the teacher
+
+
+def teacher_problems(run: RunConfig, architecture: dict[str, Any], fingerprint: str | None) -> Iterator[str]:
+    """What keeps --load-teacher from being the teacher that the flags describe, whose `architecture` this is. Only reads.
+
+    fingerprint: of the run's tokenizer: a teacher of another vocabulary would teach nonsense.
+    """
+    given = run.distillation.load_teacher
+    directory, step = run_directory(given, None)
+    present = iterations_in(directory)
+    if not present or step not in (None, *present):
+        why = _known(present) if present else _why_missing(directory)
+        yield f"--load-teacher {given}: {why}"
+        return
+    iteration = step if step is not None else present[-1]
+    where = f"--load-teacher {given}: {iteration_name(iteration)}"
+    try:
+        meta = read_manifest(directory / iteration_name(iteration)).meta
+    except CheckpointError as error:
+        yield f"--load-teacher {given}: {error}"
+        return
+    if table := architecture_differences(meta.get("architecture", architecture), architecture):
+        remedy = "see --num-layers-teacher, --num-experts-teacher, --hidden-size-teacher and --num-attention-heads-teacher"
+        yield "\n    ".join([f"{where} is not the teacher of these flags; {remedy}; all else it shares with the student", *table])
+    saved = meta.get("config", {})
+    then, now = ({"params_dtype": s.get("training", {}).get("params_dtype")} for s in (saved or run.to_dict(), run.to_dict()))
+    if saved and run.teacher().moe.has_experts:
+        then, now = then | _routing_settings(saved["moe"]), now | _routing_settings(run.to_dict()["moe"])
+    if table := architecture_differences(then, now):
+        yield "\n    ".join([f"{where} was trained with settings that the teacher shares with the student; make them equal", *table])
+    made_by = meta.get("tokenizer", {}).get("fingerprint")
+    if fingerprint and made_by and made_by != fingerprint:
+        yield f"{where} was trained with another tokenizer (fingerprint {made_by}) than this run has (fingerprint {fingerprint})"
+
+
+def _why_missing(directory: Path) -> str:
+    if not directory.is_dir():
+        return "there is no such directory; give the run directory (--save) of the teacher's training"
+    return other_format(directory) or f"there is no checkpoint in it (no {iteration_name(100)} or alike)"
+
+
+def _routing_settings(moe: dict[str, Any]) -> dict[str, Any]:
+    """What decides where a token goes and with what weight, and leaves no trace in the shapes of the weights."""
+    names = ["topk", *(s.name for s in fields_of(MoEConfig) if s.name.startswith("moe_router_"))]
+    defaults = {s.name: s.default for s in fields_of(MoEConfig)}  # for a checkpoint from before there was a flag
+    of_training = ("moe_router_z_loss_coeff", "moe_router_bias_update_rate")
+    return {name: moe.get(name, defaults[name]) for name in names if name not in of_training}
+
+
 def _save_problems(directory: Path) -> Iterator[str]:
     """Try it, with a file that never has a name. Nothing is made: every rank asks, and one would remove what another just used."""
     try:
@@ -131,11 +191,12 @@ def _save_problems(directory: Path) -> Iterator[str]:
 def _branch_problems(config: CheckpointConfig) -> Iterator[str]:
     """A directory holds one run. Checkpoints left from another, or ahead of where this one starts, would win the next resume."""
     present = iterations_in(Path(config.save))
-    goes_on = _is_same(config.load or "", config.save) and not config.finetune and config.ckpt_step in (None, *present[-1:])
+    goes_on = _is_same(config.load or "", config.save) and not config.finetune and not config.reset_iteration
+    goes_on = goes_on and config.ckpt_step in (None, *present[-1:])
     if present and not goes_on:
         yield (
             f"--save {config.save} already holds {_known(present)}, and this run does not go on from the newest ({present[-1]}): "
-            f"add --load {config.save} (without --ckpt-step and --finetune) to go on, or choose another --save"
+            f"add --load {config.save} (without --ckpt-step, --finetune and --reset-iteration) to go on, or choose another --save"
         )
 
 

@@ -153,13 +153,20 @@ _MOE = {
     "use_residual": Key(lambda value: _switch(value, {"mlp_type": "residual"}, {"mlp_type": "standard"})),
     **no_effect(bool, "use_tutel"),
 }
+
+
 _CURRICULUM = {
-    "enabled": Key(feature="curriculum learning"),
-    **no_effect(str, "curriculum_type", "schedule_type"),
-    **no_effect(float, "min_difficulty", "max_difficulty", "schedule_config.total_curriculum_step", "schedule_config.difficulty_step",
-                "schedule_config.root_degree"),
-    **no_effect(None, "schedule_config.difficulty", "schedule_config.max_step"),
-}  # fmt: skip
+    "enabled": sets("curriculum_learning"),
+    "curriculum_type": Key(kind=str, feature="a curriculum of anything but the length (seqlen)", off=("seqlen", None)),
+    "schedule_type": sets("curriculum_schedule_type"),
+    "min_difficulty": sets("curriculum_min_difficulty"),
+    "max_difficulty": sets("curriculum_max_difficulty"),
+    "schedule_config.total_curriculum_step": sets("curriculum_total_step"),
+    "schedule_config.difficulty_step": sets("curriculum_difficulty_step"),
+    "schedule_config.root_degree": sets("curriculum_root_degree"),
+    "schedule_config.difficulty": sets("curriculum_difficulty"),
+    "schedule_config.max_step": sets("curriculum_max_step"),
+}
 _RECOMPUTE = {
     **no_effect(bool, "partition_activations", "cpu_checkpointing", "contiguous_memory_optimization", "synchronize_checkpoint_boundary",
                 "profile"),

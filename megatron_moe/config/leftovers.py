@@ -113,17 +113,6 @@ LEFTOVERS: dict[str, tuple[int | str, str]] = {
 
 # Flags of features that are planned: parsed, and refused when used to train.
 NOT_YET: dict[str, tuple[int | str, str]] = {
-    "mos": (0, "Mixture-of-Students distillation"),
-    "kd": (0, "knowledge distillation"),
-    "kd-alpha-ce": (1, "knowledge distillation"),
-    "kd-beta-ce": (1, "knowledge distillation"),
-    "kd-temp": (1, "knowledge distillation"),
-    "reset-iteration": (0, "knowledge distillation"),
-    "load-teacher": (1, "knowledge distillation"),
-    "num-layers-teacher": (1, "knowledge distillation"),
-    "num-experts-teacher": ("*", "knowledge distillation"),
-    "hidden-size-teacher": (1, "knowledge distillation"),
-    "num-attention-heads-teacher": (1, "knowledge distillation"),
     "num-layers-per-virtual-pipeline-stage": (1, "pipeline parallelism"),
     "standalone-embedding-stage": (0, "pipeline parallelism"),
     "enable-zbh1-pipeline": (0, "zero-bubble pipeline schedules"),
@@ -156,9 +145,6 @@ NOT_YET: dict[str, tuple[int | str, str]] = {
     "profile-step-start": (1, "the profiler"),
     "profile-step-end": (1, "the profiler"),
     "profile-ranks": ("*", "the profiler"),
-    "weight-decay-incr-style": (1, "a growing weight decay"),
-    "start-weight-decay": (1, "a growing weight decay"),
-    "end-weight-decay": (1, "a growing weight decay"),
     "rotary-percent": (1, "rotary positions in a part of each head"),
     "openai-gelu": (0, "GELU by the tanh formula"),
     "init-method-xavier-uniform": (0, "uniform initial weights"),
@@ -170,19 +156,11 @@ NOT_YET: dict[str, tuple[int | str, str]] = {
 }
 
 # Flags of NOT_YET at these values ask for nothing: what upstream does without the flag.
-NEUTRAL: dict[str, str] = {"ds-sequence-parallel-size": "1", "weight-decay-incr-style": "constant", "rotary-percent": "1"}
+NEUTRAL: dict[str, str] = {"ds-sequence-parallel-size": "1", "rotary-percent": "1"}
 
 # Settings of a feature in NOT_YET: without one of its switches they ask for nothing.
-_DISTILLATION, _FPDT, _WANDB, _PROFILER = ("mos", "kd"), ("ds-sequence-parallel-fpdt",), ("wandb-project",), ("profile",)
+_FPDT, _WANDB, _PROFILER = ("ds-sequence-parallel-fpdt",), ("wandb-project",), ("profile",)
 SWITCHES: dict[str, tuple[str, ...]] = {
-    "kd-alpha-ce": _DISTILLATION,
-    "kd-beta-ce": _DISTILLATION,
-    "kd-temp": _DISTILLATION,
-    "load-teacher": _DISTILLATION,
-    "num-layers-teacher": _DISTILLATION,
-    "num-experts-teacher": _DISTILLATION,
-    "hidden-size-teacher": _DISTILLATION,
-    "num-attention-heads-teacher": _DISTILLATION,
     "ds-sequence-parallel-fpdt-chunk-size": _FPDT,
     "ds-sequence-parallel-fpdt-offloading": _FPDT,
     "wandb-entity": _WANDB,

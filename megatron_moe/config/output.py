@@ -27,6 +27,9 @@ class CheckpointConfig:
         False, "refuse to start when --load holds no checkpoint, also where it is the directory of --save"
     )
     finetune: bool = flag(False, "take the weights only: iteration, data position and optimizer start fresh")
+    reset_iteration: bool = flag(
+        False, "go on from --load with its optimizer and its place in the data, and count iterations from 0 again; needs another --save"
+    )
     no_load_optim: bool = flag(False, "leave the optimizer state of the checkpoint alone")
     no_save_optim: bool = flag(False, "save weights only")
 
@@ -36,6 +39,10 @@ class CheckpointConfig:
     def problems(self) -> Iterator[str]:
         if self.ckpt_step is not None and not self.load:
             yield f"--ckpt-step ({self.ckpt_step}) needs --load DIR"
+        if self.reset_iteration and not self.load:
+            yield "--reset-iteration needs --load DIR: it is about the iteration of what is loaded"
+        if self.reset_iteration and self.finetune:
+            yield "--reset-iteration keeps optimizer and place in the data, --finetune starts both anew; drop one"
         if self.exit_on_missing_checkpoint and not self.load:
             yield "--exit-on-missing-checkpoint needs --load DIR"
 

@@ -6,7 +6,7 @@ they are not the upstream recipe:
 
 - bf16 instead of fp16: as wide, and it needs no loss scale. fp16 was what the GPUs of that time had.
 - ZeRO stage 1 (the default) instead of 0 or 2: the same arithmetic, with the optimizer state spread over the ranks.
-- no batch ramp-up in the two larger dense bases: it is not built yet.
+- the student of a distillation says for how long the teacher is asked (the paper: the first 400000 steps); upstream is restarted by hand.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ PRESETS: dict[str, Preset] = {
     "gpt-125m": Preset("dense", 64, DENSE | GPT_125M | {"lr": 6e-4, "min_lr": 6e-5}),
     "gpt-350m": Preset("dense", 64, DENSE | GPT_350M | {"lr": 3e-4, "min_lr": 3e-5}),
     "gpt-1.3b": Preset("dense", 64, DENSE | GPT_1_3B | {
-        "micro_batch_size": 2, "tensor_model_parallel_size": 4, "lr": 2e-4, "min_lr": 2e-5}),
+        "micro_batch_size": 2, "tensor_model_parallel_size": 4, "rampup_batch_size": (32, 32, 1_953_125), "lr": 2e-4, "min_lr": 2e-5}),
     "gpt-6.7b": Preset("dense", 64, DENSE | GPT_6_7B | {
-        "tensor_model_parallel_size": 8, "init_method_std": 0.01, "lr": 1.2e-4, "min_lr": 1.2e-5}),
+        "tensor_model_parallel_size": 8, "rampup_batch_size": (32, 32, 4_882_812), "init_method_std": 0.01, "lr": 1.2e-4, "min_lr": 1.2e-5}),
     "gpt-125m-moe-64": Preset("64 experts in every second layer", 64, PUBLISHED | GPT_125M | {
         "num_experts": (64,), "moe_expert_parallel_size": 64, "lr": 4.5e-4, "min_lr": 4.5e-6}),
     "gpt-350m-moe-128": Preset("128 experts in every second layer", 64, PUBLISHED | GPT_350M | {
@@ -66,6 +66,10 @@ PRESETS: dict[str, Preset] = {
         "num_experts": (128,), "moe_expert_parallel_size": 64, "micro_batch_size": 8, "lr": 1.2e-4, "min_lr": 1e-6}),
     "gpt-350m-pr-moe-32-64": Preset("pyramid-residual: 10 layers of 32 experts, 2 of 64", 64, PUBLISHED | GPT_350M | {
         "num_experts": (32,) * 10 + (64,) * 2, "mlp_type": "residual", "moe_expert_parallel_size": 64, "lr": 3e-4, "min_lr": 1e-6}),
+    "gpt-350m-pr-moe-32-64-mos": Preset("the same with 21 layers, taught by it (Mixture-of-Students)", 64, PUBLISHED | GPT_350M | {
+        "num_layers": 21, "num_experts": (32,) * 8 + (64,) * 2, "mlp_type": "residual", "moe_expert_parallel_size": 64, "lr": 3e-4,
+        "min_lr": 1e-6, "mos": True, "kd_beta_ce": 1.0, "kd_stop_iters": 400_000, "num_layers_teacher": 24,
+        "num_experts_teacher": (32,) * 10 + (64,) * 2, "hidden_size_teacher": 1024, "num_attention_heads_teacher": 16}),
     "gpt-1.3b-pr-moe-64-128": Preset("pyramid-residual: 10 layers of 64 experts, 2 of 128", 64, PUBLISHED | GPT_1_3B | {
         "num_experts": (64,) * 10 + (128,) * 2, "mlp_type": "residual", "moe_expert_parallel_size": 64, "micro_batch_size": 8,
         "lr": 1.2e-4, "min_lr": 1e-6}),

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_moe.config.curriculum import CurriculumConfig
 from megatron_moe.config.data import DataConfig, TokenizerConfig
+from megatron_moe.config.distillation import DistillationConfig
 from megatron_moe.config.flags import ConfigError, FieldSpec, bound_problems, fields_of
 from megatron_moe.config.model import ModelConfig, divisors
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.output import CheckpointConfig, LoggingConfig
+from megatron_moe.config.pace import Consumed, Pace, RampUp
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.training import OptimizerConfig, TrainingConfig
 
@@ -23,6 +27,8 @@ GROUPS: dict[str, type] = {
     "parallel": ParallelConfig,
     "training": TrainingConfig,
     "optimizer": OptimizerConfig,
+    "curriculum": CurriculumConfig,
+    "distillation": DistillationConfig,
     "tokenizer": TokenizerConfig,
     "data": DataConfig,
     "checkpoint": CheckpointConfig,
@@ -40,6 +46,8 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -80,6 +88,12 @@ class RunConfig:
         return run
 
     def problems(self) -> Iterator[str]:
+        own = list(self._own_problems())
+        yield from own
+        if self.distillation.is_on:
+            yield from self._teacher_problems(own)
+
+    def _own_problems(self) -> Iterator[str]:
         m, t, tp = self.model, self.training, self.parallel.tensor_model_parallel_size
         if t.seq_length > m.max_position_embeddings:
             yield (f"--seq-length ({t.seq_length}) must not exceed --max-position-embeddings ({m.max_position_embeddings}); "
@@ -103,8 +117,38 @@ class RunConfig:
             self.moe.experts_per_layer(m.num_layers)
         except ValueError as error:
             yield str(error)
+        if (longest := self.curriculum.longest(t.seq_length)) > t.seq_length:
+            yield f"a curriculum up to {longest} tokens does not fit into --seq-length ({t.seq_length}); raise it or lower the curriculum's end"
+        elif self.curriculum.curriculum_learning and (self.curriculum.curriculum_min_difficulty or 1) > longest:
+            yield f"--curriculum-min-difficulty ({self.curriculum.curriculum_min_difficulty}) must not exceed the longest length ({longest})"
+        if self.curriculum.curriculum_learning and t.compile:
+            yield "--compile makes graphs of one sequence length and --curriculum-learning has many; leave one of them out"
         if self.data.data_order == "megatron" and t.seed >= 2**32:
             yield f"--data-order megatron takes a --seed below {2**32}, not {t.seed}: that is all that Megatron's generator can be given"
+
+    def _teacher_problems(self, own: list[str]) -> Iterator[str]:
+        """What is wrong with the teacher and is not wrong with the student already."""
+        try:
+            self.teacher()
+        except ConfigError as error:
+            known = {*own, *(p for group in GROUPS for p in getattr(self, group).problems())}
+            for problem in (p for p in error.problems if p not in known):
+                yield "the teacher: " + re.sub(_OF_THE_TEACHER, r"--\1-teacher", problem)
+
+    def teacher(self) -> RunConfig:
+        """The run whose model the teacher is. It adds nothing to a loss and recomputes nothing: there is no backward.
+
+        An MLP width that follows from the hidden size follows from the teacher's.
+        """
+        d, m, t = self.distillation, self.model, self.training
+        model = dataclasses.replace(
+            m, num_layers=d.num_layers_teacher or m.num_layers, hidden_size=d.hidden_size_teacher or m.hidden_size,
+            num_attention_heads=d.num_attention_heads_teacher or m.num_attention_heads,
+        )  # fmt: skip
+        losses = {s.name: 0.0 for s in fields_of(MoEConfig) if s.name.endswith("loss_coeff")}
+        moe = dataclasses.replace(self.moe, num_experts=d.num_experts_teacher, **losses)
+        training = dataclasses.replace(t, checkpoint_activations=False, recompute_activations=False, recompute_granularity=None)
+        return dataclasses.replace(self, model=model, moe=moe, training=training, distillation=DistillationConfig())
 
     def _idle(self) -> tuple[str, ...]:
         """Switches about the tensor-parallel ranks ask for nothing where there is one such rank."""
@@ -117,6 +161,12 @@ class RunConfig:
                 yield f"--{name.replace('_', '-')} has no effect with --tensor-model-parallel-size 1"
         if self.checkpoint.save_interval and not self.checkpoint.save:
             yield f"--save-interval ({self.checkpoint.save_interval}) has no effect without --save DIR"
+        yield from (f"{option} has no effect: it is a setting of --mos and --kd" for option in self.distillation.idle)
+        yield from (f"{option} has no effect: it is a setting of --curriculum-learning" for option in self.curriculum.idle)
+        if self.distillation.mos and not self.moe.has_experts:
+            yield "--mos with a dense student is plain distillation (--kd): a Mixture-of-Students keeps its experts; see --num-experts"
+        if (longest := self.curriculum.longest(self.training.seq_length)) < self.training.seq_length:
+            yield f"the curriculum ends at {longest} tokens: the model never trains on the full --seq-length ({self.training.seq_length})"
         experts = self.moe.num_experts
         if experts[0] > experts[-1]:
             yield f"--num-experts falls with depth ({' '.join(map(str, experts))}): published pyramids grow, later layers gain more"
@@ -136,6 +186,12 @@ class RunConfig:
 
     def data_parallel_size(self, world_size: int) -> int:
         return world_size // self.parallel.model_parallel_size
+
+    def expert_degrees(self) -> list[int]:
+        """Distinct expert-parallel degrees of the layers, the teacher's among them."""
+        runs = [self, self.teacher()] if self.distillation.is_on else [self]
+        experts = {(run.moe, n) for run in runs for n in run.moe.experts_per_layer(run.model.num_layers) if n > 1}
+        return sorted({moe.expert_parallel_degree(n) for moe, n in experts})
 
     def global_batch_size(self, world_size: int) -> int:
         t = self.training
@@ -167,14 +223,35 @@ class RunConfig:
             below = batch // unit * unit
             yield (f"--global-batch-size ({batch}) must be divisible by --micro-batch-size ({micro}) x data-parallel size ({dp}) = "
                    f"{unit}; use {f'{below} or ' if below else ''}{below + unit}")  # fmt: skip
+        else:
+            yield from self._ramp_problems(batch, micro * dp, f"--micro-batch-size ({micro}) x data-parallel size ({dp}) = {micro * dp}")
         try:
-            degrees = {self.moe.expert_parallel_degree(n) for n in self.moe.experts_per_layer(self.model.num_layers) if n > 1}
+            degrees = self.expert_degrees()
         except ValueError:
             return  # said by problems()
-        for ep in sorted(degrees):
+        for ep in degrees:
             if world_size % ep:
                 yield (f"the number of ranks ({world_size}) must be divisible by the expert-parallel degree ({ep}); set "
                        f"--moe-expert-parallel-size to one of {_one_of(world_size)}")  # fmt: skip
+
+    def _ramp_problems(self, batch: int, unit: int, what: str) -> Iterator[str]:
+        """Every batch size of a ramp-up must split into micro-batches of all data ranks."""
+        ramp = self.training.rampup_batch_size
+        if ramp is None or len(ramp) != 3:
+            return
+        start, increment, _ = ramp
+        for name, size in (("START", start), ("INCREMENT", increment)):
+            if size % unit:
+                below = size // unit * unit
+                yield (f"{name} ({size}) of --rampup-batch-size must be divisible by {what}; use "
+                       f"{f'{below} or ' if below else ''}{below + unit}")  # fmt: skip
+        if start > batch:
+            yield f"START ({start}) of --rampup-batch-size must not exceed the global batch size ({batch})"
+        elif (batch - start) % increment:
+            legal = [n for n in divisors(batch - start) if n % unit == 0]
+            cure = f"use one of {', '.join(map(str, legal))}" if legal else "use another START"
+            yield (f"the global batch size ({batch}) must be START ({start}) of --rampup-batch-size plus a multiple of INCREMENT "
+                   f"({increment}); {cure}")  # fmt: skip
 
     def train_problems(self) -> Iterator[str]:
         """What is fine to look at but cannot be trained."""
@@ -203,20 +280,30 @@ class RunConfig:
                    "or --vocab-size")  # fmt: skip
         if self.tokenizer.kind == "NullTokenizer" and not self.model.vocab_size:
             yield "--tokenizer-type NullTokenizer needs --vocab-size"
+        if self.distillation.is_on and not self.distillation.load_teacher:
+            yield "the teacher is missing: give --load-teacher DIR, the run directory in which it was trained"
 
-    def train_ends(self, world_size: int) -> dict[str, int]:
-        """Optimizer steps until each of the given ends, by flag."""
-        t, batch = self.training, self.global_batch_size(world_size)
+    def pace(self, world_size: int, start: Consumed = Consumed()) -> Pace:  # noqa: B008 - immutable
+        """What each step takes, from `start` on."""
+        full, seq_length, ramp = self.global_batch_size(world_size), self.training.seq_length, self.training.rampup_batch_size
+        batch_size = RampUp(*ramp, full).batch_size if ramp else None
+        curriculum = self.curriculum
+        length = (lambda step: curriculum.length(step, seq_length)) if curriculum.curriculum_learning else None
+        return Pace(full, curriculum.longest(seq_length), batch_size, length, start)
+
+    def train_ends(self, world_size: int, start: Consumed = Consumed()) -> dict[str, int]:  # noqa: B008 - immutable
+        """The iteration at which each of the given ends is reached by a run that is at `start`, by flag."""
+        t, pace = self.training, self.pace(world_size, start)
         ends = {
             "--train-iters": t.train_iters,
-            "--train-samples": -(-t.train_samples // batch) if t.train_samples else None,
-            "--train-tokens": -(-t.train_tokens // (batch * t.seq_length)) if t.train_tokens else None,
+            "--train-samples": pace.steps_until("samples", t.train_samples) if t.train_samples else None,
+            "--train-tokens": pace.steps_until("tokens", t.train_tokens) if t.train_tokens else None,
         }
-        return {name: steps for name, steps in ends.items() if steps}
+        return {name: steps for name, steps in ends.items() if steps is not None}
 
-    def train_iterations(self, world_size: int) -> int:
-        """Optimizer steps until the first of the given ends is reached."""
-        return min(self.train_ends(world_size).values())
+    def train_iterations(self, world_size: int, start: Consumed = Consumed()) -> int:  # noqa: B008 - immutable
+        """The iteration at which the first of the given ends is reached."""
+        return min(self.train_ends(world_size, start).values())
 
     def wanted_samples(self, world_size: int) -> tuple[int, int, int]:
         """How many samples of training, validation and test Megatron would order for this run.
@@ -224,10 +311,11 @@ class RunConfig:
         Its rules: --train-samples, else --train-iters global batches (also when --train-tokens ends the run earlier); new
         validation samples for every evaluation and for one more; test samples for one evaluation.
         """
-        t, batch = self.training, self.global_batch_size(world_size)
-        iterations = t.train_samples // batch if t.train_samples else t.train_iters or self.train_iterations(world_size)
+        t, batch, pace = self.training, self.global_batch_size(world_size), self.pace(world_size)
+        whole = int(pace.iterations_at("samples", t.train_samples)) if t.train_samples else None
+        iterations = whole or t.train_iters or self.train_iterations(world_size)
         evaluations = iterations // t.eval_interval + 1 if t.eval_interval else 1
-        return t.train_samples or iterations * batch, evaluations * t.eval_iters * batch, t.eval_iters * batch
+        return t.train_samples or pace.after(iterations).samples, evaluations * t.eval_iters * batch, t.eval_iters * batch
 
     # ------------------------------------------------------------ to and from JSON
 
@@ -277,6 +365,9 @@ class RunConfig:
         if newer.get("moe_ffn_hidden_size") == self.model.ffn_size:
             del newer["moe_ffn_hidden_size"]
         return newer
+
+
+_OF_THE_TEACHER = r"--(num-layers|num-experts|hidden-size|num-attention-heads)(?![\w-])"
 
 
 def digest(data: Any) -> str:

@@ -25,8 +25,8 @@ class TrainingConfig:
     train_samples: int | None = flag(None, "sequences to train on", minimum=1)
     train_tokens: int | None = flag(None, "tokens to train on", minimum=1)
     rampup_batch_size: tuple[int, ...] | None = flag(
-        None, "START INCREMENT SAMPLES: grow the global batch from START by INCREMENT over SAMPLES samples", not_yet="batch size ramp-up",
-        metavar="N")  # fmt: skip
+        None, "START INCREMENT SAMPLES: grow the global batch from START by INCREMENT until it is full, over SAMPLES samples",
+        minimum=1, metavar="N")  # fmt: skip
     seed: int = flag(1234, "initial weights, data order, dropout and routing noise", minimum=0)
     bf16: bool = flag(False, "bfloat16 compute; parameters, optimizer state, gradient reduction and router stay float32")
     fp16: bool = flag(False, "float16 compute with a dynamic loss scale", not_yet="fp16 training")
@@ -65,6 +65,8 @@ class TrainingConfig:
     def problems(self) -> Iterator[str]:
         if self.bf16 and self.params_dtype == "float64":
             yield "--bf16 and --params-dtype float64 exclude each other: bf16 keeps its parameters in float32; drop one"
+        if self.rampup_batch_size is not None and len(self.rampup_batch_size) != 3:
+            yield f"--rampup-batch-size wants START INCREMENT SAMPLES, not {' '.join(map(str, self.rampup_batch_size)) or 'nothing'}"
         if self.bf16 and self.fp16:
             yield "--bf16 and --fp16 exclude each other; drop one"
 
@@ -100,6 +102,15 @@ class OptimizerConfig:
     lr_wsd_decay_iters: int | None = flag(None, "length of the final decay of WSD; a tenth of the run when not given", minimum=1)
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential"] = flag("exponential", "shape of the final decay of WSD")
     weight_decay: float = flag(0.01, "decoupled weight decay; biases and norms have none", minimum=0)
+    start_weight_decay: float | None = flag(None, "weight decay at the start, with --weight-decay-incr-style linear or cosine", minimum=0)
+    end_weight_decay: float | None = flag(None, "weight decay at the end of the run, in place of --weight-decay", minimum=0)
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = flag(
+        "constant", "how the weight decay goes from start to end, with the samples of the run"
+    )
+    moe_expert_lr_mult: float = flag(
+        1.0, "learning rate of the routed experts over that of all else, at every step (lr_mult of Megatron's parameter groups)", minimum=0
+    )
+    moe_expert_wd_mult: float = flag(1.0, "the same for the weight decay (wd_mult)", minimum=0)
     adam_beta1: float = flag(0.9, "decay of the first moment", minimum=0, maximum=0.99999)
     adam_beta2: float = flag(0.999, "decay of the second moment; the published recipes use 0.95", minimum=0, maximum=0.9999999)
     adam_eps: float = flag(1e-8, "added to the root of the second moment", above=0)
@@ -112,6 +123,11 @@ class OptimizerConfig:
     def problems(self) -> Iterator[str]:
         if self.min_lr > self.lr:
             yield f"--min-lr ({self.min_lr:g}) must not exceed --lr ({self.lr:g})"
+        decays = (self.start_weight_decay, self.end_weight_decay)
+        if self.weight_decay_incr_style == "constant" and decays != (None, None):
+            yield "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine; or give --weight-decay alone"
+        elif self.weight_decay_incr_style != "constant" and None in decays:
+            yield f"--weight-decay-incr-style {self.weight_decay_incr_style} needs both --start-weight-decay and --end-weight-decay"
         given = [n for n in DECAY_LENGTHS if getattr(self, n) is not None]
         if len(given) > 1:
             yield f"give the decay in one unit only, not {' and '.join('--' + n.replace('_', '-') for n in given)}"

@@ -25,6 +25,12 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return Batch(*(t if t is None else t.to(device, non_blocking=non_blocking) for t in self))
 
+    def shortened(self, length: int) -> Batch:
+        """The first `length` tokens of each sequence: the rest is not trained on."""
+        if length == self.tokens.shape[1]:
+            return self
+        return Batch(*(t if t is None or t.ndim == 1 else t[:, :length].contiguous() for t in self))
+
 
 def make_batch(
     items: Sequence[dict],

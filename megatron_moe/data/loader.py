@@ -3,7 +3,7 @@
     DataConfig -> data_problems (before anything starts) -> build_datasets -> build_loader -> Batch, Batch, ...
 
 Who reads what: step s takes samples first + s*G .. first + (s+1)*G, where G = micro-batch size * data-parallel size *
-number of micro-batches. They are cut into micro-batches of consecutive samples; rank r of R takes micro-batches r, R + r, ...
+number of micro-batches; where G grows from step to step, each step takes the next G of them. They are cut into micro-batches of consecutive samples; rank r of R takes micro-batches r, R + r, ...
 Worked example, micro-batch size 2, R = 2, two micro-batches, step 0: rank 0 reads (0 1) (4 5), rank 1 reads (2 3) (6 7).
 With R = 1 and four micro-batches rank 0 reads (0 1) (2 3) (4 5) (6 7): the same micro-batches.
 """
@@ -236,22 +236,32 @@ def highest_token(indexed: IndexedDataset) -> int:
 
 
 class MicroBatchSampler:
-    """Sample numbers of one rank's micro-batches, in the order it computes them; endless without `num_steps`."""
+    """Sample numbers of one rank's micro-batches, in the order it computes them; endless without `num_steps`.
+
+    num_microbatches: of a rank and step; a function of the samples consumed before the step where the batch grows.
+    """
 
     def __init__(
-        self, first_sample: int, micro_batch_size: int, rank: int, ranks: int, num_microbatches: int, num_steps: int | None = None
+        self,
+        first_sample: int,
+        micro_batch_size: int,
+        rank: int,
+        ranks: int,
+        num_microbatches: int | Callable[[int], int],
+        num_steps: int | None = None,
     ):
         assert 0 <= rank < ranks, f"rank {rank} of {ranks}"
         self.first_sample, self.micro_batch_size, self.num_microbatches = first_sample, micro_batch_size, num_microbatches
         self.rank, self.ranks, self.num_steps = rank, ranks, num_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        global_batch = self.micro_batch_size * self.ranks * self.num_microbatches
-        for step in itertools.count() if self.num_steps is None else range(self.num_steps):
-            for microbatch in range(self.num_microbatches):
-                place = microbatch * self.ranks + self.rank
-                first = self.first_sample + step * global_batch + place * self.micro_batch_size
+        consumed, given = self.first_sample, self.num_microbatches
+        for _ in itertools.count() if self.num_steps is None else range(self.num_steps):
+            num_microbatches = given(consumed) if callable(given) else given
+            for microbatch in range(num_microbatches):
+                first = consumed + (microbatch * self.ranks + self.rank) * self.micro_batch_size
                 yield list(range(first, first + self.micro_batch_size))
+            consumed += self.micro_batch_size * self.ranks * num_microbatches
 
 
 class _Endless(torch.utils.data.Dataset):
@@ -270,14 +280,14 @@ def build_loader(
     micro_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
-    num_microbatches: int,
+    num_microbatches: int | Callable[[int], int],
     num_workers: int,
     collate: Callable[[Sequence[dict]], Batch],
     num_steps: int | None = None,
 ) -> Iterator[Batch]:
     """Micro-batches of one data-parallel rank from `first_sample` on (the samples consumed so far, when resuming).
 
-    num_microbatches: per rank and step. Endless without `num_steps`. With num_workers > 0 processes read ahead; the order
+    num_microbatches: per rank and step, a number or a function of the samples consumed before the step. Endless without `num_steps`. With num_workers > 0 processes read ahead; the order
     is the same.
     """
     sampler = MicroBatchSampler(first_sample, micro_batch_size, data_parallel_rank, data_parallel_size, num_microbatches, num_steps)

@@ -22,6 +22,12 @@ class Tracker:
     def __init__(self, writers: Sequence[Writer] = ()):
         self.writers = list(writers)
 
+    def set_length(self, train_iterations: int) -> None:
+        """The iteration at which the run will end, where that is known better than at its start."""
+        for writer in self.writers:
+            if isinstance(writer, ConsoleWriter):
+                writer.train_iterations = train_iterations
+
     def log_train(
         self,
         *,
@@ -37,15 +43,20 @@ class Tracker:
         peak_memory_bytes: int,
         moe_aux_loss: float = 0.0,
         moe_z_loss: float = 0.0,
+        kd_loss: float | None = None,
+        weight_decay: float | None = None,
+        global_batch_size: int | None = None,
+        seq_length: int | None = None,
         loss_scale: float = 1.0,
         skipped_iterations: int = 0,
         moe: Sequence[Record] = (),
     ) -> None:
-        """One logged step; `moe` holds a `moe_layer_record` per MoE layer."""
+        """One logged step; `kd_loss` is KL(teacher || student) in nats, None without a teacher; `moe` holds a `moe_layer_record` per MoE layer."""
         self._write({
             "event": "train", "iteration": iteration, "consumed_samples": consumed_samples, "consumed_tokens": consumed_tokens,
-            "lm_loss": lm_loss, "moe_aux_loss": moe_aux_loss, "moe_z_loss": moe_z_loss, "grad_norm": grad_norm,
-            "learning_rate": learning_rate, "loss_scale": loss_scale, "skipped_iterations": skipped_iterations,
+            "lm_loss": lm_loss, "kd_loss": kd_loss, "moe_aux_loss": moe_aux_loss, "moe_z_loss": moe_z_loss, "grad_norm": grad_norm,
+            "learning_rate": learning_rate, "weight_decay": weight_decay, "global_batch_size": global_batch_size,
+            "seq_length": seq_length, "loss_scale": loss_scale, "skipped_iterations": skipped_iterations,
             "iteration_time_ms": iteration_time_ms, "tokens_per_second": tokens_per_second,
             "tflops_per_device": tflops_per_device, "peak_memory_bytes": peak_memory_bytes, "moe": list(moe),
         })  # fmt: skip

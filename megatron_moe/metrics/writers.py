@@ -120,8 +120,10 @@ class ConsoleWriter:
         yield f"consumed samples: {r['consumed_samples']:12d}"
         yield f"elapsed time per iteration (ms): {r['iteration_time_ms']:.1f}"
         yield f"learning rate: {r['learning_rate']:.3E}"
-        yield f"global batch size: {self.global_batch_size:5d}"
+        yield f"global batch size: {r['global_batch_size'] or self.global_batch_size:5d}"
         yield f"lm loss: {r['lm_loss']:.6E}"
+        if r["kd_loss"] is not None:
+            yield f"kd loss: {r['kd_loss']:.6E}"
         if r["moe"]:
             yield f"moe loss: {r['moe_aux_loss']:.6E}"
         if r["moe_z_loss"]:

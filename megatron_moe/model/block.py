@@ -41,6 +41,7 @@ class Block(nn.Module):
         self.shared_expert = MLP(config, shared) if is_moe and shared else None
         self.shared_expert_gate = nn.Linear(D, 1, bias=False) if is_moe and moe.moe_shared_expert_gate else None
         self.run_attention = self.run_mlp = call
+        self.has_equal_batches = False  # in evaluation too: micro-batches are of the same size on every rank
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         mine = context.of_layer(self.layer)
@@ -49,7 +50,8 @@ class Block(nn.Module):
             return self.run_mlp(self.feed_forward, x_BSD, mine)
         h_TD = self.normalise(x_BSD)
         # in training every rank has a micro-batch of the same size; evaluation asks the others
-        y_TD = self.moe(h_TD, context.token_info(*x_BSD.shape[:2], h_TD.shape[0] if self.training else None))
+        known = h_TD.shape[0] if self.training or self.has_equal_batches else None
+        y_TD = self.moe(h_TD, context.token_info(*x_BSD.shape[:2], known))
         has_branch = self.mlp is not None or self.shared_expert is not None
         run = self.run_mlp if has_branch else call  # without a dense branch there is nothing worth recomputing
         return run(self.finish, x_BSD, h_TD, y_TD, mine)

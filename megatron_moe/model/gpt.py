@@ -17,7 +17,7 @@ from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.model.attention import Context
 from megatron_moe.model.block import Block
-from megatron_moe.model.loss import token_losses
+from megatron_moe.model.loss import token_divergences, token_losses
 from megatron_moe.model.norm import build_norm
 from megatron_moe.moe.module_experts import ExpertFactory
 from megatron_moe.utils.random import Purpose, dropout
@@ -26,8 +26,9 @@ from megatron_moe.utils.random import Purpose, dropout
 class GPT(nn.Module):
     """tokens [B, S] int64 -> losses or logits. `vocab_size` is the tokenizer's; rows beyond it are padding.
 
-    `project` (hidden, weight -> logits) and `token_losses` (logits, labels, vocab_size -> losses) are swapped by tensor
-    parallelism, under which the logits are this rank's columns only. `expert_factory` makes the experts, see moe/module_experts.py.
+    `project` (hidden, weight -> logits), `token_losses` (logits, labels, vocab_size -> losses) and `token_divergences` (logits,
+    those of a teacher, vocab_size, temperature -> losses) are swapped by tensor parallelism, under which the logits are this
+    rank's columns only. `expert_factory` makes the experts, see moe/module_experts.py.
     """
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, vocab_size: int, expert_factory: ExpertFactory | None = None):
@@ -43,6 +44,7 @@ class GPT(nn.Module):
         self.head = None if config.is_tied else nn.Linear(D, rows, bias=False)
         self.project: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.token_losses: Callable[[Tensor, Tensor, int], Tensor] = token_losses
+        self.token_divergences: Callable[[Tensor, Tensor, int, float], Tensor] = token_divergences
 
     def forward(
         self,

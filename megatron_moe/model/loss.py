@@ -1,4 +1,4 @@
-"""Next-token loss over a padded vocabulary."""
+"""Next-token and distillation losses over a padded vocabulary."""
 # V padded vocabulary
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.kernels.cross_entropy import cross_entropy
+from megatron_moe.kernels.kl_divergence import kl_divergence
 
 
 def mask_padding(logits: Tensor, vocab_size: int, first_column: int = 0) -> Tensor:
@@ -22,3 +23,8 @@ def token_losses(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int) -> Tens
     """-log softmax(logits)[label] in nats, [B, S], float32 or wider. Padding columns have probability zero."""
     losses_T = cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), vocab_size)
     return losses_T.view_as(labels_BS).clone()  # FSDP hooks the model's output, and warns about views
+
+
+def token_divergences(student_BSV: Tensor, teacher_BSV: Tensor, vocab_size: int, temperature: float) -> Tensor:
+    """KL(teacher || student) of the next token in nats, [B, S], float32 or wider, both softened by `temperature`."""
+    return kl_divergence(student_BSV.flatten(0, 1), teacher_BSV.flatten(0, 1), vocab_size, temperature).view(student_BSV.shape[:2])

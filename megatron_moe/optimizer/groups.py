@@ -10,18 +10,37 @@ from torch import nn
 from megatron_moe.config.training import OptimizerConfig
 
 
-def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters as the optimizer groups "decay" and "no_decay"; a group without parameters is left out."""
-    decay, no_decay = [], []
+def weight_decay_groups(
+    model: nn.Module, weight_decay: float, expert_lr_mult: float = 1.0, expert_wd_mult: float = 1.0
+) -> list[dict[str, Any]]:
+    """Trainable parameters as the optimizer groups "decay" and "no_decay"; a group without parameters is left out.
+
+    Experts have groups of their own where they have another rate or decay. `lr_mult` and `wd_mult` are a group's share of both.
+    """
+    has_own = (expert_lr_mult, expert_wd_mult) != (1.0, 1.0)
+    groups = {}
+    for prefix, lr_mult, wd_mult in (("", 1.0, 1.0), ("expert_", expert_lr_mult, expert_wd_mult)):
+        groups[f"{prefix}decay"] = {"params": [], "lr_mult": lr_mult, "wd_mult": wd_mult, "weight_decay": weight_decay * wd_mult}
+        groups[f"{prefix}no_decay"] = {"params": [], "lr_mult": lr_mult, "wd_mult": 0.0, "weight_decay": 0.0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             owner = model.get_submodule(name.rpartition(".")[0])
-            (no_decay if is_bias_or_norm(name, parameter, owner) else decay).append(parameter)
-    groups = [
-        {"name": "decay", "params": decay, "weight_decay": weight_decay},
-        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+            prefix = "expert_" if has_own and is_expert(name) else ""
+            groups[prefix + ("no_decay" if is_bias_or_norm(name, parameter, owner) else "decay")]["params"].append(parameter)
+    return [{"name": name} | group for name, group in groups.items() if group["params"]]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float | None = None) -> None:
+    """For the next step; without a weight decay it stays what it was. Groups that were made elsewhere have no share of their own."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+        if weight_decay is not None and "wd_mult" in group:
+            group["weight_decay"] = weight_decay * group["wd_mult"]
+
+
+def is_expert(name: str) -> bool:
+    """A parameter of routed experts: `moe.experts.w1`. Not a residual MLP's, nor a shared expert's, which see every token."""
+    return "experts" in name.split(".")
 
 
 def is_bias_or_norm(name: str, parameter: torch.Tensor, module: nn.Module) -> bool:
@@ -51,9 +70,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
     torch has no fused SGD for sharded parameters (DTensor): that one is a call per operation.
     """
-    groups = weight_decay_groups(model, config.weight_decay)
+    groups = weight_decay_groups(model, config.weight_decay, config.moe_expert_lr_mult, config.moe_expert_wd_mult)
     if not groups:
         raise ValueError("the model has no trainable parameters; check requires_grad")
+    for group in groups:
+        group["lr"] = config.lr * group["lr_mult"]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, foreach=True)
     betas = (config.adam_beta1, config.adam_beta2)

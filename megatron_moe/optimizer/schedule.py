@@ -1,7 +1,8 @@
-"""Learning-rate schedule: a pure function of how far the run has come.
+"""Learning rate and weight decay: pure functions of how far the run has come.
 
 Progress is measured in one unit for warm-up and decay together: the finest one among the given flags (tokens before samples
-before iterations), iterations over the whole run when none is given. The other lengths are converted at the constant batch.
+before iterations), iterations over the whole run when none is given. The other lengths are converted at the pace of the run: what
+its steps take, batch ramp-up and curriculum included.
 
 A step asks for its rate with the counters that INCLUDE it, so that the first of 5 warm-up steps runs at lr/5 and the fifth
 at lr. (DeepSpeed asks before it counts: its first token-based steps have a rate of zero.)
@@ -16,20 +17,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_moe.config.training import OptimizerConfig, TrainingConfig
+from megatron_moe.config.pace import Consumed, Pace
+from megatron_moe.config.training import OptimizerConfig
 
-UNITS = ("iterations", "samples", "tokens")  # coarse to fine
+UNITS = Consumed._fields  # coarse to fine
 
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """Warm-up, then one of the decay styles. Lengths count `unit`s; `per_iteration` is what one step adds to them."""
+    """Warm-up, then one of the decay styles. Lengths count `unit`s; `first_step` is what the first step of the run adds to them."""
 
     max_lr: float
     min_lr: float
     style: str
     unit: str
-    per_iteration: int
+    first_step: float
     warmup: float
     decay: float  # from the start of the run, warm-up included
     wsd_decay: float = 0.0  # length of the last phase of WSD
@@ -49,7 +51,7 @@ class LearningRateSchedule:
             return self.min_lr
         if self.style == "inverse-square-root":
             # Without warm-up the curve starts at the first step, whatever the unit.
-            start = max(self.warmup, self.per_iteration)
+            start = max(self.warmup, self.first_step)
             return max(self.min_lr, self.max_lr * math.sqrt(start / max(t, start)))
         if self.style == "WSD":
             ratio = _clamped_ratio(t, self.decay - self.wsd_decay, self.decay)
@@ -73,16 +75,11 @@ def _remaining_share(style: str, ratio: float) -> float:
     return 2.0 * 0.5**ratio - 1.0  # a half-life curve, shifted and stretched to end at 0 exactly
 
 
-def build_schedule(
-    optimizer: OptimizerConfig, training: TrainingConfig, global_batch_size: int, train_iterations: int
-) -> LearningRateSchedule:
+def build_schedule(optimizer: OptimizerConfig, pace: Pace, train_iterations: int) -> LearningRateSchedule:
     """Settles the unit and converts every length to it. Raises ValueError when warm-up and decay do not fit."""
     unit = _unit_of(optimizer)
-    per_iteration = {"iterations": 1, "samples": global_batch_size, "tokens": global_batch_size * training.seq_length}
-    in_unit = {u: per_iteration[unit] // per_iteration[u] for u in UNITS[: UNITS.index(unit) + 1]}  # u -> how many of `unit`
-
-    decay = _length(optimizer, "lr_decay", in_unit) or train_iterations * per_iteration[unit]
-    warmup: float = _length(optimizer, "lr_warmup", in_unit)
+    decay = _length(optimizer, "lr_decay", pace, unit) or pace.after(train_iterations).of(unit)
+    warmup = _length(optimizer, "lr_warmup", pace, unit)
     if optimizer.lr_warmup_fraction:
         warmup = optimizer.lr_warmup_fraction * decay
     if optimizer.lr_decay_style != "constant" and warmup > decay:
@@ -92,13 +89,13 @@ def build_schedule(
         )
     wsd_decay = 0.0
     if optimizer.lr_decay_style == "WSD":
-        wsd_decay = _wsd_decay(optimizer, warmup, decay, per_iteration[unit])
+        wsd_decay = _wsd_decay(optimizer, warmup, decay, pace, unit)
     return LearningRateSchedule(
         max_lr=optimizer.lr,
         min_lr=optimizer.min_lr,
         style=optimizer.lr_decay_style,
         unit=unit,
-        per_iteration=per_iteration[unit],
+        first_step=pace.after(1).of(unit),
         warmup=warmup,
         decay=decay,
         wsd_decay=wsd_decay,
@@ -119,19 +116,43 @@ def _unit_of(optimizer: OptimizerConfig) -> str:
     return "iterations"
 
 
-def _length(optimizer: OptimizerConfig, name: str, in_unit: dict[str, int]) -> int:
+def _length(optimizer: OptimizerConfig, name: str, pace: Pace, unit: str) -> float:
     """Warm-up or decay in the schedule's unit; 0 when no flag gives it. The config allows one flag of each at most."""
-    return sum((getattr(optimizer, f"{name}_{unit_flag(u)}") or 0) * factor for u, factor in in_unit.items())
+    given = {u: getattr(optimizer, f"{name}_{unit_flag(u)}") for u in UNITS[: UNITS.index(unit) + 1]}
+    return sum(pace.convert(length, u, unit) for u, length in given.items() if length)
 
 
-def _wsd_decay(optimizer: OptimizerConfig, warmup: float, decay: float, per_iteration: int) -> float:
+def _wsd_decay(optimizer: OptimizerConfig, warmup: float, decay: float, pace: Pace, unit: str) -> float:
     if optimizer.lr_wsd_decay_iters is None:
         return min(decay / 10, decay - warmup)
-    length = optimizer.lr_wsd_decay_iters * per_iteration
-    if warmup + length > decay:
-        room = int((decay - warmup) // per_iteration)
+    end, start = pace.iterations_at(unit, decay), pace.iterations_at(unit, warmup)
+    if start + optimizer.lr_wsd_decay_iters > end:
         raise ValueError(
-            f"--lr-wsd-decay-iters ({optimizer.lr_wsd_decay_iters}) does not fit behind the warm-up: of "
-            f"{decay / per_iteration:g} iterations the warm-up takes {warmup / per_iteration:g}; use at most {room}"
+            f"--lr-wsd-decay-iters ({optimizer.lr_wsd_decay_iters}) does not fit behind the warm-up: of {end:g} iterations the warm-up "
+            f"takes {start:g}; use at most {int(end - start)}"
         )
-    return length
+    return decay - pace.convert(end - optimizer.lr_wsd_decay_iters, "iterations", unit)
+
+
+@dataclass(frozen=True)
+class WeightDecaySchedule:
+    """From `start` to `end` over the samples of the run, then `end` (Megatron-LM's rule)."""
+
+    start: float
+    end: float
+    style: str
+    samples: int
+
+    def at(self, samples: int) -> float:
+        """Weight decay of the step after which the run will have consumed this much."""
+        if self.style == "constant":
+            return self.end
+        ratio = _clamped_ratio(samples, 0, self.samples)
+        return self.start + (self.end - self.start) * (1.0 - _remaining_share(self.style, ratio))
+
+
+def build_weight_decay(optimizer: OptimizerConfig, pace: Pace, train_iterations: int) -> WeightDecaySchedule:
+    start, end, style = optimizer.start_weight_decay, optimizer.end_weight_decay, optimizer.weight_decay_incr_style
+    if start is None or end is None:
+        start = end = optimizer.weight_decay
+    return WeightDecaySchedule(start, end, style, pace.after(train_iterations).samples)

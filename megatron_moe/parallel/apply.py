@@ -35,10 +35,9 @@ def parallelize(model: GPT, mesh: ParallelMesh, config: RunConfig) -> None:
 
 
 def build_parallel_mesh(config: RunConfig, device_type: str) -> ParallelMesh:
-    """Collective: the process groups of this run."""
-    experts = {n for n in config.moe.experts_per_layer(config.model.num_layers) if n > 1}
-    degrees = {config.moe.expert_parallel_degree(n) for n in experts}
-    return build_mesh(device_type, config.parallel.tensor_model_parallel_size, degrees, config.parallel.zero_stage)
+    """Collective: the process groups of this run, those of its teacher's experts among them."""
+    parallel = config.parallel
+    return build_mesh(device_type, parallel.tensor_model_parallel_size, config.expert_degrees(), parallel.zero_stage)
 
 
 def build_sharded_model(config: RunConfig, vocab_size: int, mesh: ParallelMesh, expert_factory: ExpertFactory | None = None) -> GPT:

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
+from megatron_moe.kernels.kl_divergence import Ranks, kl_divergence
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.loss import mask_padding
 from megatron_moe.moe.layer import MoELayer
@@ -57,6 +58,7 @@ def apply_tensor_parallel(model: GPT, mesh: DeviceMesh) -> None:
         model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.data, mesh, [Shard(0)], src_data_rank=None))
     model.project = VocabParallelProjection(mesh)
     model.token_losses = VocabParallelLosses(mesh.get_group())
+    model.token_divergences = VocabParallelDivergences(mesh.get_group())
 
 
 def _has(module: nn.Module, path: str) -> bool:
@@ -188,3 +190,29 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         probs, here_BS, index_BS1 = ctx.saved_tensors
         grad = probs.scatter_add(-1, index_BS1, -here_BS[..., None].to(probs.dtype))
         return grad * grad_BS[..., None], None, None
+
+
+class VocabularyRanks(Ranks):
+    """The ranks over which the columns of the logits are spread."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+
+    def maximum(self, x: Tensor) -> None:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+
+    def sum(self, x: Tensor) -> None:
+        dist.all_reduce(x, group=self.group)
+
+
+class VocabParallelDivergences:
+    """KL(teacher || student) over the whole vocabulary, from the columns here of both."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group, self.ranks = group, VocabularyRanks(group)
+
+    def __call__(self, student_BSv: Tensor, teacher_BSv: Tensor, vocab_size: int, temperature: float) -> Tensor:
+        width = student_BSv.shape[-1]
+        real = max(min(vocab_size - dist.get_rank(self.group) * width, width), 0)
+        student_Tv, teacher_Tv = student_BSv.flatten(0, 1), teacher_BSv.flatten(0, 1)
+        return kl_divergence(student_Tv, teacher_Tv, real, temperature, self.ranks).view(student_BSv.shape[:2])

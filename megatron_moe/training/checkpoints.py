@@ -15,6 +15,7 @@ from megatron_moe.checkpoint.load import load_tensors
 from megatron_moe.checkpoint.manager import CheckpointManager
 from megatron_moe.checkpoint.state import model_state, optimizer_state
 from megatron_moe.config.data import split_shares
+from megatron_moe.config.pace import Consumed
 from megatron_moe.model.gpt import GPT
 from megatron_moe.training.distributed import World
 from megatron_moe.training.preflight import Prepared
@@ -29,6 +30,10 @@ class Progress:
     consumed_tokens: int = 0
     # Megatron's data order alone: training, validation and test samples it was drawn for, by the first run, for good
     ordered_samples: list[int] | None = None
+
+    @property
+    def consumed(self) -> Consumed:
+        return Consumed(self.iteration, self.consumed_samples, self.consumed_tokens)
 
     def advance(self, samples: int, tokens: int) -> None:
         self.iteration += 1
@@ -73,6 +78,8 @@ def resume(prepared: Prepared, model: GPT, optimizer: torch.optim.Optimizer, wor
         complete.append("optimizer.")
     load_tensors(found.path, tensors, complete, world.cpu_group)
     progress = Progress() if c.finetune else Progress(**found.meta["progress"])
+    if c.reset_iteration:
+        progress.iteration = 0
     return progress, str(found.path), [*found.notes, *([] if c.finetune else _data_notes(prepared, found.meta, world))]
 
 

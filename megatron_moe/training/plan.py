@@ -18,9 +18,13 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
     per_rank                fullest and emptiest: rank, dense_parameters, expert_parameters, bytes (parameters, gradients,
                             whole_gradients, optimizer, gathered: see parallel/footprint.py);
     per_rank_unknown        why per_rank is null
+    teacher                 of distillation, null without: layers (their experts), parameters (total, active), flops_per_token (forward
+                            alone), stop_iters, stop_tokens, per_rank: fullest and emptiest: rank, dense_parameters,
+                            expert_parameters, bytes (parameters, gathered). It comes on top of per_rank
     groups                  tp dp pp cp: number, size, stride, ranks; ep and edp the same for each degree. Above 128 ranks
                             `ranks` has the first and the last group only; the others follow by stride
-    batch                   micro_batch_size, global_batch_size, micro_batches_per_step (of a rank), tokens_per_step
+    batch                   micro_batch_size, global_batch_size, micro_batches_per_step (of a rank), tokens_per_step; sizes: from_step,
+                            sequences, length of each phase of a ramp-up or curriculum, the last of them without an end
     length                  iterations, samples, tokens, decided_by (the flag)
     learning_rate           max, min, style, unit, warmup, decay (in the unit), warmup_iterations, decay_iterations
     data                    mock, sources (prefix, weight, tokens, samples, epochs), train_tokens, epochs
@@ -36,13 +40,14 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_moe.checkpoint.preflight import load_problems
+from megatron_moe.checkpoint.preflight import load_problems, teacher_problems
 from megatron_moe.config.flags import ConfigError, fields_of
 from megatron_moe.config.presets import GPT2_VOCAB_SIZE
 from megatron_moe.config.run import GROUPS, RunConfig
@@ -89,6 +94,7 @@ def build_plan(
         "parameters": {"total": sum(total.values()), "active": sum(active.values()), "by_part": total, "active_by_part": active},
         "per_rank": None if unknown else _per_rank(run, world_size, here.vocab_size),
         "per_rank_unknown": unknown,
+        "teacher": _teacher(run, world_size, here.vocab_size, unknown) if run.distillation.is_on else None,
         "groups": _groups(run, world_size),
         "batch": _batch(run, world_size),
         "length": _length(run, world_size),
@@ -143,8 +149,8 @@ def _absent_data(run: RunConfig) -> list[str]:
 
 
 def _absent_checkpoint(run: RunConfig) -> list[str]:
-    load = run.checkpoint.load
-    return [load] if load and not os.path.isdir(load) else []
+    given = (run.checkpoint.load, run.distillation.load_teacher if run.distillation.is_on else None)
+    return list(dict.fromkeys(directory for directory in given if directory and not os.path.isdir(directory)))
 
 
 def plan_problems(run: RunConfig, world_size: int, here: Here) -> Iterator[str]:
@@ -157,8 +163,11 @@ def plan_problems(run: RunConfig, world_size: int, here: Here) -> Iterator[str]:
     vocab_size = here.vocab_size if here.vocabulary_is_known else 1 << 31
     fingerprint = here.tokenizer.fingerprint if here.tokenizer else None
     yield from data_problems(run.data, run.training.seq_length, vocab_size, fingerprint, unseen=here.missing)
-    if run.checkpoint.load and not _absent_checkpoint(run) and here.vocabulary_is_known:
+    load, teacher, absent = run.checkpoint.load, run.distillation.load_teacher, _absent_checkpoint(run)
+    if load and load not in absent and here.vocabulary_is_known:
         yield from load_problems(run, run.architecture(here.vocab_size))
+    if run.distillation.is_on and teacher and teacher not in absent and here.vocabulary_is_known:
+        yield from teacher_problems(run, run.teacher().architecture(here.vocab_size), fingerprint)
     if world_size % run.parallel.model_parallel_size:
         return
     if run.train_ends(world_size):
@@ -178,14 +187,9 @@ def _degrees(run: RunConfig, world_size: int) -> dict[str, Any]:
     p = run.parallel
     return {
         "tp": p.tensor_model_parallel_size, "pp": p.pipeline_model_parallel_size, "cp": p.context_parallel_size,
-        "dp": run.data_parallel_size(world_size), "etp": p.expert_tensor_parallel_size, "ep": _expert_degrees(run),
+        "dp": run.data_parallel_size(world_size), "etp": p.expert_tensor_parallel_size, "ep": run.expert_degrees(),
         "zero_stage": p.zero_stage,
     }  # fmt: skip
-
-
-def _expert_degrees(run: RunConfig) -> list[int]:
-    experts = run.moe.experts_per_layer(run.model.num_layers)
-    return sorted({run.moe.expert_parallel_degree(n) for n in experts if n > 1})
 
 
 def _precision(run: RunConfig) -> str:
@@ -230,10 +234,14 @@ def _by_part(counts: ParameterCounts) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _flops(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, float | None]:
-    per_token = flops_per_token(run.model, run.moe, run.training.seq_length, vocab_size)
-    tokens = _length(run, world_size)["tokens"]
+    """Of the model that is trained, without a teacher. Short sequences of a curriculum cost less attention per token."""
+    pace, end = run.pace(world_size), _length(run, world_size)["tokens"]
+    of_length = functools.cache(lambda length: flops_per_token(run.model, run.moe, length, vocab_size))
+    per_token = of_length(run.training.seq_length)
     per_step = per_token * run.global_batch_size(world_size) * run.training.seq_length
-    return {"per_token": per_token, "per_step": per_step, "whole_run": per_token * tokens if tokens else None}
+    edges = [*(p.start.tokens for p in pace.phases[1:]), end]
+    whole = sum(of_length(p.length) * max(min(edge, end) - p.start.tokens, 0) for p, edge in zip(pace.phases, edges)) if end else None
+    return {"per_token": per_token, "per_step": per_step, "whole_run": whole}
 
 
 # ---------------------------------------------------------------- ranks
@@ -270,6 +278,21 @@ def rank_footprint(run: RunConfig, world_size: int, vocab_size: int, rank: int) 
         return footprint(model, run.optimizer, run.parallel.zero_stage, run.training.bf16)
 
 
+def _teacher(run: RunConfig, world_size: int, vocab_size: int, unknown: str | None) -> dict[str, Any]:
+    teacher = run.teacher()
+    counts = parameter_counts(teacher.model, teacher.moe, vocab_size)
+    per_rank = None if unknown else _per_rank(teacher, world_size, vocab_size)
+    for rank in (per_rank or {}).values():  # it is not trained: no gradients, no optimizer
+        rank["bytes"] = {name: rank["bytes"][name] for name in ("parameters", "gathered")}
+    return {
+        "layers": list(teacher.moe.experts_per_layer(teacher.model.num_layers)),
+        "parameters": {"total": counts.total, "active": counts.active},
+        "flops_per_token": flops_per_token(teacher.model, teacher.moe, run.training.seq_length, vocab_size) / 3,
+        "stop_iters": run.distillation.kd_stop_iters, "stop_tokens": run.distillation.kd_stop_tokens,
+        "per_rank": per_rank,
+    }  # fmt: skip
+
+
 def _footprint_of(rank: int, f: Footprint) -> dict[str, Any]:
     return {
         "rank": rank, "dense_parameters": f.dense_parameters, "expert_parameters": f.expert_parameters,
@@ -286,7 +309,7 @@ def _groups(run: RunConfig, world_size: int) -> dict[str, Any]:
     dense = dense_groups(world_size, tp, pp, cp)
     table: dict[str, Any] = {axis: _group_table(dense[axis], world_size) for axis in ("tp", "dp", "pp", "cp")}
     table |= {"ep": {}, "edp": {}}
-    for degree in _expert_degrees(run):
+    for degree in run.expert_degrees():
         ep, edp = expert_groups(
             world_size, degree, tp=tp, pp=pp, etp=p.expert_tensor_parallel_size, expert_tensor_parallel=p.enable_expert_tensor_parallelism
         )
@@ -304,11 +327,13 @@ def _group_table(groups: Groups, world_size: int) -> dict[str, Any]:
 # ---------------------------------------------------------------- time
 
 
-def _batch(run: RunConfig, world_size: int) -> dict[str, int]:
+def _batch(run: RunConfig, world_size: int) -> dict[str, Any]:
     batch = run.global_batch_size(world_size)
+    sizes = [{"from_step": p.start.iterations + 1, "sequences": p.batch, "length": p.length} for p in run.pace(world_size).phases]
     return {
         "micro_batch_size": run.training.micro_batch_size, "global_batch_size": batch,
         "micro_batches_per_step": run.num_microbatches(world_size), "tokens_per_step": batch * run.training.seq_length,
+        "sizes": sizes,
     }  # fmt: skip
 
 
@@ -317,8 +342,7 @@ def _length(run: RunConfig, world_size: int) -> dict[str, Any]:
     if not ends:
         return {"iterations": None, "samples": None, "tokens": None, "decided_by": None}
     flag = min(ends, key=ends.__getitem__)
-    samples = ends[flag] * run.global_batch_size(world_size)
-    return {"iterations": ends[flag], "samples": samples, "tokens": samples * run.training.seq_length, "decided_by": flag}
+    return run.pace(world_size).after(ends[flag])._asdict() | {"decided_by": flag}
 
 
 def _learning_rate(run: RunConfig, world_size: int) -> dict[str, Any]:
@@ -326,10 +350,11 @@ def _learning_rate(run: RunConfig, world_size: int) -> dict[str, Any]:
     told: dict[str, Any] = {"max": o.lr, "min": o.min_lr, "style": o.lr_decay_style}
     lengths: dict[str, Any] = dict.fromkeys(("unit", "warmup", "decay", "warmup_iterations", "decay_iterations"))
     if iterations or any(getattr(o, name) for name in DECAY_LENGTHS):
-        s = build_schedule(o, run.training, run.global_batch_size(world_size), iterations or 0)
+        pace = run.pace(world_size)
+        s = build_schedule(o, pace, iterations or 0)
         lengths |= {
             "unit": s.unit, "warmup": s.warmup, "decay": s.decay,
-            "warmup_iterations": s.warmup / s.per_iteration, "decay_iterations": s.decay / s.per_iteration,
+            "warmup_iterations": pace.iterations_at(s.unit, s.warmup), "decay_iterations": pace.iterations_at(s.unit, s.decay),
         }  # fmt: skip
     return told | lengths
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_moe.checkpoint.preflight import checkpoint_problems
+from megatron_moe.checkpoint.preflight import checkpoint_problems, teacher_problems
 from megatron_moe.config.data import MOCK_VOCAB_SIZE
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.run import RunConfig
@@ -46,11 +46,13 @@ def prepare(run: RunConfig, world_size: int) -> Prepared:
     fingerprint = tokenizer.fingerprint if tokenizer else None
     problems = [*tokenizer_problems(run, tokenizer), *schedule_problems(run, world_size)]
     if not run.data.mock_data:
-        samples = run.train_iterations(world_size) * run.global_batch_size(world_size)
+        samples = run.pace(world_size).after(run.train_iterations(world_size)).samples
         problems += data_problems(run.data, run.training.seq_length, vocab_size, fingerprint, samples)
     described = dataclasses.asdict(run.tokenizer) | {"fingerprint": fingerprint}
     prepared = Prepared(run, vocab_size, tokenizer.eod if tokenizer else -1, described)
     problems += checkpoint_problems(run, prepared.architecture)
+    if run.distillation.is_on and run.distillation.load_teacher:
+        problems += teacher_problems(run, run.teacher().architecture(vocab_size), fingerprint)
     if run.training.compile:
         problems += compiler_problems("cuda" if torch.cuda.is_available() else "cpu")
     if (switch := run.training.kill_switch_file) and os.path.exists(switch):
@@ -77,6 +79,6 @@ def tokenizer_problems(run: RunConfig, tokenizer: Tokenizer | None) -> Iterator[
 
 def schedule_problems(run: RunConfig, world_size: int) -> Iterator[str]:
     try:
-        build_schedule(run.optimizer, run.training, run.global_batch_size(world_size), run.train_iterations(world_size))
+        build_schedule(run.optimizer, run.pace(world_size), run.train_iterations(world_size))
     except ValueError as error:
         yield str(error)

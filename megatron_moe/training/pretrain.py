@@ -20,6 +20,7 @@ from megatron_moe.checkpoint.files import CheckpointError, iteration_name, write
 from megatron_moe.checkpoint.lock import DirectoryLock
 from megatron_moe.checkpoint.manager import CheckpointManager
 from megatron_moe.checkpoint.ranks import Ranks
+from megatron_moe.config.pace import Pace
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch, make_batch
 from megatron_moe.data.loader import SplitDatasets, build_datasets, build_loader
@@ -31,9 +32,10 @@ from megatron_moe.model.gpt import GPT
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.moe.metrics import LayerLoad, range_of, summarise
 from megatron_moe.optimizer.groups import build_optimizer
-from megatron_moe.optimizer.schedule import LearningRateSchedule, build_schedule
+from megatron_moe.optimizer.schedule import LearningRateSchedule, WeightDecaySchedule, build_schedule, build_weight_decay
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
 from megatron_moe.training.checkpoints import Progress, describe, resume, save
+from megatron_moe.training.distillation import Distillation, build_teacher, load_teacher
 from megatron_moe.training.distributed import World, end_distributed, explain_lost_rank, in_turn, init_distributed
 from megatron_moe.training.evaluate import evaluate
 from megatron_moe.training.preflight import Prepared
@@ -55,6 +57,8 @@ class Run:
     model: GPT
     optimizer: torch.optim.Optimizer
     schedule: LearningRateSchedule
+    weight_decay: WeightDecaySchedule
+    pace: Pace  # what each step takes
     datasets: SplitDatasets
     tracker: Tracker
     alerts: ExpertAlerts | None
@@ -64,14 +68,15 @@ class Run:
     lock: DirectoryLock | None  # on rank 0, with --save
     progress: Progress
     total_iterations: int
+    distillation: Distillation | None  # until its stage is over
 
     @property
     def config(self) -> RunConfig:
         return self.prepared.run
 
-    @property
-    def global_batch_size(self) -> int:
-        return self.config.global_batch_size(self.world.size)
+    def microbatches_of(self, sequences: int) -> int:
+        """Micro-batches of this rank in a step of that many sequences."""
+        return sequences // (self.config.training.micro_batch_size * self.mesh.size("dp"))
 
     def close(self) -> None:
         self.watchdog.close()
@@ -108,8 +113,8 @@ def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
     if config.training.deterministic_mode:
         torch.use_deterministic_algorithms(True)
     lock = claim_directory(Path(config.checkpoint.save), prepared, world, command) if config.checkpoint.save else None
-    total = config.train_iterations(world.size)
-    schedule = build_schedule(config.optimizer, config.training, config.global_batch_size(world.size), total)
+    pace, total = config.pace(world.size), config.train_iterations(world.size)
+    schedule, weight_decay = (build(config.optimizer, pace, total) for build in (build_schedule, build_weight_decay))
     mesh = build_parallel_mesh(config, world.device.type)
     mpu.set_default_mesh(mesh)
     model = build_parallel_model(config, prepared.vocab_size, mesh, world.device)
@@ -124,6 +129,9 @@ def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
             logger.warning(note)
             tracker.event("alert", reason=note)
         tracker.event("load", iteration=progress.iteration, path=path)
+        total = config.train_iterations(world.size, progress.consumed)
+        tracker.set_length(total)
+    distillation = set_up_distillation(prepared, mesh, world, progress, tracker)
     if config.data.data_order == "megatron" and progress.ordered_samples is None:
         progress.ordered_samples = list(config.wanted_samples(world.size))
     seq_length, seed = config.training.seq_length, config.training.seed
@@ -134,32 +142,52 @@ def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
     if config.logging.moe_alerts and config.moe.has_experts:
         step_tokens = config.global_batch_size(world.size) * config.training.seq_length
         alerts = ExpertAlerts(config.moe, step_tokens, config.logging.moe_alert_dropped_fraction)
-    return Run(
-        prepared, world, mesh, model, optimizer, schedule, datasets, tracker, alerts, stopper, watchdog, manager, lock, progress, total
-    )
+    return Run(prepared, world, mesh, model, optimizer, schedule, weight_decay, pace, datasets, tracker, alerts, stopper, watchdog, manager, lock,
+               progress, total, distillation)  # fmt: skip
+
+
+def set_up_distillation(
+    prepared: Prepared, mesh: mpu.ParallelMesh, world: World, progress: Progress, tracker: Tracker
+) -> Distillation | None:
+    """The teacher, unless there is none or the run has left it behind. Collective."""
+    config = prepared.run.distillation
+    if not config.is_on or config.is_over(progress.iteration, progress.consumed_tokens):
+        return None
+    teacher = build_teacher(prepared.run, prepared.vocab_size, mesh, world.device)
+    found = load_teacher(teacher, config, prepared.run.checkpoint.ckpt_verify, world.cpu_group)
+    for note in found.notes:
+        logger.warning(note)
+        tracker.event("alert", reason=f"teacher: {note}")
+    tracker.event("load", teacher=str(found.path))  # no iteration: it is none of this run
+    return Distillation(config, teacher)
 
 
 def train(run: Run) -> None:
     """load -> while there are steps left: step, log, evaluate, save, stop."""
     config, progress = run.config, run.progress
     batches, throughput = loader_of(run), Throughput()
-    samples, tokens = run.global_batch_size, run.global_batch_size * config.training.seq_length
     reason = "done" if progress.iteration >= run.total_iterations else None
     evaluated = progress.iteration if run_evaluation(run) else -1
     throughput.restart()
     while reason is None:
         run.watchdog.step()
-        microbatches = [next(batches).to(run.world.device) for _ in range(config.num_microbatches(run.world.size))]
-        # the rate of the step after which this much is consumed: the first step does not run at zero
+        if run.distillation and config.distillation.is_over(progress.iteration, progress.consumed_tokens):
+            run.distillation = None  # frees the teacher
+            run.tracker.event("alert", iteration=progress.iteration, reason="distillation is over: the language-model loss goes on alone")
+        samples, length = run.pace.step_after(progress.consumed)
+        microbatches = [next(batches).shortened(length).to(run.world.device) for _ in range(run.microbatches_of(samples))]
+        tokens = samples * length
+        # the rates of the step after which this much is consumed: the first step does not run at zero
         rate = run.schedule.at(progress.iteration + 1, progress.consumed_samples + samples, progress.consumed_tokens + tokens)
+        decay = run.weight_decay.at(progress.consumed_samples + samples)
         seed, clip = config.training.seed, config.optimizer.clip_grad
-        result = train_step(run.model, run.optimizer, microbatches, run.mesh, rate, clip, seed, progress.iteration)
+        result = train_step(run.model, run.optimizer, microbatches, run.mesh, rate, clip, seed, progress.iteration, run.distillation, decay)
         progress.advance(samples, tokens)
         throughput.add(tokens)
         i = progress.iteration
         reason = run.stopper.reason(i) or ("done" if i >= run.total_iterations else None)
         if i % config.logging.log_interval == 0 or reason or i == 1:
-            log_step(run, result, rate, throughput)
+            log_step(run, result, Step(samples, length, rate, decay), throughput)
         with throughput.excluded():
             if config.training.eval_interval and i % config.training.eval_interval == 0 and reason in (None, "done"):
                 evaluated = i if run_evaluation(run) else evaluated
@@ -176,13 +204,23 @@ def train(run: Run) -> None:
         write_exit_marker(run, reason)
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a step took, and at what rates."""
+
+    samples: int
+    length: int
+    learning_rate: float
+    weight_decay: float
+
+
 def loader_of(run: Run) -> Iterator[Batch]:
     """Training micro-batches of this rank, from where the run is, without end."""
     c = run.config
     return iter(
         build_loader(
             run.datasets.train, run.progress.consumed_samples, c.training.micro_batch_size, run.mesh.rank("dp"), run.mesh.size("dp"),
-            c.num_microbatches(run.world.size), c.data.num_workers, collate_of(run),
+            lambda samples: run.microbatches_of(run.pace.batch_size(samples)), c.data.num_workers, collate_of(run),
         )
     )  # fmt: skip
 
@@ -229,13 +267,13 @@ def expert_loads(run: Run) -> list[LayerLoad]:
     ]
 
 
-def log_step(run: Run, result: StepResult, rate: float, throughput: Throughput) -> None:
+def log_step(run: Run, result: StepResult, step: Step, throughput: Throughput) -> None:
     """The one place of a step where the host waits for the device."""
     loads = expert_loads(run)
     lm_loss, norm = float(result.lm_loss), float(result.grad_norm)
     window = throughput.restart()
     c = run.config
-    flops = flops_per_token(c.model, c.moe, c.training.seq_length, run.prepared.vocab_size)
+    flops = flops_per_token(c.model, c.moe, step.length, run.prepared.vocab_size)
     mean = lambda values: sum(values) / len(loads) if loads else 0.0  # noqa: E731
     records = [
         moe_layer_record(load.layer, load.tokens_per_expert, load.dropped_fraction, load.router_entropy, load.z_loss**0.5,
@@ -244,8 +282,10 @@ def log_step(run: Run, result: StepResult, rate: float, throughput: Throughput) 
     ]  # fmt: skip
     run.tracker.log_train(
         iteration=run.progress.iteration, consumed_samples=run.progress.consumed_samples, consumed_tokens=run.progress.consumed_tokens,
-        lm_loss=lm_loss, grad_norm=norm, learning_rate=rate,
+        lm_loss=lm_loss, grad_norm=norm, learning_rate=step.learning_rate,
+        weight_decay=step.weight_decay, global_batch_size=step.samples, seq_length=step.length,
         moe_aux_loss=mean(load.aux_loss for load in loads), moe_z_loss=mean(load.z_loss for load in loads),
+        kd_loss=None if result.kd_loss is None else float(result.kd_loss),
         iteration_time_ms=window.iteration_time_ms, tokens_per_second=window.tokens_per_second,
         tflops_per_device=tflops_per_device(flops, window.tokens_per_second, run.world.size),
         peak_memory_bytes=peak_memory_bytes(run.world.device.type),
@@ -298,11 +338,18 @@ def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model
         "%d rank(s) on %s: dp %d, tp %d, ZeRO %d, %s", world.size, world.device.type, mesh.size("dp"), mesh.size("tp"), mesh.zero_stage,
         ", ".join(f"ep {ep}" for ep in sorted(mesh.experts)) or "no experts",
     )  # fmt: skip
+    if c.distillation.is_on:
+        teacher = parameter_counts(c.teacher().model, c.teacher().moe, prepared.vocab_size)
+        logger.info("teacher: %s parameters, %s active per token", f"{teacher.total:,}", f"{teacher.active:,}")
     for moe in moe_layers(model):
         logger.info("layer %d: %d experts of %s, expert-parallel %d, %s dispatch", moe.layer, moe.num_experts, kind_of_experts(c),
                     c.moe.expert_parallel_degree(moe.num_experts), moe.dispatcher.name)  # fmt: skip
     logger.info("%d iterations of %d sequences (%d tokens), %d microbatch(es) per rank", total, batch, step_tokens,
                 c.num_microbatches(world.size))  # fmt: skip
+    if len(phases := c.pace(world.size).phases) > 1:
+        logger.info("%d sizes of a step: %s", len(phases), ", ".join(
+            f"{p.batch} x {p.length} from step {p.start.iterations + 1}" for p in (*phases[:3], *phases[max(3, len(phases) - 1):])
+        ))  # fmt: skip
     tracker.event(
         "start", parameters=counts.total, active_parameters=counts.active, flops_per_step=flops, world_size=world.size,
         data_parallel=mesh.size("dp"), tensor_parallel=mesh.size("tp"), expert_parallel=sorted(mesh.experts),

@@ -15,7 +15,9 @@ from megatron_moe.model.gpt import GPT
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
+from megatron_moe.optimizer.groups import set_rates
 from megatron_moe.parallel.zero import sync_gradients
+from megatron_moe.training.distillation import Distillation
 from megatron_moe.utils.random import token_keys
 
 
@@ -25,6 +27,7 @@ class StepResult:
 
     lm_loss: Tensor  # token-weighted over the global batch
     grad_norm: Tensor
+    kd_loss: Tensor | None = None  # KL(teacher || student), weighted like lm_loss; None without a teacher
 
 
 def count_loss_tokens(microbatches: Sequence[Batch], mesh: ParallelMesh) -> Tensor:
@@ -34,12 +37,25 @@ def count_loss_tokens(microbatches: Sequence[Batch], mesh: ParallelMesh) -> Tens
     return count.clamp_min(1.0)
 
 
-def forward_backward(model: GPT, microbatches: Sequence[Batch], divisor: Tensor, mesh: ParallelMesh, seed: int, iteration: int) -> Tensor:
+def forward_backward(
+    model: GPT,
+    microbatches: Sequence[Batch],
+    divisor: Tensor,
+    mesh: ParallelMesh,
+    seed: int,
+    iteration: int,
+    distillation: Distillation | None = None,
+) -> Tensor:
     """Gradients of sum(token losses) / divisor; returns this rank's share of that sum.
 
     One rule for every parameter: gradients are summed over microbatches and ranks, and divided once, here. `divisor` is an
     argument because another front door divides by something else. Token randomness is a function of (seed, iteration, sample).
+    With `distillation` the gradients are of its objective.
     """
+    objective = language_model_loss
+    if distillation is not None:
+        distillation.begin_step(divisor.device)
+        objective = distillation.objective
     tokens_in_step = sum(b.tokens.numel() for b in microbatches) * mesh.size("dp")
     for moe in moe_layers(model):
         moe.begin_step(min((iteration + 1) / (moe.config.moe_loss_warmup_iters or 1), 1.0) / tokens_in_step)
@@ -47,11 +63,17 @@ def forward_backward(model: GPT, microbatches: Sequence[Batch], divisor: Tensor,
     for i, batch in enumerate(microbatches):
         sync_gradients(model, mesh.zero_stage, i == len(microbatches) - 1)
         keys_BS = token_keys(seed, iteration, batch.sample_ids, batch.tokens.shape[1])
-        losses_BS = model(batch.tokens, batch.position_ids, batch.labels, batch.segment_ids, keys_BS)
-        loss = (losses_BS * batch.loss_mask).sum() / divisor.to(losses_BS.dtype)
+        loss, lm_loss = objective(model, batch, keys_BS, divisor)
         loss.backward()
-        total += loss.detach()
+        total += lm_loss
     return total
+
+
+def language_model_loss(model: GPT, batch: Batch, keys_BS: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor]:
+    """(what is differentiated, the language-model loss alone), which without a teacher are the same."""
+    losses_BS = model(batch.tokens, batch.position_ids, batch.labels, batch.segment_ids, keys_BS)
+    loss = (losses_BS * batch.loss_mask).sum() / divisor.to(losses_BS.dtype)
+    return loss, loss.detach()
 
 
 def train_step(
@@ -63,20 +85,23 @@ def train_step(
     clip_grad: float,
     seed: int,
     iteration: int,
+    distillation: Distillation | None = None,
+    weight_decay: float | None = None,
 ) -> StepResult:
     """Forward and backward of all microbatches, clip, update. Collective."""
-    lm_loss = forward_backward(model, microbatches, count_loss_tokens(microbatches, mesh), mesh, seed, iteration)
-    dist.all_reduce(lm_loss, group=mesh.group("dp"))
+    lm_loss = forward_backward(model, microbatches, count_loss_tokens(microbatches, mesh), mesh, seed, iteration, distillation)
+    kd_loss = distillation.divergence if distillation is not None else None
+    for loss in (lm_loss,) if kd_loss is None else (lm_loss, kd_loss):
+        dist.all_reduce(loss, group=mesh.group("dp"))
     parameters = list(model.parameters())
     norm = gradient_norm(parameters, mesh.stage_ranks)
     if clip_grad > 0:
         clip_gradients(parameters, norm, clip_grad)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_rates(optimizer, learning_rate, weight_decay)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     move_expert_biases(model)
-    return StepResult(lm_loss, norm)
+    return StepResult(lm_loss, norm, kd_loss)
 
 
 def move_expert_biases(model: GPT) -> None:

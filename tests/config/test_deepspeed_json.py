@@ -82,7 +82,8 @@ def test_keys_become_settings(content, values):
 def test_every_key_that_sets_something_names_fields_that_exist():
     """One value of the right kind for each key: what it sets must be a field of ours."""
     samples = {"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "linear"}}, "optimizer.type": "Adam", "zero_optimization.stage": 1,
-               "optimizer.params.betas": [0.5, 0.5], "moe.noisy_gate_policy": "Jitter"}  # fmt: skip
+               "optimizer.params.betas": [0.5, 0.5], "curriculum_learning.schedule_type": "fixed_root",
+               "moe.noisy_gate_policy": "Jitter"}  # fmt: skip
     for key, known in KEYS.items():
         if known.fields:
             read = next(r for v in (samples.get(key), 0.5, 1, True) if v is not None and not (r := read_deepspeed(nested(key, v))).problems)
@@ -106,7 +107,6 @@ def test_settings_of_a_section_that_is_off_are_no_matter_for_a_warning():
     [
         ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "zero_optimization.cpu_offload: CPU offload"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer.device: CPU offload"),
-        ({"curriculum_learning": {"enabled": True}}, "curriculum learning"),
         ({"data_efficiency": {"enabled": True}}, "the data efficiency library"),
         ({"compression_training": {"weight_quantization": {}}}, "compression"),
         ({"optimizer": {"params": {"adam_w_mode": False}}}, "adam_w_mode: Adam with L2"),
@@ -132,6 +132,44 @@ def test_features_that_are_not_built_yet_parse_and_are_refused_when_training(con
 )
 def test_features_that_are_switched_off_are_fine(content):
     assert (read_deepspeed(content).not_yet, read_deepspeed(content).problems) == ([], [])
+
+
+CURRICULUM = {
+    "enabled": True, "curriculum_type": "seqlen", "min_difficulty": 8, "max_difficulty": 64, "schedule_type": "fixed_root",
+    "schedule_config": {"total_curriculum_step": 10, "difficulty_step": 16, "root_degree": 3},
+}  # fmt: skip
+
+
+def test_a_curriculum_in_the_json_is_that_of_the_flags(with_json):
+    flags = "--curriculum-learning --curriculum-min-difficulty 8 --curriculum-max-difficulty 64 --curriculum-schedule-type fixed_root " \
+        "--curriculum-total-step 10 --curriculum-difficulty-step 16 --curriculum-root-degree 3"  # fmt: skip
+    assert parse_args([*TINY, *with_json({"curriculum_learning": CURRICULUM})]).run == parse_args([*TINY, *flags.split()]).run
+    table = {"difficulty": [8, 64], "max_step": [5]}
+    of_json = parse_args(
+        [*TINY, *with_json({"curriculum_learning": CURRICULUM | {"schedule_type": "fixed_discrete", "schedule_config": table}})]
+    )
+    assert (of_json.run.curriculum.curriculum_difficulty, of_json.run.curriculum.curriculum_max_step) == ((8, 64), (5,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"curriculum_type": "vocab"},
+            "curriculum_learning.curriculum_type: a curriculum of anything but the length (seqlen) is not built yet",
+        ),
+        ({"min_difficulty": "short"}, "curriculum_learning.min_difficulty wants a whole number, not 'short'"),
+        (
+            {"schedule_type": "custom"},
+            "curriculum_learning.schedule_type must be one of fixed_linear, fixed_root, fixed_discrete, not 'custom'",
+        ),
+        ({"max_difficulty": 4096}, "a curriculum up to 4096 tokens does not fit into --seq-length (128)"),
+        ({"schedule_config": {"difficulty_step": 8}}, "--curriculum-schedule-type fixed_root needs --curriculum-total-step"),
+    ],
+)
+def test_a_curriculum_that_cannot_be_is_refused(changes, said, with_json):
+    problems = problems_of([*TINY, *with_json({"curriculum_learning": CURRICULUM | changes})])
+    assert any(said in p for p in problems), problems
 
 
 def test_fp16_in_the_json_is_the_flag(with_json):

@@ -16,6 +16,7 @@ import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -30,6 +31,7 @@ from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
 from megatron_moe.optimizer.groups import build_optimizer
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
+from megatron_moe.training.distillation import Distillation, build_teacher
 from megatron_moe.training.step import count_loss_tokens, forward_backward, move_expert_biases, train_step
 from megatron_moe.utils.random import token_keys
 
@@ -54,6 +56,13 @@ MODELS = {
     "noisy": "--num-experts 1 4 4 --topk 1 --hidden-dropout 0.2 --attention-dropout 0.2 --moe-noisy-gate-policy Jitter "
     "--disable-moe-token-dropping",
     # capacity with random token selection: per source rank and microbatch, so the same under every data/expert layout
+    # experts with a rate and a decay of their own, and a decay that grows
+    "rates": "--num-experts 1 2 8 --mlp-type residual --topk 2 --disable-moe-token-dropping --moe-expert-lr-mult 0.3 --moe-expert-wd-mult 4 "
+    "--weight-decay-incr-style linear --start-weight-decay 0.5 --end-weight-decay 2.5 --weight-decay 0.5",
+    # a student with all the noise, and a teacher that has none: other depth, width and degrees (4 and 8), evaluation capacity
+    "student": "--num-experts 1 4 4 --topk 1 --hidden-dropout 0.2 --attention-dropout 0.2 --moe-noisy-gate-policy Jitter "
+    "--moe-train-capacity-factor 16 --moe-eval-capacity-factor 16 --kd-alpha-ce 0.7 --kd-beta-ce 1.5 --kd-temp 2 --mos "
+    "--num-layers-teacher 2 --num-experts-teacher 4 8 --hidden-size-teacher 48 --load-teacher none",
     "dropping": "--num-experts 1 4 4 --topk 1 --moe-train-capacity-factor 0.6 --moe-min-capacity 1",
     # sigmoid scores, groups, and a bias that moves: by 0.05, so that choices change within the five steps
     "deepseek": "--num-experts 1 4 8 --topk 2 --moe-router-score-function sigmoid --moe-router-num-groups 2 --moe-router-group-topk 1 "
@@ -123,11 +132,57 @@ def learning_rate(step: int) -> float:
     return 1e-2 * (1 + step / 2)  # of step 0: what the optimizer was built with
 
 
+def weight_decay(c: RunConfig, step: int) -> float:
+    """Of step 0: what the optimizer was built with."""
+    o = c.optimizer
+    return (
+        o.weight_decay
+        if o.start_weight_decay is None
+        else o.start_weight_decay + (o.end_weight_decay - o.start_weight_decay) * step / STEPS
+    )
+
+
+def plain_optimizer(model: GPT, c: RunConfig) -> torch.optim.AdamW:
+    """A group for every parameter, with its shares of rate and decay in words: matrices decay, experts have multipliers."""
+    o, groups = c.optimizer, []
+    for name, p in model.named_parameters():
+        is_expert = ".experts." in name
+        is_matrix = (name.endswith(".weight") and "norm" not in name) or name.endswith((".w1", ".w2", ".w_gate", ".w3"))
+        shares = {"rate": o.moe_expert_lr_mult if is_expert else 1.0, "decay": (o.moe_expert_wd_mult if is_expert else 1.0) * is_matrix}
+        groups.append({"params": [p], **shares})
+    set_plain_rates(groups, learning_rate(0), weight_decay(c, 0))
+    return torch.optim.AdamW(groups, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps, fused=True)
+
+
+def set_plain_rates(groups: list[dict], rate: float, decay: float) -> None:
+    for group in groups:
+        group["lr"], group["weight_decay"] = rate * group["rate"], decay * group["decay"]
+
+
 def spread_gates(model: GPT) -> None:
     """Top-k without near-ties: a tie may flip between two orders of summation, and is no fault of the layout."""
     with torch.no_grad():
         for moe in moe_layers(model):
             moe.gate.weight.mul_(20.0)
+
+
+def taught(model: GPT, teacher: GPT, b: Batch, keys: torch.Tensor, divisor: torch.Tensor, c: RunConfig) -> tuple[torch.Tensor, ...]:
+    """(objective, language-model loss, divergence) of one micro-batch, by the definition of each."""
+    d = c.distillation
+    with torch.no_grad():
+        softened = teacher(b.tokens, b.position_ids)[..., :VOCAB] / d.kd_temp
+    logits = model(b.tokens, b.position_ids, None, None, keys)[..., :VOCAB]
+    lm = F.cross_entropy(logits.flatten(0, 1), b.labels.flatten(), reduction="none").view_as(b.labels)
+    kl = (softened.softmax(-1) * (softened.log_softmax(-1) - (logits / d.kd_temp).log_softmax(-1))).sum(-1)
+    lm, kl = ((x * b.loss_mask).sum() / divisor for x in (lm, kl))
+    return d.kd_alpha_ce * lm + d.kd_beta_ce * d.kd_temp**2 * kl, lm, kl
+
+
+def fill_teacher(teacher: GPT, c: RunConfig) -> GPT:
+    """Weights that are not the student's, as if loaded."""
+    initialize_parameters(teacher, c.training.seed + 1, 5 * c.model.init_method_std, len(teacher.layers))
+    spread_gates(teacher)
+    return teacher
 
 
 def whole(t: torch.Tensor) -> torch.Tensor:
@@ -182,16 +237,19 @@ def reference(model_name: str, flags: str = FP64, ranks: int = 1) -> dict[str, t
     torch.set_default_dtype(torch.float64 if c.training.params_dtype == "float64" else torch.float32)
     try:
         model = GPT(c.model, c.moe, VOCAB, FACTORIES.get(model_name))
+        teacher = GPT(c.teacher().model, c.teacher().moe, VOCAB).eval() if c.distillation.is_on else None
     finally:
         torch.set_default_dtype(before)
     initialize_parameters(model, c.training.seed, c.model.init_method_std, c.model.num_layers)
-    for moe in moe_layers(model):
+    for moe in [*moe_layers(model), *(moe_layers(teacher) if teacher else [])]:
         moe.experts.use_reference = c.training.moe_kernels == "reference"
     spread_gates(model)
-    optimizer = build_optimizer(model, c.optimizer)
+    if teacher:
+        fill_teacher(teacher, c)
+    optimizer = plain_optimizer(model, c)
     out: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
-        divisor, total = global_batch(step)[1].sum(), 0.0
+        divisor, total, divergence = global_batch(step)[1].sum(), 0.0, 0.0
         batches = microbatches(step, 0, 1, c.training.micro_batch_size)
         warmup = [(i + 1) / c.moe.moe_loss_warmup_iters for i in range(c.moe.moe_loss_warmup_iters)] + [1.0] * STEPS
         for moe in moe_layers(model):
@@ -200,17 +258,22 @@ def reference(model_name: str, flags: str = FP64, ranks: int = 1) -> dict[str, t
             know_other_ranks(model, batches, step, ranks)
         for b in batches:
             keys = token_keys(SEED, step, b.sample_ids, LENGTH)
-            loss = (model(b.tokens, b.position_ids, b.labels, None, keys) * b.loss_mask).sum() / divisor
+            if teacher:
+                loss, lm, kl = taught(model, teacher, b, keys, divisor, c)
+                divergence += kl.detach()
+            else:
+                loss = lm = (model(b.tokens, b.position_ids, b.labels, None, keys) * b.loss_mask).sum() / divisor
             loss.backward()
-            total += loss.detach()
+            total += lm.detach()
         if step == 0:
             out |= {f"gradient {n}": p.grad.clone() for n, p in model.named_parameters()}
         if step <= 1:
             out |= routing(model, step)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         out |= {f"loss {step}": torch.as_tensor(total).double(), f"norm {step}": norm.clone()}
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+        if teacher and step:
+            out[f"divergence {step}"] = torch.as_tensor(divergence).double()
+        set_plain_rates(optimizer.param_groups, learning_rate(step), weight_decay(c, step))
         optimizer.step()
         optimizer.zero_grad()
         move_biases(model)
@@ -235,15 +298,20 @@ def layout(model_name: str, flags: str) -> dict[str, torch.Tensor] | None:
     mesh = build_parallel_mesh(c, "cpu")
     model = build_parallel_model(c, VOCAB, mesh, torch.device("cpu"), FACTORIES.get(model_name))
     spread_gates(model)
+    distillation = None
+    if c.distillation.is_on:
+        distillation = Distillation(c.distillation, fill_teacher(build_teacher(c, VOCAB, mesh, torch.device("cpu")), c))
     optimizer = build_optimizer(model, c.optimizer)
     out: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         batches = microbatches(step, mesh.rank("dp"), mesh.size("dp"), c.training.micro_batch_size)
         if step == 0:
-            out |= first_step(model, optimizer, batches, mesh)
+            out |= first_step(model, optimizer, batches, mesh, distillation)
         else:
-            done = train_step(model, optimizer, batches, mesh, learning_rate(step), CLIP, SEED, step)
+            done = train_step(model, optimizer, batches, mesh, learning_rate(step), CLIP, SEED, step, distillation, weight_decay(c, step))
             out |= {f"loss {step}": done.lm_loss, f"norm {step}": done.grad_norm}
+            if done.kd_loss is not None:
+                out[f"divergence {step}"] = done.kd_loss
         if step <= 1:
             out |= routing(model, step)
     out |= {f"weight {n}": whole(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
@@ -258,9 +326,11 @@ def routing(model: GPT, step: int) -> dict[str, torch.Tensor]:
     return out
 
 
-def first_step(model: GPT, optimizer: torch.optim.Optimizer, batches: list[Batch], mesh: ParallelMesh) -> dict[str, torch.Tensor]:
+def first_step(
+    model: GPT, optimizer: torch.optim.Optimizer, batches: list[Batch], mesh: ParallelMesh, distillation: Distillation | None = None
+) -> dict[str, torch.Tensor]:
     """`train_step` in its parts, to look at what it does not return."""
-    loss = forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, SEED, 0)
+    loss = forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, SEED, 0, distillation)
     dist.all_reduce(loss, group=mesh.group("dp"))
     norm = gradient_norm(model.parameters(), mesh.stage_ranks)
     out = {"loss 0": loss, "norm 0": norm, "ones": norm_of_ones(model, mesh.stage_ranks)}

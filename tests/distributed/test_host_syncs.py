@@ -17,12 +17,13 @@ from megatron_moe.data.batch import Batch
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.optimizer.groups import build_optimizer
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
+from megatron_moe.training.distillation import Distillation, build_teacher
 from megatron_moe.training.evaluate import evaluate
 from megatron_moe.training.step import train_step
 
 pytestmark = pytest.mark.distributed
 
-MODEL = {"dropless": "pyramid", "dropping": "dropping", "every loss": "losses"}
+MODEL = {"dropless": "pyramid", "dropping": "dropping", "every loss": "losses", "with a teacher": "student"}
 EP = "--moe-expert-parallel-size 2"
 
 
@@ -32,8 +33,11 @@ def step(config: RunConfig, device: torch.device, expert_factory=None):
     model = build_parallel_model(config, parity.VOCAB, mesh, device, expert_factory)
     optimizer = build_optimizer(model, config.optimizer)
     batches = [b.to(device) for b in parity.microbatches(0, mesh.rank("dp"), mesh.size("dp"), config.training.micro_batch_size)]
-    forwards = len(batches) * len(moe_layers(model))
-    return lambda i: train_step(model, optimizer, batches, mesh, 1e-2, 0.5, parity.SEED, i), forwards
+    forwards, distillation = len(batches) * len(moe_layers(model)), None
+    if config.distillation.is_on:
+        teacher = parity.fill_teacher(build_teacher(config, parity.VOCAB, mesh, device), config)
+        forwards, distillation = forwards + len(batches) * len(moe_layers(teacher)), Distillation(config.distillation, teacher)
+    return lambda i: train_step(model, optimizer, batches, mesh, 1e-2, 0.5, parity.SEED, i, distillation), forwards
 
 
 def waits(model: str, flags: str) -> tuple[list[str], int]:

@@ -362,6 +362,83 @@ def optimizer_of_the_parameters_before_sharding():
         yield
 
 
+@contextmanager
+def experts_at_the_common_rate():
+    """Their group is made, and nothing is in it."""
+    with mock.patch("megatron_moe.optimizer.groups.is_expert", return_value=False):
+        yield
+
+
+@contextmanager
+def decay_of_the_experts_not_renewed():
+    """The schedule sets one decay for all groups."""
+
+    def set_rates(optimizer, rate, decay):
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = rate * group["lr_mult"], decay * (group["wd_mult"] > 0)
+
+    with mock.patch("megatron_moe.training.step.set_rates", set_rates):
+        yield
+
+
+# ---------------------------------------------------------------- distillation
+
+
+@contextmanager
+def softmax_of_the_local_vocabulary():
+    """Each tensor-parallel rank normalises its own columns."""
+    from megatron_moe.parallel.tensor import VocabularyRanks
+
+    with mock.patch.object(VocabularyRanks, "maximum"), mock.patch.object(VocabularyRanks, "sum"):
+        yield
+
+
+@contextmanager
+def divergence_of_masked_tokens():
+    """The loss mask is for the language-model loss alone."""
+    from megatron_moe.training.distillation import Distillation
+
+    original = Distillation.objective
+
+    def objective(self, student, batch, keys, divisor):
+        unmasked = batch._replace(loss_mask=torch.ones_like(batch.loss_mask))
+        both, lm = original(self, student, batch, keys, divisor)
+        more, lm_more = original(self, student, unmasked, keys, divisor)
+        return self.alpha * lm + more - self.alpha * lm_more, lm
+
+    with mock.patch.object(Distillation, "objective", objective):
+        yield
+
+
+@contextmanager
+def temperature_not_squared():
+    """The gradient of the distance shrinks with the temperature."""
+    from megatron_moe.training.distillation import Distillation
+
+    original = Distillation.__init__
+
+    def init(self, config, teacher):
+        original(self, config, teacher)
+        self.beta /= self.temperature**2
+
+    with mock.patch.object(Distillation, "__init__", init):
+        yield
+
+
+@contextmanager
+def padding_has_a_probability():
+    """The columns of tokens that do not exist take part in the softmax of both models."""
+    from megatron_moe.parallel.tensor import VocabParallelDivergences
+
+    original = VocabParallelDivergences.__call__
+
+    def call(self, student, teacher, vocab_size, temperature):
+        return original(self, student, teacher, 1 << 30, temperature)
+
+    with mock.patch.object(VocabParallelDivergences, "__call__", call):
+        yield
+
+
 # ---------------------------------------------------------------- the table
 
 EP2, TP2 = "--moe-expert-parallel-size 2", "--tensor-model-parallel-size 2"
@@ -407,6 +484,12 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
     (replicas_start_apart, ("pyramid", 2, "--zero-stage 0"), "loss 0", 1e-3),
     (norm_counts_replicas, ("pyramid", 2, f"--zero-stage 1 {TP2} {EP2}"), "ones", 0.1),
     (norm_without_experts, ("pyramid", 2, f"--zero-stage 3 {EP2}"), "norm 0", 1e-3),
+    (experts_at_the_common_rate, ("rates", 2, f"--zero-stage 0 {EP2}"), "weight layers.3.moe.experts.w1", 0.01),
+    (decay_of_the_experts_not_renewed, ("rates", 2, f"--zero-stage 0 {EP2}"), "weight layers.3.moe.experts.w1", 1e-3),
+    (softmax_of_the_local_vocabulary, ("student", 2, f"--zero-stage 2 {TP2}"), "divergence 1", 0.01),
+    (padding_has_a_probability, ("student", 2, f"--zero-stage 2 {TP2}"), "divergence 1", 1e-4),
+    (divergence_of_masked_tokens, ("student", 2, f"--zero-stage 1 {EP2}"), "gradient layers.1.mlp.fc1.weight", 0.01),
+    (temperature_not_squared, ("student", 2, f"--zero-stage 1 {EP2}"), "gradient layers.1.mlp.fc1.weight", 0.01),
     (optimizer_of_the_parameters_before_sharding, ("pyramid", 2, "--zero-stage 3"), "weight layers.1.mlp.fc1.weight", 0.01),
 ]
 

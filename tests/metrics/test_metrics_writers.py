@@ -14,8 +14,8 @@ from megatron_moe.metrics.tracker import Tracker, build_tracker, moe_layer_recor
 from megatron_moe.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, scalars
 
 STEP = {
-    "iteration": 10, "consumed_samples": 80, "consumed_tokens": 10240, "lm_loss": 6.5, "moe_aux_loss": 0.02, "moe_z_loss": 0.0,
-    "grad_norm": 1.25, "learning_rate": 3e-4, "loss_scale": 1.0, "skipped_iterations": 0, "iteration_time_ms": 120.0,
+    "iteration": 10, "consumed_samples": 80, "consumed_tokens": 10240, "lm_loss": 6.5, "kd_loss": 0.125, "moe_aux_loss": 0.02,
+    "moe_z_loss": 0.0, "grad_norm": 1.25, "learning_rate": 3e-4, "weight_decay": 0.1, "global_batch_size": 8, "seq_length": 128, "loss_scale": 1.0, "skipped_iterations": 0, "iteration_time_ms": 120.0,
     "tokens_per_second": 8533.3, "tflops_per_device": 0.5, "peak_memory_bytes": 123456,
 }  # fmt: skip
 LAYERS = [moe_layer_record(1, [6, 2, 0, 0], 0.25, 0.9), moe_layer_record(3, [2, 2, 2, 2], 0.0, 1.3)]

@@ -6,14 +6,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_moe.config.training import OptimizerConfig, TrainingConfig
-from megatron_moe.optimizer.schedule import build_schedule
+from megatron_moe.config.pace import Pace, RampUp
+from megatron_moe.config.training import OptimizerConfig
+from megatron_moe.optimizer.schedule import build_schedule, build_weight_decay
 
 STYLES = ["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 
 
 def build(batch=2, iterations=100, seq_length=10, **optimizer):
-    return build_schedule(OptimizerConfig(**optimizer), TrainingConfig(seq_length=seq_length), batch, iterations)
+    return build_schedule(OptimizerConfig(**optimizer), Pace(batch, seq_length), iterations)
 
 
 def rates(schedule, iterations, batch=2, seq_length=10):
@@ -153,3 +154,45 @@ def test_units_agree_when_the_batch_is_constant(style, batch, seq_length, warmup
     expected = rates(in_iterations, steps, batch, seq_length)
     assert rates(in_samples, steps, batch, seq_length) == pytest.approx(expected)
     assert rates(in_tokens, steps, batch, seq_length) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- under a ramp-up
+
+
+def test_lengths_are_converted_at_the_pace_of_the_run():
+    """Batches 2 2 4 4 6 6 ... of length 10: three steps are 8 samples, 80 tokens."""
+    pace = Pace(6, 10, RampUp(2, 2, 8, 6).batch_size)
+    assert [pace.after(i).samples for i in range(7)] == [0, 2, 4, 8, 14, 20, 26]
+    schedule = build_schedule(OptimizerConfig(lr=1.0, lr_warmup_iters=3, lr_decay_samples=20), pace, 100)
+    assert (schedule.unit, schedule.warmup, schedule.decay) == ("samples", 8, 20)
+    schedule = build_schedule(
+        OptimizerConfig(lr=1.0, lr_warmup_iters=2, lr_decay_style="WSD", lr_wsd_decay_iters=2, lr_decay_tokens=260), pace, 6
+    )
+    assert (schedule.unit, schedule.warmup, schedule.decay, schedule.wsd_decay) == ("tokens", 40, 260, 120)
+    assert build_schedule(OptimizerConfig(lr=1.0, lr_decay_style="inverse-square-root", lr_decay_samples=20), pace, 6).first_step == 2
+    whole = build_schedule(OptimizerConfig(lr=1.0, lr_warmup_samples=3), pace, 6)
+    assert (whole.unit, whole.decay) == ("samples", 26)
+
+
+# ---------------------------------------------------------------- weight decay
+
+
+def megatron_weight_decay(samples: int, total: int, start: float, end: float, style: str) -> float:
+    """Megatron-LM's rule, written again."""
+    if samples > total:
+        return end
+    ratio = samples / total
+    return start + (end - start) * (ratio if style == "linear" else 0.5 * (math.cos(math.pi * (1 - ratio)) + 1))
+
+
+@settings(deadline=None)
+@given(st.sampled_from(["linear", "cosine"]), st.floats(0, 1), st.floats(0, 1), st.integers(1, 50), st.integers(0, 120))
+def test_weight_decay_goes_by_megatrons_rule(style, start, end, iterations, samples):
+    config = OptimizerConfig(weight_decay_incr_style=style, start_weight_decay=start, end_weight_decay=end)
+    schedule = build_weight_decay(config, Pace(2, 10), iterations)
+    assert schedule.at(samples) == pytest.approx(megatron_weight_decay(samples, 2 * iterations, start, end, style), abs=1e-12)
+
+
+def test_a_constant_weight_decay_is_that_of_the_flag():
+    schedule = build_weight_decay(OptimizerConfig(weight_decay=0.3), Pace(2, 10), 10)
+    assert {schedule.at(samples) for samples in (0, 1, 20, 21, 1000)} == {0.3}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from megatron_moe.config.training import OptimizerConfig
-from megatron_moe.optimizer.groups import build_optimizer, weight_decay_groups
+from megatron_moe.optimizer.groups import build_optimizer, set_rates, weight_decay_groups
 
 
 class Experts(nn.Module):
@@ -46,6 +46,29 @@ def test_matrices_decay_and_vectors_do_not():
             "coefficient.bias", "temperature",
         },
     }  # fmt: skip
+
+
+def test_experts_with_rates_of_their_own_have_groups_of_their_own():
+    model = Layer()
+    of = {id(p): n for n, p in model.named_parameters()}
+    groups = {g["name"]: ({of[id(p)] for p in g["params"]}, g["lr_mult"], g["wd_mult"]) for g in weight_decay_groups(model, 0.1, 0.5, 3.0)}
+    common = names_by_group(model)
+    experts = {"decay": {"moe.experts.w1", "moe.experts.w2"}, "no_decay": {"moe.experts.b1", "moe.experts.b2"}}
+    assert groups == {
+        "decay": (common["decay"] - experts["decay"], 1.0, 1.0), "no_decay": (common["no_decay"] - experts["no_decay"], 1.0, 0.0),
+        "expert_decay": (experts["decay"], 0.5, 3.0), "expert_no_decay": (experts["no_decay"], 0.5, 0.0),
+    }  # fmt: skip
+
+
+def test_rates_of_the_experts_follow_the_schedules():
+    model = Layer()
+    optimizer = build_optimizer(model, OptimizerConfig(lr=0.5, weight_decay=0.1, moe_expert_lr_mult=0.5, moe_expert_wd_mult=3.0))
+    rates = lambda: {g["name"]: (g["lr"], pytest.approx(g["weight_decay"])) for g in optimizer.param_groups}  # noqa: E731
+    assert rates() == {"decay": (0.5, 0.1), "no_decay": (0.5, 0.0), "expert_decay": (0.25, 0.3), "expert_no_decay": (0.25, 0.0)}
+    set_rates(optimizer, 0.2, 0.01)
+    assert rates() == {"decay": (0.2, 0.01), "no_decay": (0.2, 0.0), "expert_decay": (0.1, 0.03), "expert_no_decay": (0.1, 0.0)}
+    set_rates(optimizer, 0.4)
+    assert rates() == {"decay": (0.4, 0.01), "no_decay": (0.4, 0.0), "expert_decay": (0.2, 0.03), "expert_no_decay": (0.2, 0.0)}
 
 
 def test_experts_in_a_module_list_are_judged_one_by_one():

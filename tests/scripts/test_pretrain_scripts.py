@@ -71,7 +71,7 @@ def test_every_preset_has_a_script():
     assert {preset_of(script) for script in SCRIPTS} == PRESETS.keys()
 
 
-PATHS = {"save", "load", "save_interval", "data_path", "vocab_file", "merge_file", "mock_data"}
+PATHS = {"save", "load", "load_teacher", "save_interval", "data_path", "vocab_file", "merge_file", "mock_data"}
 MOE = {s.name for s in fields_of(MoEConfig)}  # dense scripts do not speak of them
 
 

@@ -18,10 +18,12 @@ from upstream_commands import ALL, EXAMPLES
 
 from megatron_moe.arguments import parse_args
 from megatron_moe.config.flags import ConfigError
+from megatron_moe.data.batch import Batch
 from megatron_moe.mpu.groups import dense_groups, expert_groups
 from megatron_moe.optimizer.groups import build_optimizer
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
 from megatron_moe.parallel.zero import sync_gradients
+from megatron_moe.training.distillation import Distillation, build_teacher
 from megatron_moe.training.plan import as_json, build_plan, rank_footprint
 from training import runs
 
@@ -151,7 +153,7 @@ def test_upstream_commands_are_planned_whole(name):
     assert plan["learning_rate"]["warmup"] == 375_000_000
     assert plan["before_training"] == []
     assert any(p.startswith("--fp16: ") for p in plan["not_built_yet"])
-    assert any(p.startswith("--mos: ") for p in plan["not_built_yet"]) == name.endswith("-mos")
+    assert not any("rampup" in p or "--mos" in p or "teacher" in p for p in plan["not_built_yet"])
 
 
 def test_a_short_command_gets_named_defaults():
@@ -248,6 +250,60 @@ def test_whole_gradients_are_those_of_the_experts_here_and_of_everything_else():
     alone = rank_footprint(parse_args(runs.SMALL.split()).run, 1, VOCAB, 0)
     expert = mlp(32) * 4  # bytes of one
     assert counts[0].whole_gradients == alone.gradients - (2 - 1) * expert - (4 - 1) * expert
+
+
+TAUGHT = "--mos --num-layers-teacher 4 --num-experts-teacher 1 2 4 4 --hidden-size-teacher 48 --load-teacher out/teacher"
+
+
+def hold_teacher_here(flags: str) -> dict:
+    """What the teacher of a run holds on this rank, before and after it was asked for the first time."""
+    run = parse_args(f"{runs.SMALL} {flags}".split()).run
+    mesh = build_parallel_mesh(run, "cpu")
+    teacher = build_teacher(run, VOCAB, mesh, torch.device("cpu"))
+    for p in teacher.parameters():
+        local(p).fill_(0.01)
+    found = {"parameters": size(teacher.parameters())}
+    tokens = torch.arange(16).repeat(2, 1)
+    Distillation(run.distillation, teacher).teach(Batch(tokens, tokens, tokens, tokens, None, tokens[:, 0]))
+    blocks = size(teacher.layers.parameters()) if run.parallel.zero_stage == 3 else 0
+    found["gathered"] = size(teacher.parameters()) - blocks
+    dist.barrier()
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("world", "flags"), [WORLDS[0], WORLDS[2], WORLDS[4]])
+def test_a_rank_holds_of_the_teacher_what_the_plan_says(world, flags):
+    found = run_distributed(hold_teacher_here, world, f"{flags} {TAUGHT}")
+    plan = plan_of(f"{runs.SMALL} {flags} {TAUGHT} --mock-data --vocab-size {VOCAB} --global-batch-size 8", world)["teacher"]
+    for rank, planned in ((0, plan["per_rank"]["fullest"]), (world - 1, plan["per_rank"]["emptiest"])):
+        assert planned["rank"] == rank and planned["bytes"].keys() == {"parameters", "gathered"}
+        if "--zero-stage 3" in flags:  # the largest block comes and goes inside the forward
+            assert found[rank].pop("gathered") < planned["bytes"]["gathered"]
+        assert found[rank] == {name: planned["bytes"][name] for name in found[rank]}
+
+
+def test_the_teacher_of_a_known_command_is_the_model_that_it_was_trained_as():
+    student, alone = plan_of_known("gpt-350m-pr-moe-32-64-mos"), plan_of_known("gpt-350m-pr-moe-32-64")
+    teacher = student["teacher"]
+    assert teacher["layers"] == [layer["experts"] for layer in alone["layers"]]
+    assert teacher["parameters"]["total"] == alone["parameters"]["total"]
+    assert teacher["flops_per_token"] == alone["flops"]["per_token"] / 3
+    assert teacher["per_rank"]["fullest"]["expert_parameters"] == alone["per_rank"]["fullest"]["expert_parameters"]
+    assert alone["teacher"] is None and "out/teacher/" in student["missing_paths"]
+
+
+def test_sizes_of_a_ramp_and_a_curriculum_are_listed_and_counted():
+    words = (
+        "--global-batch-size 12 --rampup-batch-size 4 4 16 --curriculum-learning --curriculum-min-difficulty 64 --curriculum-total-step 4"
+    )
+    plan = plan_of(f"{TINY} {words} --curriculum-difficulty-step 32 --train-samples 50 --lr-warmup-samples 8")  # 4 4 8 12 12 12
+    assert [tuple(s.values()) for s in plan["batch"]["sizes"]] == [(1, 4, 64), (2, 4, 96), (3, 8, 96), (4, 12, 128)]
+    assert plan["length"] == {"iterations": 6, "samples": 52, "tokens": 4 * 64 + 12 * 96 + 36 * 128, "decided_by": "--train-samples"}
+    assert (plan["learning_rate"]["warmup_iterations"], plan["learning_rate"]["decay_iterations"]) == (2, 6)
+    assert 0 < plan["flops"]["whole_run"] < plan["flops"]["per_token"] * plan["length"]["tokens"]
+    plain = plan_of(f"{TINY} --train-samples 50")
+    assert plain["flops"]["whole_run"] == plain["flops"]["per_token"] * plain["length"]["tokens"]
 
 
 def test_a_layout_that_is_not_built_is_said_and_not_guessed():
