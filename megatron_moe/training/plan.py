@@ -11,8 +11,8 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
     world_size, degrees     tp pp cp dp etp ep (each distinct degree) zero_stage
     precision               what matrices are computed in
     layers                  one per layer: layer (from 1), experts (1: dense), experts_per_rank, expert_parallel,
-                            expert_data_parallel, mlp (dense, standard or residual), ffn_width (of an expert, or of the dense MLP),
-                            latent_width, shared_expert_width (null: there is none)
+                            expert_data_parallel, mlp (dense, standard or residual), width (of an expert, or of the dense MLP);
+                            latent_width and shared_expert_width where there are such
     vocabulary              size, padded, and whether it is known
     parameters              total, active (per token), by_part, active_by_part
     per_rank                fullest and emptiest: rank, dense_parameters, expert_parameters, bytes (parameters, gradients,
@@ -201,14 +201,13 @@ def _layers(run: RunConfig, world_size: int) -> Iterator[dict[str, Any]]:
     stage = world_size // run.parallel.pipeline_model_parallel_size
     for layer, experts in enumerate(run.moe.experts_per_layer(run.model.num_layers), start=1):
         ep = run.moe.expert_parallel_degree(experts) if experts > 1 else 1
+        beside = {"latent_width": run.moe.moe_latent_size, "shared_expert_width": run.moe.moe_shared_expert_intermediate_size}
         yield {
             "layer": layer, "experts": experts, "experts_per_rank": experts // ep, "expert_parallel": ep,
             "expert_data_parallel": stage // (ep * run.parallel.expert_tensor_parallel_size) if experts > 1 else None,
             "mlp": run.moe.mlp_type if experts > 1 else "dense",
-            "ffn_width": run.moe.expert_ffn_size(run.model.ffn_size) if experts > 1 else run.model.ffn_size,
-            "latent_width": run.moe.moe_latent_size if experts > 1 else None,
-            "shared_expert_width": run.moe.moe_shared_expert_intermediate_size if experts > 1 else None,
-        }  # fmt: skip
+            "width": run.moe.expert_ffn_size(run.model.ffn_size) if experts > 1 else run.model.ffn_size,
+        } | {name: width for name, width in beside.items() if width and experts > 1}  # fmt: skip
 
 
 def _by_part(counts: ParameterCounts) -> tuple[dict[str, int], dict[str, int]]:
