@@ -6,7 +6,8 @@ A document names its dialect by its first token. So there are 8 x 512 facts to k
 Every model takes the same steps on the same data through the product's own flags and `train_step`, and has two layers. `dense`
 has the active size of `experts`, which add 8 experts and a learned router to it. `random routing` has those experts too, and sends
 tokens to them by chance. `pyramid` (2 then 14 experts) is held against `experts` (8 then 8: as many parameters), `residual` (a dense
-MLP beside the experts) against `experts` and, since it computes two MLPs per token, against `dense, twice as wide`.
+MLP beside the experts) against `experts` and, since it computes two MLPs per token, against `dense, twice as wide`, and both together
+(PR-MoE) against either. Two models drop what exceeds a capacity of half the mean load: random token selection against position.
 Losses are those of held-out documents in nats, less the entropy that the corpus itself has: 0 is perfect.
 """
 # B sequences, S tokens each, T tokens, E experts, D dialects
@@ -42,13 +43,18 @@ COMMON = (
     "--tokenizer-type NullTokenizer --disable-moe-token-dropping --moe-loss-coeff 0.01"
 )
 DENSE, EXPERTS, RANDOM, PYRAMID, RESIDUAL, WIDE = "dense", "experts", "random routing", "pyramid", "residual", "dense, twice as wide"
+BOTH, RTS, POSITION = "pyramid and residual", "dropping at random", "dropping by position"
+HALF = "--num-experts 8 --ffn-hidden-size 96 --moe-token-dropping --moe-train-capacity-factor 0.5 --moe-eval-capacity-factor 8"
 MODELS = {
     DENSE: "--num-experts 1 --ffn-hidden-size 96",
     EXPERTS: "--num-experts 8 --ffn-hidden-size 96",
     RANDOM: "--num-experts 8 --ffn-hidden-size 96",
     PYRAMID: "--num-experts 2 14 --ffn-hidden-size 96",
     RESIDUAL: "--num-experts 8 --mlp-type residual --ffn-hidden-size 96",
+    BOTH: "--num-experts 2 14 --mlp-type residual --ffn-hidden-size 96",
     WIDE: "--num-experts 1 --ffn-hidden-size 192",
+    RTS: HALF,
+    POSITION: f"{HALF} --no-moe-rts",
 }
 # (a, b, what is said of b - a)
 COMPARISONS = [
@@ -57,6 +63,9 @@ COMPARISONS = [
     (PYRAMID, EXPERTS, "pyramid against as many experts in equal parts"),
     (RESIDUAL, EXPERTS, "residual branch against none"),
     (RESIDUAL, WIDE, "residual against the dense model of equal active size"),
+    (BOTH, PYRAMID, "pyramid and residual against pyramid alone"),
+    (BOTH, RESIDUAL, "pyramid and residual against residual alone"),
+    (RTS, POSITION, "dropping at random against dropping by position"),
 ]
 
 
@@ -123,10 +132,10 @@ def by_chance(seed: int) -> Iterator[None]:
     """Every token goes to experts drawn at random; their gate weights are still learned."""
     generator = torch.Generator().manual_seed(seed)
 
-    def choose(logits_TE: Tensor, k: int, noise_TE: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return logits_TE.softmax(-1), torch.rand(logits_TE.shape, generator=generator).topk(k).indices
+    def drawn(ranks_TE: Tensor, k: int) -> Tensor:
+        return torch.rand(ranks_TE.shape, generator=generator).topk(k).indices
 
-    with mock.patch("megatron_moe.moe.layer.choose_experts", choose):
+    with mock.patch("megatron_moe.moe.policies.topk.best", drawn):
         yield
 
 
@@ -144,11 +153,11 @@ def joint_counts(training: Training) -> dict[str, list[Tensor]]:
         route = moe.route
 
         def watched(*args):
-            routing = route(*args)
+            routing, limits = route(*args)
             for what, tables in counts.items():
                 cell_T = of_token[what] * moe.num_experts + routing.ids_TK[:, 0]
                 tables[number] += torch.bincount(cell_T, minlength=tables[number].numel()).view_as(tables[number])
-            return routing
+            return routing, limits
 
         return watched
 

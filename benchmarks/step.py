@@ -4,24 +4,28 @@ A step is forward, backward, clipping to norm 1 and AdamW, on one batch of 4 x 5
 experts, top-2, 30 million parameters. Ours goes through the product's own train_step (FSDP2 on one rank, statistics of the
 router, forced sums and all). Theirs is written as one would write it, in every configuration that runs on a CPU.
 
-Both start from the same weights and have no auxiliary loss in their gradient. Before anything is timed, each system takes three
-steps, and all losses have to agree: that shows that the work is the same. bf16 is --bf16 here and torch.autocast there; float32
+Each system is a process of its own. All start from the same weights and have no auxiliary loss in their gradient. Before anything is timed, each system takes
+three steps, and all losses have to agree: that shows that the work is the same. bf16 is --bf16 here and torch.autocast there; float32
 weights, moments and router are common to both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from benchmarks.harness import Options, Report, System, interleave, missing, paired_ratio, say, spread, timing_table
-from benchmarks.product import Training, one_rank
+from benchmarks.harness import Apart, Build, Options, Report, interleave, missing, paired_ratio, say, spread, timing_table
+from benchmarks.product import Training, one_rank, prepared
+from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch
-from megatron_moe.model.flops import flops_per_token
+from megatron_moe.model.flops import flops_per_token, parameter_counts
 from megatron_moe.optimizer.groups import weight_decay_groups
 from megatron_moe.parallel.compile import compiler_problems
 
@@ -45,61 +49,60 @@ CONFIGURATIONS = list(itertools.product(("sdpa", "eager"), ("grouped_mm", "eager
 def run(options: Options) -> Report:
     size = QUICK if options.quick else FULL
     report = Report("step", {"flags": f"{size} {COMMON}", "threads": torch.get_num_threads()}, missing(PEERS))
-    configurations = CONFIGURATIONS[: 1 if options.quick else None]
-    if report.skipped:
-        configurations = []
-    variants = {OURS: ""}
-    if cannot := compiler_problems("cpu"):
+    builds = {OURS: partial(our_system, ""), COMPILED: partial(our_system, "--compile")}
+    if options.quick:
+        del builds[COMPILED]
+    elif cannot := compiler_problems("cpu"):
         report.skipped[COMPILED] = cannot[0]
-    elif not options.quick:
-        variants[COMPILED] = "--compile"
-    with one_rank(f"{size} {COMMON}") as (world, mesh):
-        for dtype, flag in (("fp32", ""), ("bf16", "--bf16")):
-            ours = {name: Training(f"{size} {COMMON} {flag} {more}", world, mesh) for name, more in variants.items()}
-            measure(report, dtype, ours, configurations, options)
+        del builds[COMPILED]
+    if not report.skipped.keys() & PEERS.keys():
+        for attention, experts, compiled in CONFIGURATIONS[: 1 if options.quick else None]:
+            builds[f"transformers {attention} {experts}{' compiled' if compiled else ''}"] = partial(
+                their_system, attention, experts, compiled
+            )
+    for dtype, flag in (("fp32", ""), ("bf16", "--bf16")):
+        measure(report, dtype, {name: partial(build, f"{size} {COMMON} {flag}") for name, build in builds.items()}, options)
     return report
 
 
-def measure(
-    report: Report, dtype: str, variants: dict[str, Training], configurations: list[tuple[str, str, bool]], options: Options
-) -> None:
+def measure(report: Report, dtype: str, builds: dict[str, Build], options: Options) -> None:
     """One precision: build the systems, show that they agree, time them, add what came out to the report."""
-    ours = variants[OURS]
-    c, batch = ours.config, ours.next_batches()[0]
-    steps: dict[str, Callable[[], Tensor]] = {n: lambda t=t: t.step([batch]).lm_loss for n, t in variants.items()}
-    parameters = {n: sum(p.numel() for p in t.model.parameters()) for n, t in variants.items()}
-    for attention, experts, compiled in configurations:
-        name = f"transformers {attention} {experts}{' compiled' if compiled else ''}"
-        model = their_model(ours, attention, experts)
-        parameters[name] = sum(p.numel() for p in model.parameters())
-        steps[name] = their_step(model, ours, batch, compiled, dtype)
-    losses = {name: take_steps(name, step) for name, step in steps.items()}
-    check_equal(losses, parameters, tolerance=1e-4 if dtype == "fp32" else 2e-2)
-
-    peak = matmul_of(PEAK_WIDTH if not options.quick else 64, dtype)
-    systems = [System(PEAK, peak), *(System(name, step) for name, step in steps.items())]
-    samples = interleave(systems, options.rounds_or(7), warmups=0)
+    c = prepared(report.parameters["flags"])
+    systems = {name: Apart(name, build) for name, build in builds.items()}
+    try:
+        losses = {name: take_steps(system) for name, system in systems.items()}
+        check_equal(losses, tolerance=1e-4 if dtype == "fp32" else 2e-2)
+        peak = Apart(PEAK, partial(matmul_of, PEAK_WIDTH if not options.quick else 64, dtype))
+        try:
+            samples = interleave([peak, *systems.values()], options.rounds_or(9), warmups=0)
+        finally:
+            peak.close()
+    finally:
+        for system in systems.values():
+            system.close()
     report.samples[dtype] = samples
 
-    tokens = batch.tokens.numel()
-    flops = flops_per_token(c.model, c.moe, c.training.seq_length, ours.prepared.vocab_size) * tokens
-    peak_flops = 2.0 * peak.width**3
-    share = {n: spread(flops / a.cpu / (peak_flops / b.cpu) for a, b in zip(samples[n], samples[PEAK])).median for n in steps}
-    theirs = [name for name in steps if name not in variants]
+    m, tokens = c.run.model, c.run.training.micro_batch_size * c.run.training.seq_length
+    flops = flops_per_token(m, c.run.moe, c.run.training.seq_length, c.vocab_size) * tokens
+    size = parameter_counts(m, c.run.moe, c.vocab_size).total
+    peak_flops = 2.0 * (PEAK_WIDTH if not options.quick else 64) ** 3
+    share = {n: spread(flops / a.cpu / (peak_flops / b.cpu) for a, b in zip(samples[n], samples[PEAK])).median for n in systems}
+    ours = [name for name in (OURS, COMPILED) if name in systems]
+    theirs = [name for name in systems if name not in ours]
     figures: dict[str, Any] = {
-        "parameters": parameters, "losses_of_the_first_steps": losses, "flops_per_step": flops, "tokens_per_step": tokens,
+        "parameters": size, "losses_of_the_first_steps": losses, "flops_per_step": flops, "tokens_per_step": tokens,
         "share_of_peak_by_cpu": share,
-        "tokens_per_cpu_second": {n: tokens / spread(t.cpu for t in samples[n]).median for n in steps},
+        "tokens_per_cpu_second": {n: tokens / spread(t.cpu for t in samples[n]).median for n in systems},
     }  # fmt: skip
     if theirs:
         best = min(theirs, key=lambda n: spread(t.cpu for t in samples[n]).median)
-        figures |= {"fastest_peer": best, "speed_over_fastest_peer": {n: paired_ratio(samples, best, n)._asdict() for n in variants}}
+        figures |= {"fastest_peer": best, "speed_over_fastest_peer": {n: paired_ratio(samples, best, n)._asdict() for n in ours}}
     report.figures[dtype] = figures
     columns = {
-        "tokens per cpu s": lambda n: f"{tokens / spread(t.cpu for t in samples[n]).median:.0f}" if n in steps else "",
-        "of peak": lambda n: f"{share[n]:.0%}" if n in steps else "",
+        "tokens per cpu s": lambda n: f"{tokens / spread(t.cpu for t in samples[n]).median:.0f}" if n in systems else "",
+        "of peak": lambda n: f"{share[n]:.0%}" if n in systems else "",
     }
-    text = f"{dtype}: {parameters[OURS]:,} parameters, {tokens} tokens, {flops / 1e9:.1f} GFLOP per step\n"
+    text = f"{dtype}: {size:,} parameters, {tokens} tokens, {flops / 1e9:.1f} GFLOP per step\n"
     report.tables.append(text + timing_table(samples, OURS, columns) + "\n" + conclusion(figures))
 
 
@@ -113,32 +116,47 @@ def conclusion(figures: dict[str, Any]) -> str:
     )
 
 
-def take_steps(name: str, step: Callable[[], Tensor]) -> list[float]:
+def take_steps(system: Apart) -> list[float]:
     """The losses of the first steps, which also are the warm-up (and the compilation)."""
-    say(f"first steps: {name}")
-    return [float(step()) for _ in range(CHECKED_STEPS)]
+    say(f"first steps: {system.name}")
+    return [system.run() for _ in range(CHECKED_STEPS)]
 
 
-def check_equal(losses: dict[str, list[float]], parameters: dict[str, int], tolerance: float) -> None:
-    """Equal sizes and equal losses over a few updates: the same model, the same batch, the same optimizer."""
+def check_equal(losses: dict[str, list[float]], tolerance: float) -> None:
+    """Equal losses over a few updates from the same weights: the same model, the same batch, the same optimizer."""
     for name in losses:
-        assert parameters[name] == parameters[OURS], f"{name} has {parameters[name]} parameters, {OURS} {parameters[OURS]}"
         for a, b in zip(losses[name], losses[OURS]):
             assert abs(a - b) < tolerance * abs(b), f"{name} and {OURS} do not do the same: losses {losses[name]} and {losses[OURS]}"
 
 
-class matmul_of:  # noqa: N801 - used as a function that knows its size
+@contextlib.contextmanager
+def matmul_of(width: int, dtype: str) -> Iterator[Callable[[], float]]:
     """The product of two square matrices."""
+    a, b = torch.randn(2, width, width, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    yield lambda: float((a @ b)[0, 0])
 
-    def __init__(self, width: int, dtype: str):
-        self.width = width
-        self.a, self.b = torch.randn(2, width, width, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
 
-    def __call__(self) -> Tensor:
-        return self.a @ self.b
+@contextlib.contextmanager
+def our_system(more: str, flags: str) -> Iterator[Callable[[], float]]:
+    with one_rank(flags) as (world, mesh):
+        training = Training(f"{flags} {more}", world, mesh)
+        batches = training.next_batches()
+        yield lambda: float(training.step(batches).lm_loss)
 
 
 # ---------------------------------------------------------------- transformers
+
+
+@contextlib.contextmanager
+def their_system(attention: str, experts: str, compiled: bool, flags: str) -> Iterator[Callable[[], float]]:
+    """With the weights, the batch and the settings of ours, of which nothing is kept."""
+    with one_rank(flags) as (world, mesh):
+        ours = Training(flags, world, mesh)
+        model, config, (batch,) = their_model(ours, attention, experts), ours.config, ours.next_batches()
+        sizes = [sum(p.numel() for p in m.parameters()) for m in (model, ours.model)]
+        assert sizes[0] == sizes[1], f"transformers has {sizes[0]} parameters, {OURS} {sizes[1]}"
+        del ours
+        yield their_step(model, config, batch, compiled)
 
 
 def their_model(ours: Training, attention: str, experts: str) -> nn.Module:
@@ -155,7 +173,8 @@ def their_model(ours: Training, attention: str, experts: str) -> nn.Module:
         attn_implementation=attention, experts_implementation=experts,
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config)
-    model.load_state_dict(dict(renamed({n: p.full_tensor().detach() for n, p in ours.model.named_parameters()}, m.num_layers)))
+    whole = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in ours.model.named_parameters()}
+    model.load_state_dict(dict(renamed(whole, m.num_layers)))
     return model.train()
 
 
@@ -176,21 +195,21 @@ def renamed(p: dict[str, Tensor], num_layers: int) -> Iterator[tuple[str, Tensor
         yield b + "mlp.experts.down_proj", p[e + "w2"].transpose(1, 2).contiguous()
 
 
-def their_step(model: nn.Module, ours: Training, batch: Batch, compiled: bool, dtype: str) -> Callable[[], Tensor]:
+def their_step(model: nn.Module, config: RunConfig, batch: Batch, compiled: bool) -> Callable[[], float]:
     """Forward, backward, clip and AdamW; torch's fused AdamW, with the groups and settings of ours."""
-    o = ours.config.optimizer
+    o = config.optimizer
     groups = weight_decay_groups(model, o.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps, fused=True)
     parameters = list(model.parameters())
     forward = torch.compile(model) if compiled else model
 
-    def step() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.training.bf16):
             loss = forward(input_ids=batch.tokens, labels=batch.labels, shift_labels=batch.labels).loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, o.clip_grad, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return float(loss.detach())
 
     return step

@@ -2,12 +2,15 @@
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two test processes share the cores of a laptop
+# A shell ignores SIGINT for what it starts in the background, and every process under it inherits that: tests that interrupt would wait.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 TESTS = Path(__file__).resolve().parent
 for path in (TESTS, TESTS.parent):  # `import distributed_pool` and `import megatron_moe` without installing anything
     if str(path) not in sys.path:

@@ -18,7 +18,10 @@ from megatron_moe.parallel.zero import apply_zero
 
 def parallelize(model: GPT, mesh: ParallelMesh, config: RunConfig) -> None:
     """Apply every parallelism of `config` in place, on a model without memory (meta device) or with it."""
-    apply_expert_parallel(model, mesh, config.moe.moe_token_dispatcher)  # edits parameters by name: before anything wraps them
+    # One rank has nothing to split or to sum; FSDP would keep every parameter twice, and copy gradients twice. In bf16 it casts.
+    is_split = mesh.stage_ranks > 1 or config.training.bf16
+    if is_split:
+        apply_expert_parallel(model, mesh, config.moe.moe_token_dispatcher)  # edits parameters by name: before anything wraps them
     if mesh.size("tp") > 1:
         apply_tensor_parallel(model, mesh.dense["tp"])
     share_counts(model, mesh)
@@ -26,7 +29,8 @@ def parallelize(model: GPT, mesh: ParallelMesh, config: RunConfig) -> None:
         apply_recompute(model, config.training.recompute)  # inside the FSDP units: recomputation needs their parameters gathered
     if config.training.compile:
         apply_compile(model)
-    apply_zero(model, mesh, config.training.bf16)  # last: wraps whatever the blocks have become, and replaces the parameters
+    if is_split:
+        apply_zero(model, mesh, config.training.bf16)  # last: wraps whatever the blocks have become, and replaces the parameters
 
 
 def build_parallel_mesh(config: RunConfig, device_type: str) -> ParallelMesh:

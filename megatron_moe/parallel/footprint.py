@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from megatron_moe.config.training import OptimizerConfig
@@ -22,7 +23,7 @@ class Footprint:
 
     gradients: after the backward. whole_gradients: what stages 0 and 1 add up in when a step has several micro-batches.
     gathered: copies in the compute type, beside the shards - of all parameters from forward to backward in stages 0 to 2; in
-    stage 3 of the largest block and of what lies outside of the blocks.
+    stage 3 of the largest block and of what lies outside of the blocks. One rank alone in float32 has neither of the last two.
     """
 
     dense_parameters: int
@@ -48,14 +49,15 @@ def footprint(model: GPT, optimizer: OptimizerConfig, zero_stage: int, bf16: boo
         gathered[block] += whole_here * gathered_dtype(name, p, bf16).itemsize
     outside = gathered.pop("")
     blocks = gathered.values()
+    is_wrapped = isinstance(model, FSDPModule)
     return Footprint(
         dense_parameters=elements["dense"],
         expert_parameters=elements["expert"],
         parameters=shards,
         gradients=shards,  # of the type of the parameters, also when computing in bf16
-        whole_gradients=whole,
+        whole_gradients=whole if is_wrapped else 0,
         optimizer=shards * moments(optimizer),
-        gathered=outside + (max(blocks) if zero_stage == 3 else sum(blocks)),
+        gathered=outside + (max(blocks) if zero_stage == 3 else sum(blocks)) if is_wrapped else 0,
     )
 
 

@@ -1,4 +1,4 @@
-"""ZeRO through FSDP2. Also at size 1: FSDP is what sums the partial gradients of router and experts."""
+"""ZeRO through FSDP2. Also where the data axes have size 1: FSDP is what sums the partial gradients of router and experts."""
 
 from __future__ import annotations
 
@@ -63,7 +63,10 @@ def gathered_dtype(name: str, p: nn.Parameter, bf16: bool) -> torch.dtype:
 
 def sync_gradients(model: nn.Module, zero_stage: int, is_last_microbatch: bool) -> None:
     """Before each microbatch: stages 0 and 1 reduce whole gradients once per step, 2 and 3 after every microbatch; stage 3
-    frees gathered parameters after every backward, the others keep them until the last one of the step."""
+    frees gathered parameters after every backward, the others keep them until the last one of the step. (One rank alone in
+    float32 has no FSDP.)"""
+    if not isinstance(model, FSDPModule):
+        return
     model.set_requires_gradient_sync(is_last_microbatch or zero_stage >= 2)
     model.set_reshard_after_backward(is_last_microbatch or zero_stage == 3)
     model.set_is_last_backward(is_last_microbatch)

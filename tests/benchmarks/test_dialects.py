@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from benchmarks import dialects
+from megatron_moe.config.moe import MoEConfig
 from megatron_moe.data.indexed_dataset import IndexedDataset
+from megatron_moe.moe.policies import build_policy
+from megatron_moe.moe.tokens import NO_INFO
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,16 +56,14 @@ def test_mutual_information_of_specialists_is_three_bits_and_of_chance_none():
 
 
 def test_random_routing_leaves_the_logits_out_of_the_choice():
-    from megatron_moe.moe import layer
-
     logits = torch.zeros(4000, 8)
     logits[:, 3] = 50.0
-    learned = layer.choose_experts
+    policy = build_policy(MoEConfig(num_experts=(8,)), 8)
     with dialects.by_chance(0):
-        _, ids = layer.choose_experts(logits, 1)
+        ids = policy(logits, NO_INFO, None, None, True).ids_TK
     shares = torch.bincount(ids.flatten(), minlength=8) / 4000
     assert shares.min() > 0.1 and shares.max() < 0.15
-    assert layer.choose_experts is learned
+    assert (policy(logits, NO_INFO, None, None, True).ids_TK == 3).all()
 
 
 def test_it_runs_and_writes_what_it_found(tmp_path):

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import re
 import time
+from functools import partial
 
 import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import harness
-from benchmarks.harness import Options, Report, System, Times, interleave, missing, paired_ratio, spread, table, timing_table, write_report
+from benchmarks.harness import (
+    Apart,
+    Options,
+    Report,
+    System,
+    Times,
+    interleave,
+    missing,
+    paired_ratio,
+    spread,
+    table,
+    timing_table,
+    write_report,
+)
 
 
 def test_quartiles_and_median_of_a_few_values():
@@ -102,3 +119,33 @@ def test_mistakes_are_answered_with_what_there_is(capsys, tmp_path):
     with pytest.raises(SystemExit):
         command.main(["step", "--out", str(tmp_path / "file")])
     assert "is a file; name a folder" in capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def counting(first):
+    """A system that says how often it was called, beginning with `first`, and in which process."""
+    turns = itertools.count(first)
+    yield lambda: next(turns) + os.getpid() / 1e9
+
+
+def broken():
+    raise ValueError("no such thing")
+
+
+def test_a_system_of_its_own_process_keeps_its_state_and_is_timed_there():
+    system = Apart("apart", partial(counting, 5))
+    try:
+        first = system.run()
+        samples = interleave([system, System("here", lambda: time.sleep(0.01))], rounds=2, warmups=0)
+        assert int(first) == 5 and int(system.run()) == 8
+        assert round((first - 5) * 1e9) != os.getpid()
+        assert len(samples["apart"]) == 2 and samples["apart"][0].wall < 0.01 <= samples["here"][0].wall
+    finally:
+        system.close()
+
+
+def test_a_system_that_cannot_be_built_is_named():
+    system = Apart("apart", broken)
+    with pytest.raises(RuntimeError, match="apart ended with code 1"):
+        system.run()
+    system.close()

@@ -247,7 +247,7 @@ def test_whole_gradients_are_those_of_the_experts_here_and_of_everything_else():
     assert counts[0].whole_gradients == counts[1].whole_gradients  # not cut by the data ranks
     alone = rank_footprint(parse_args(runs.SMALL.split()).run, 1, VOCAB, 0)
     expert = mlp(32) * 4  # bytes of one
-    assert counts[0].whole_gradients == alone.whole_gradients - (2 - 1) * expert - (4 - 1) * expert
+    assert counts[0].whole_gradients == alone.gradients - (2 - 1) * expert - (4 - 1) * expert
 
 
 def test_a_layout_that_is_not_built_is_said_and_not_guessed():

@@ -149,7 +149,12 @@ def waiting(tmp_path):
     def start(handler: str, where: str) -> subprocess.Popen:
         environment = os.environ | {"PYTHONPATH": str(launches.ROOT), "GLOO_SOCKET_IFNAME": "lo"}
         process = subprocess.Popen(
-            [sys.executable, "-c", WAITING, handler, where], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", WAITING, handler, where],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         started.append(process)
         assert process.stdout.readline() == "ready\n"
@@ -166,6 +171,7 @@ def test_first_signal_waits_for_the_step_and_one_that_arrives_twice_is_one(waiti
     process = waiting("on", "step")
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
+    assert process.stderr.readline().startswith("SIGINT: stopping")  # heard, in a thread of its own: not before it is there
     process.stdin.write("\n")
     process.stdin.flush()
     assert process.stdout.readline() == "signal SIGINT\n"
