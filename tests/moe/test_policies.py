@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.moe import policies
 from megatron_moe.moe.layer import MoELayer
+from megatron_moe.moe.metrics import summarise
 from megatron_moe.moe.policies.base import dealt
 from megatron_moe.moe.policies.sinkhorn import column_scale
 from megatron_moe.moe.tokens import TokenInfo
@@ -302,9 +304,9 @@ def test_dealt_numbers_are_spread_evenly_and_choices_differ(count, num_experts, 
         assert max(load.values(), default=0) - min((load[e] for e in range(num_experts)), default=0) <= 1
 
 
-def word_experts(words=WORDS, **build_with):
+def word_experts(words=WORDS, topk=2, **build_with):
     of = TokenInfo(ids_T=torch.arange(words))
-    return route(build(topk=2, moe_router_policy="hash", **build_with), tokens(words), of).ids_TK
+    return route(build(topk=topk, moe_router_policy="hash", **build_with), tokens(words), of).ids_TK
 
 
 def test_a_word_has_the_same_experts_wherever_it_stands_and_others_in_another_layer():
@@ -317,6 +319,16 @@ def test_a_word_has_the_same_experts_wherever_it_stands_and_others_in_another_la
     assert not torch.equal(word_experts(number=4), table)
     assert not torch.equal(word_experts(moe_router_hash_seed=5), table)
     assert torch.equal(word_experts(words=20), table[:20])
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_hash_routing_reports_how_evenly_words_fall_and_not_what_the_idle_router_thinks(k):
+    layer, of = build(topk=k, moe_router_policy="hash"), info()
+    route(layer, tokens(), of)
+    load = summarise(3, layer.stats.sums)
+    shares = torch.bincount(word_experts(topk=k)[of.ids_T].flatten(), minlength=E) / (T * k)
+    assert load.aux_loss == pytest.approx(E * shares.square().sum().item(), rel=1e-6)  # 1: balanced
+    assert load.router_entropy == pytest.approx(math.log(k) / math.log(E))
 
 
 def test_hash_routing_without_token_ids_says_what_is_missing():
