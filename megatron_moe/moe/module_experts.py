@@ -18,7 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
-from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_moe.utils.dtensor import local_weight
 from megatron_moe.utils.random import named_seed
@@ -89,30 +90,46 @@ def output_of(result: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
 
 @torch.no_grad()
 def check_expert(module: nn.Module, width: int) -> None:
-    """Raises ValueError when a module cannot be an expert, with a trial of two rows on whatever device it is."""
+    """Raises ValueError when a module cannot be an expert, with trials of two rows and of none on whatever device it is."""
     name = type(module).__name__
-    if buffers := [n for n, _ in module.named_buffers()]:
+    if mixing := [n for n, _ in module.named_buffers()] + [n for n, m in module.named_modules() if isinstance(m, _BatchNorm)]:
         raise ValueError(
-            f"the expert module {name} has buffers ({', '.join(buffers)}): statistics of the rows that an expert gets here would differ from "
-            f"rank to rank; use parameters, or a norm without running statistics such as LayerNorm"
-        )
-    if drawing := [n for n, m in module.named_modules() if isinstance(m, _DropoutNd) and m.p > 0]:
-        raise ValueError(
-            f"the expert module {name} has dropout ({', '.join(drawing)}): recomputation would draw other numbers, and so would another "
-            f"layout; set its p to 0 and use --hidden-dropout, which drops the layer's output"
+            f"the expert module {name} has buffers or batch norms ({', '.join(mixing)}): statistics of the rows that an expert gets here "
+            f"would differ from rank to rank; use parameters, and a norm of each row by itself such as LayerNorm"
         )
     names = [n for n, _ in module.named_parameters(remove_duplicate=False)]
     if tied := sorted(set(names) - {n for n, _ in module.named_parameters()}):
         raise ValueError(f"the expert module {name} has parameters under two names ({', '.join(tied)}); give each its own")
     device = next((p.device for p in module.parameters()), torch.get_default_device())
     dtype = next((p.dtype for p in module.parameters()), torch.get_default_dtype())
-    x_2D = torch.zeros(2, width, device=device, dtype=dtype)
-    try:
-        y_2D = output_of(module(x_2D))
-    except RuntimeError as error:
-        raise ValueError(f"the expert module {name} cannot take rows of width {width}: {error}") from error
-    if y_2D.shape != x_2D.shape:
-        raise ValueError(_other_shape(module, x_2D, y_2D))
+    for rows in (2, 0):
+        x_rD = torch.zeros(rows, width, device=device, dtype=dtype)
+        try:
+            with _RandomDraws() as draws:
+                result = module(x_rD)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(f"the expert module {name} cannot take {rows or 'no'} rows of width {width}: {error}") from error
+        if draws.seen:
+            raise ValueError(
+                f"the expert module {name} draws random numbers ({', '.join(draws.seen)}): recomputation would draw other ones, and so "
+                f"would another layout; set the p of its dropouts to 0 and use --hidden-dropout, which drops the layer's output"
+            )
+        y_rD = output_of(result)
+        if y_rD.shape != x_rD.shape:
+            raise ValueError(_other_shape(module, x_rD, y_rD))
+
+
+class _RandomDraws(TorchDispatchMode):
+    """Notes the operators that draw from torch's generators."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if torch.Tag.nondeterministic_seeded in op.tags:
+            self.seen.append(op._schema.name)
+        return op(*args, **(kwargs or {}))
 
 
 def _other_shape(module: nn.Module, x: Tensor, y: Tensor) -> str:

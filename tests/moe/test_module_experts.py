@@ -136,9 +136,13 @@ class Tied(nn.Module):
 REFUSED = {
     "another width": (lambda d: nn.Linear(d, d + 1), r"\[2, 8\] became \[2, 9\]"),
     "one row less": (lambda d: Returns(d, lambda y: y[1:]), r"\[2, 8\] became \[1, 8\]"),
-    "wants another width": (lambda d: nn.Linear(d - 1, d), "cannot take rows of width 8"),
-    "batch norm": (lambda d: nn.Sequential(nn.Linear(d, d), nn.BatchNorm1d(d)), "buffers .1.running_mean, 1.running_var"),
-    "dropout": (lambda d: nn.Sequential(nn.Linear(d, d), nn.Dropout(0.1)), r"Sequential has dropout \(1\)"),
+    "wants another width": (lambda d: nn.Linear(d - 1, d), "cannot take 2 rows of width 8"),
+    "no rows": (lambda d: Returns(d, lambda y: y - y[0]), "cannot take no rows of width 8"),
+    "batch norm": (lambda d: nn.Sequential(nn.Linear(d, d), nn.BatchNorm1d(d)), "batch norms .1.running_mean, 1.running_var"),
+    "batch norm without statistics": (lambda d: nn.Sequential(nn.BatchNorm1d(d, track_running_stats=False)), r"batch norms \(0\)"),
+    "dropout": (lambda d: nn.Sequential(nn.Linear(d, d), nn.Dropout(0.1)), r"Sequential draws random numbers \("),
+    "dropout as a function": (lambda d: Returns(d, lambda y: nn.functional.dropout(y, 0.1)), "draws random numbers"),
+    "noise": (lambda d: Returns(d, lambda y: y + torch.randn_like(y)), r"draws random numbers \(aten::randn_like"),
     "a bias beside": (lambda d: Returns(d, lambda y: (y, y[0])), "add the bias inside"),
     "three results": (lambda d: Returns(d, lambda y: (y, None, None)), "tuple of 3"),
     "tied weights": (Tied, r"two names \(b.weight\)"),
@@ -162,7 +166,6 @@ def test_a_shape_that_changes_with_the_rows_is_refused_in_the_forward():
 def test_what_is_close_to_refused_is_not():
     for factory in (
         lambda d: nn.Sequential(nn.Linear(d, d), nn.Dropout(0.0)),
-        lambda d: nn.Sequential(nn.Linear(d, d), nn.BatchNorm1d(d, track_running_stats=False)),
         lambda d: Returns(d, lambda y: (y, None)),
     ):
         build(factory)

@@ -391,9 +391,13 @@ def test_the_router_decides_in_float32_whatever_the_tokens_are():
     torch.testing.assert_close(layer.gate(x), x.float() @ layer.gate.weight.t(), rtol=0, atol=1e-6)
 
 
-def test_the_layer_equals_its_reference_kernels_in_float32():
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("activation", ["gelu", "relu", "squared_relu", "swiglu"])
+def test_the_layer_equals_its_reference_kernels_in_float32(activation, padded, bias):
     torch.manual_seed(0)
-    layer = MoELayer(1, E, 16, 32, MoEConfig(num_experts=(E,), topk=2), activation="swiglu")
+    moe = MoEConfig(num_experts=(E,), topk=2, moe_pad_expert_input_to_capacity=padded)
+    layer = MoELayer(1, E, 16, 32, moe, activation, bias)
     x = torch.randn(T, 16)
     fast = layer(x)
     layer.experts.use_reference = True
