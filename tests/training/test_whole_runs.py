@@ -100,7 +100,7 @@ def _train_with_a_full_disk(flags, failures):
 
 
 def test_save_that_fails_ends_the_run_or_is_an_alert(text, tmp_path):
-    flags = f"--data-path {text} --vocab-size 64 --split 80,20,0 --train-iters 6 --save-interval 2 --save {tmp_path}/run"
+    flags = f"--data-path {text} --vocab-size 64 --split 80,20,0 --train-iters 6 --save-interval 2 --no-moe-alerts --save {tmp_path}/run"
     run_distributed(_train_with_a_full_disk, 2, f"{flags} --save-failure continue", 1)
     events = [(r["event"], r["iteration"]) for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["event"] in ("save", "alert")]
     assert events == [("alert", 2), ("save", 4), ("save", 6)]
