@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -251,7 +251,10 @@ def log_step(run: Run, result: StepResult, rate: float, throughput: Throughput) 
         moe=records,
     )  # fmt: skip
     for alert in run.alerts.check(records) if run.alerts else ():
-        run.tracker.event("alert", iteration=run.progress.iteration, **asdict(alert))
+        run.tracker.event(
+            "alert", iteration=run.progress.iteration, reason=alert.reason, condition=alert.condition, layer=alert.layer,
+            layers=list(alert.layers), value=alert.value, flag=alert.flag,
+        )  # fmt: skip
     stop_if_not_finite(run, lm_loss, norm)
 
 

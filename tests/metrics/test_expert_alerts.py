@@ -13,6 +13,7 @@ WELL = {"tokens_per_expert": [8] * EXPERTS, "dropped_fraction": 0.0, "router_ent
 ILL = {  # condition: what is wrong, the number and the flag that the alert names
     "dropping": ({"dropped_fraction": 0.234}, "23.4%", "--moe-train-capacity-factor"),
     "dead": ({"tokens_per_expert": [16, 16, 16, 16, 16, 0, 16, 0]}, "2 dead of 8 experts (5, 7)", "--moe-loss-coeff"),
+    "entropy": ({"router_entropy": 0.004}, "0.4%", "--moe-router-z-loss-coeff"),
     "collapse": ({"tokens_per_expert": [57, 1, 1, 1, 1, 1, 1, 1]}, "7.12", "--moe-loss-coeff"),
     "logits": ({"router_logit_rms": 31.24}, "31.2", "--moe-router-z-loss-coeff"),
     "bias": ({"bias_range": (-0.7, 0.55)}, "1.25", "--moe-router-bias-update-rate"),
@@ -76,6 +77,17 @@ def test_layers_and_conditions_are_reported_apart():
     assert found == [[], [], [("dropping", 1)], [], [("dropping", 2), ("logits", 2)], []]
 
 
+def test_layers_with_the_same_news_share_a_line_about_the_worst():
+    wrong = [
+        record(n, dropped_fraction=d, router_entropy=e) for n, d, e in [(1, 0.2, 0.006), (2, 0.0, 0.9), (3, 0.4, 0.004), (4, 0.3, 0.9)]
+    ]
+    watch = alerts()
+    dropping, entropy = [a for _ in range(6) for a in watch.check(wrong)]
+    assert (dropping.layer, dropping.layers, dropping.value) == (3, (1, 3, 4), 0.4)
+    assert dropping.reason.startswith("layer 3, the worst of 3 layers (1, 3, 4), drops 40.0% of its assignments")
+    assert (entropy.layer, entropy.layers) == (3, (1, 3))
+
+
 def test_a_healthy_layer_is_never_reported():
     watch = alerts()
     uneven = record(tokens_per_expert=[16, 12, 8, 8, 8, 6, 4, 2], dropped_fraction=0.1, bias_range=(-0.3, 0.4))
@@ -102,13 +114,8 @@ def test_how_busy_an_expert_may_be_depends_on_how_busy_it_could_be(k, load, is_c
     assert reported(alerts(topk=k), *[bad] * 5) == ["collapse"] * is_collapse
 
 
-def test_a_router_that_has_made_up_its_mind_is_reported_and_one_without_probabilities_is_not():
-    watch = alerts()
-    for _ in range(STEPS_IN_A_ROW):
-        found = watch.check([record(1, router_entropy=0.004), record(2, router_entropy=0.0)])
-    ((alert,)) = found
-    assert (alert.condition, alert.layer, alert.flag) == ("collapse", 1, "--moe-router-z-loss-coeff")
-    assert "0.4%" in alert.reason
+def test_a_router_without_probabilities_has_not_made_up_its_mind():
+    assert reported(alerts(), *[record(router_entropy=0.0)] * 5) == []
 
 
 @pytest.mark.parametrize(
