@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from megatron_moe.config.moe import MoEConfig
@@ -67,23 +68,23 @@ class _State:
 class ExpertAlerts:
     """Looks at the `moe` records of every logged step."""
 
-    def __init__(self, config: MoEConfig, tokens_per_step: int, dropped_fraction: float = 0.1):
-        self.config, self.tokens_per_step, self.dropped_fraction = config, tokens_per_step, dropped_fraction
+    def __init__(self, config: MoEConfig, dropped_fraction: float = 0.1):
+        self.config, self.dropped_fraction = config, dropped_fraction
         self._states: dict[tuple[str, int], _State] = {}
         self._idle: dict[int, deque[set[int]]] = {}  # by layer: experts without a token in each of the last logged steps
 
-    def check(self, layers: Sequence[Record]) -> list[Alert]:
-        """What is to be reported after this logged step."""
+    def check(self, layers: Sequence[Record], tokens: int) -> list[Alert]:
+        """What is to be reported after this logged step, of so many tokens."""
         found: dict[str, list[Alert]] = {}
         for r in layers:
-            for alert in self._of_layer(r):
+            for alert in self._of_layer(r, tokens):
                 found.setdefault(alert.condition, []).append(alert)
         return [replace(max(same, key=lambda a: a.badness), layers=tuple(a.layer for a in same)) for same in found.values()]
 
-    def _of_layer(self, r: Record) -> Iterator[Alert]:
+    def _of_layer(self, r: Record, tokens: int) -> Iterator[Alert]:
         conditions = {
             "dropping": self._dropping,
-            "dead": self._dead,
+            "dead": partial(self._dead, tokens=tokens),
             "collapse": self._collapse,
             "entropy": self._entropy,
             "logits": self._logits,
@@ -117,12 +118,12 @@ class ExpertAlerts:
             f"({c.moe_train_capacity_factor:g}; the busiest expert gets {r['load_max_over_mean']:.2g} times the mean), {self._balance}, or add "
             "--disable-moe-token-dropping")  # fmt: skip
 
-    def _dead(self, r: Record) -> Alert | None:
+    def _dead(self, r: Record, tokens: int) -> Alert | None:
         shares = r["expert_load"]
         idle = self._idle.setdefault(r["layer"], deque(maxlen=STEPS_IN_A_ROW))
         idle.append({e for e, share in enumerate(shares) if share == 0})
         dead = set.intersection(*idle) if len(idle) == STEPS_IN_A_ROW else set()
-        if not dead or self.tokens_per_step * self.config.topk < FEW_TOKENS * len(shares):
+        if not dead or tokens * self.config.topk < FEW_TOKENS * len(shares):
             return None
         names = ", ".join(map(str, sorted(dead)[:8])) + (", ..." if len(dead) > 8 else "")
         return _alert("dead", r, len(dead), self._balance_flag,

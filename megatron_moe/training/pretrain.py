@@ -131,8 +131,7 @@ def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
     watchdog = Watchdog(world.rank, config.parallel.distributed_timeout_minutes)
     alerts = None
     if config.logging.moe_alerts and config.moe.has_experts:
-        step_tokens = config.global_batch_size(world.size) * config.training.seq_length
-        alerts = ExpertAlerts(config.moe, step_tokens, config.logging.moe_alert_dropped_fraction)
+        alerts = ExpertAlerts(config.moe, config.logging.moe_alert_dropped_fraction)
     return Run(
         prepared, world, mesh, model, optimizer, schedule, datasets, tracker, alerts, stopper, watchdog, manager, lock, progress, total
     )
@@ -250,7 +249,7 @@ def log_step(run: Run, result: StepResult, rate: float, throughput: Throughput) 
         peak_memory_bytes=peak_memory_bytes(run.world.device.type),
         moe=records,
     )  # fmt: skip
-    for alert in run.alerts.check(records) if run.alerts else ():
+    for alert in run.alerts.check(records, run.global_batch_size * c.training.seq_length) if run.alerts else ():
         run.tracker.event(
             "alert", iteration=run.progress.iteration, reason=alert.reason, condition=alert.condition, layer=alert.layer,
             layers=list(alert.layers), value=alert.value, flag=alert.flag,
