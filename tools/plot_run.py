@@ -81,7 +81,7 @@ def load_run(path: str) -> Run:
         raise ValueError(f"{metrics_file(path)} holds no training record yet; wait for the first --log-interval")
     file = metrics_file(path)
     name = file.parent.resolve().name if file.name == "metrics.jsonl" else file.stem
-    of_layers = [r for r in history if r["event"] == "alert" and "layer" in r]
+    of_layers = [r for r in history if r["event"] == "alert" and "layers" in r]
     return Run(name, train, [r for r in history if r["event"] == "eval"], of_layers)
 
 
@@ -251,8 +251,8 @@ def _draw_layers(figure: Any, runs: list[Run]) -> None:
 def _draw_alerts(axis: Any, run: Run) -> None:
     places: dict[tuple[int, int], list[str]] = {}
     for alert in run.alerts:
-        if alert["layer"] in run.moe_layers:
-            places.setdefault((alert["iteration"], run.moe_layers.index(alert["layer"])), []).append(alert["condition"])
+        for layer in set(alert["layers"]) & set(run.moe_layers):
+            places.setdefault((alert["iteration"], run.moe_layers.index(layer)), []).append(alert["condition"])
     middle = sum(axis.get_xlim()) / 2
     for (x, y), conditions in places.items():
         axis.plot(x, y, "x", color="black", ms=6)

@@ -1,12 +1,14 @@
 """What goes wrong with experts, said in one line with what to change.
 
 A condition must hold in 3 logged steps in a row before it is reported: one noisy step is no news. It is reported once per layer, and
-again only when it comes back after 100 logged steps without it. What was reported is forgotten when a run resumes.
+again only when it comes back after 100 logged steps without it. Layers that have the same condition to report share one line, which is
+about the worst of them. What was reported is forgotten when a run resumes.
 
     dropping    more than --moe-alert-dropped-fraction of the assignments are dropped
     dead        the same experts get no token at all (not looked at while balanced experts would get fewer than 16 tokens)
     collapse    the busiest expert has 4 times the mean, or three quarters of the way to the worst case, if that is less (2 experts of
-                which one is chosen: 1.75); or the router's entropy is below 1 % of that of a uniform one
+                which one is chosen: 1.75)
+    entropy     the router's entropy is below 1 % of that of a uniform one
     logits      their size (root mean square of logsumexp) is above 20
     bias        largest minus smallest expert bias is above 1: no score can make up for it
 """
@@ -15,7 +17,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from megatron_moe.config.moe import MoEConfig
@@ -33,13 +36,24 @@ WIDEST_BIAS = 1.0
 
 @dataclass(frozen=True)
 class Alert:
-    """One condition of one layer. `flag` is the first thing to change."""
+    """One condition. `flag` is the first thing to change."""
 
     condition: str
-    layer: int
+    layer: int  # the worst
+    layers: tuple[int, ...]  # all that have it to report
     value: float
     flag: str
-    reason: str  # the whole sentence
+    text: str  # what follows "layer 3 "
+
+    @property
+    def reason(self) -> str:
+        """The whole sentence."""
+        others = f", the worst of {len(self.layers)} layers ({', '.join(map(str, self.layers))})," if len(self.layers) > 1 else ""
+        return f"layer {self.layer}{others} {self.text}"
+
+    @property
+    def badness(self) -> float:
+        return -self.value if self.condition == "entropy" else self.value
 
 
 @dataclass
@@ -54,27 +68,33 @@ class _State:
 class ExpertAlerts:
     """Looks at the `moe` records of every logged step."""
 
-    def __init__(self, config: MoEConfig, tokens_per_step: int, dropped_fraction: float = 0.1):
-        self.config, self.tokens_per_step, self.dropped_fraction = config, tokens_per_step, dropped_fraction
+    def __init__(self, config: MoEConfig, dropped_fraction: float = 0.1):
+        self.config, self.dropped_fraction = config, dropped_fraction
         self._states: dict[tuple[str, int], _State] = {}
         self._idle: dict[int, deque[set[int]]] = {}  # by layer: experts without a token in each of the last logged steps
 
-    def check(self, layers: Sequence[Record]) -> list[Alert]:
-        """What is to be reported after this logged step."""
-        return [alert for r in layers for alert in self._of_layer(r) if alert is not None]
+    def check(self, layers: Sequence[Record], tokens: int) -> list[Alert]:
+        """What is to be reported after this logged step, of so many tokens."""
+        found: dict[str, list[Alert]] = {}
+        for r in layers:
+            for alert in self._of_layer(r, tokens):
+                found.setdefault(alert.condition, []).append(alert)
+        return [replace(max(same, key=lambda a: a.badness), layers=tuple(a.layer for a in same)) for same in found.values()]
 
-    def _of_layer(self, r: Record) -> Iterator[Alert | None]:
+    def _of_layer(self, r: Record, tokens: int) -> Iterator[Alert]:
         conditions = {
             "dropping": self._dropping,
-            "dead": self._dead,
+            "dead": partial(self._dead, tokens=tokens),
             "collapse": self._collapse,
+            "entropy": self._entropy,
             "logits": self._logits,
             "bias": self._bias,
         }
         for name, condition in conditions.items():
             state, found = self._states.setdefault((name, r["layer"]), _State()), condition(r)
             # dead experts are the same ones in several steps already
-            yield found if self._is_news(state, found is not None, 1 if name == "dead" else STEPS_IN_A_ROW) else None
+            if self._is_news(state, found is not None, 1 if name == "dead" else STEPS_IN_A_ROW):
+                yield found
 
     @staticmethod
     def _is_news(state: _State, is_found: bool, steps: int) -> bool:
@@ -98,12 +118,12 @@ class ExpertAlerts:
             f"({c.moe_train_capacity_factor:g}; the busiest expert gets {r['load_max_over_mean']:.2g} times the mean), {self._balance}, or add "
             "--disable-moe-token-dropping")  # fmt: skip
 
-    def _dead(self, r: Record) -> Alert | None:
+    def _dead(self, r: Record, tokens: int) -> Alert | None:
         shares = r["expert_load"]
         idle = self._idle.setdefault(r["layer"], deque(maxlen=STEPS_IN_A_ROW))
         idle.append({e for e, share in enumerate(shares) if share == 0})
         dead = set.intersection(*idle) if len(idle) == STEPS_IN_A_ROW else set()
-        if not dead or self.tokens_per_step * self.config.topk < FEW_TOKENS * len(shares):
+        if not dead or tokens * self.config.topk < FEW_TOKENS * len(shares):
             return None
         names = ", ".join(map(str, sorted(dead)[:8])) + (", ..." if len(dead) > 8 else "")
         return _alert("dead", r, len(dead), self._balance_flag,
@@ -111,17 +131,21 @@ class ExpertAlerts:
             "lower --lr or lengthen its warm-up, or add --moe-noisy-gate-policy Jitter")  # fmt: skip
 
     def _collapse(self, r: Record) -> Alert | None:
-        load, entropy = r["load_max_over_mean"], r["router_entropy"]
+        load = r["load_max_over_mean"]
         worst = len(r["expert_load"]) / self.config.topk  # every token takes the same k experts
         limit = min(MOST_LOAD, 1 + 0.75 * (worst - 1))
-        if worst > 1 and load > limit:
-            return _alert("collapse", r, load, self._balance_flag,
-                f"sends {load:.2f} times the mean to its busiest expert (alert above {limit:.2f}): {self._balance}, or lower --lr")  # fmt: skip
-        if 0 < entropy < LEAST_ENTROPY:  # exactly 0 is a router that computes no probabilities
-            return _alert("collapse", r, entropy, "--moe-router-z-loss-coeff",
-                f"has a router entropy of {100 * entropy:.2g}% of a uniform one (alert below {100 * LEAST_ENTROPY:g}%), so that hardly a choice "
-                f"can change any more: {self._z_loss}, or lower --lr")  # fmt: skip
-        return None
+        if worst <= 1 or not load > limit:
+            return None
+        return _alert("collapse", r, load, self._balance_flag,
+            f"sends {load:.2f} times the mean to its busiest expert (alert above {limit:.2f}): {self._balance}, or lower --lr")  # fmt: skip
+
+    def _entropy(self, r: Record) -> Alert | None:
+        value = r["router_entropy"]
+        if not 0 < value < LEAST_ENTROPY:  # exactly 0 is a router that computes no probabilities
+            return None
+        return _alert("entropy", r, value, "--moe-router-z-loss-coeff",
+            f"has a router entropy of {100 * value:.2g}% of a uniform one (alert below {100 * LEAST_ENTROPY:g}%), so that hardly a choice "
+            f"can change any more: {self._z_loss}, or lower --lr")  # fmt: skip
 
     def _logits(self, r: Record) -> Alert | None:
         value = r["router_logit_rms"]
@@ -166,4 +190,4 @@ class ExpertAlerts:
 
 
 def _alert(condition: str, r: Record, value: float, flag: str, text: str) -> Alert:
-    return Alert(condition, r["layer"], value, flag, f"layer {r['layer']} {text}")
+    return Alert(condition, r["layer"], (r["layer"],), value, flag, text)

@@ -68,7 +68,7 @@ class Tracker:
         })  # fmt: skip
 
     def event(self, name: str, **values: Any) -> None:
-        """start, save, load, alert or stop (with reason=...). An alert about experts has condition, layer, value and flag beside the reason."""
+        """start, save, load, alert or stop (with reason=...). An alert about experts also has condition, layer, layers, value and flag."""
         assert name in EVENTS, f"{name} is not one of {EVENTS}"
         assert name != "stop" or "reason" in values, f"stop wants a reason, not only {values}"
         self._write({"event": name, **values})

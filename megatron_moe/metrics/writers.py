@@ -151,7 +151,7 @@ def _eval_parts(r: Record) -> Iterator[str]:
 
 def _alert_parts(r: Record) -> Iterator[str]:
     """The reason is the sentence that people read; of an alert about a layer the rest says it again for programs."""
-    return _event_parts({key: value for key, value in r.items() if key not in ("condition", "layer", "value", "flag")})
+    return _event_parts({key: value for key, value in r.items() if key not in ("condition", "layer", "layers", "value", "flag")})
 
 
 def _event_parts(r: Record) -> Iterator[str]:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -140,8 +140,7 @@ def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
     watchdog = Watchdog(world.rank, config.parallel.distributed_timeout_minutes)
     alerts = None
     if config.logging.moe_alerts and config.moe.has_experts:
-        step_tokens = config.global_batch_size(world.size) * config.training.seq_length
-        alerts = ExpertAlerts(config.moe, step_tokens, config.logging.moe_alert_dropped_fraction)
+        alerts = ExpertAlerts(config.moe, config.logging.moe_alert_dropped_fraction)
     return Run(prepared, world, mesh, model, optimizer, schedule, weight_decay, pace, datasets, tracker, alerts, stopper, watchdog, manager, lock,
                progress, total, distillation)  # fmt: skip
 
@@ -291,8 +290,11 @@ def log_step(run: Run, result: StepResult, step: Step, throughput: Throughput) -
         peak_memory_bytes=peak_memory_bytes(run.world.device.type),
         moe=records,
     )  # fmt: skip
-    for alert in run.alerts.check(records) if run.alerts else ():
-        run.tracker.event("alert", iteration=run.progress.iteration, **asdict(alert))
+    for alert in run.alerts.check(records, run.global_batch_size * c.training.seq_length) if run.alerts else ():
+        run.tracker.event(
+            "alert", iteration=run.progress.iteration, reason=alert.reason, condition=alert.condition, layer=alert.layer,
+            layers=list(alert.layers), value=alert.value, flag=alert.flag,
+        )  # fmt: skip
     stop_if_not_finite(run, lm_loss, norm)
 
 

@@ -226,7 +226,8 @@ def test_console_shows_evaluations_and_events():
 
 
 def test_console_shows_the_sentence_of_an_alert_and_not_its_fields_again():
-    alert = {"event": "alert", "iteration": 7, "condition": "dropping", "layer": 2, "value": 0.5, "flag": "--x", "reason": "layer 2 drops"}
+    alert = {"event": "alert", "iteration": 7, "reason": "layer 2 drops"}
+    alert |= {"condition": "dropping", "layer": 2, "layers": [2], "value": 0.5, "flag": "--x"}
     assert console_lines(alert) == [" alert | iteration: 7 | reason: layer 2 drops"]
     not_finite = {"event": "alert", "iteration": 7, "reason": "not finite", "values": {"lm_loss": "nan"}}
     assert console_lines(not_finite) == [" alert | iteration: 7 | reason: not finite | values: {'lm_loss': 'nan'}"]

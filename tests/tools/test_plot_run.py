@@ -74,7 +74,7 @@ def test_without_the_load_of_each_expert_the_layers_are_drawn_all_the_same(tmp_p
 
 @draws
 def test_an_alert_is_a_cross_at_its_layer_and_iteration(tmp_path):
-    alert = {"event": "alert", "iteration": 20, "layer": 3, "condition": "dead", "reason": "layer 3 ..."}
+    alert = {"event": "alert", "iteration": 20, "layer": 3, "layers": [3], "condition": "dead", "reason": "layer 3 ..."}
     other = {"event": "alert", "iteration": 20, "reason": "not finite", "values": {}}
     run = plot_run.load_run(write_run(tmp_path / "a", [train(10), train(20), alert, alert | {"condition": "collapse"}, other]))
     axis = plot_run._pyplot().figure().subplots()
