@@ -57,10 +57,20 @@ class CurriculumConfig:
                 yield f"--curriculum-{name} must ascend, not {' '.join(map(str, values))}"
 
     @property
-    def idle(self) -> list[str]:
-        """Flags that were given and do nothing, because the curriculum is off."""
-        given = [s.option for s in fields_of(type(self)) if getattr(self, s.name) != s.default]
-        return [] if self.curriculum_learning else given
+    def idle(self) -> dict[str, str]:
+        """Flags that were given and do nothing -> the setting under which they would."""
+        kind, ramp = self.curriculum_schedule_type, ("min_difficulty", "max_difficulty", "total_step", "difficulty_step")
+        used = {"fixed_linear": ramp, "fixed_root": (*ramp, "root_degree"), "fixed_discrete": ("difficulty", "max_step")}
+        found = {}
+        for s in fields_of(type(self)):
+            name = s.name.removeprefix("curriculum_")
+            if getattr(self, s.name) == s.default or name == "learning":
+                continue
+            if not self.curriculum_learning:
+                found[s.option] = "--curriculum-learning"
+            elif name != "schedule_type" and name not in used[kind]:
+                found[s.option] = f"--curriculum-schedule-type {' and '.join(k for k, names in used.items() if name in names)}"
+        return found
 
     def longest(self, seq_length: int) -> int:
         if not self.curriculum_learning:

@@ -117,11 +117,13 @@ class RunConfig:
             self.moe.experts_per_layer(m.num_layers)
         except ValueError as error:
             yield str(error)
-        if (longest := self.curriculum.longest(t.seq_length)) > t.seq_length:
+        c = self.curriculum
+        longest, shortest = c.longest(t.seq_length), c.curriculum_min_difficulty or 1
+        if longest > t.seq_length:
             yield f"a curriculum up to {longest} tokens does not fit into --seq-length ({t.seq_length}); raise it or lower the curriculum's end"
-        elif self.curriculum.curriculum_learning and (self.curriculum.curriculum_min_difficulty or 1) > longest:
-            yield f"--curriculum-min-difficulty ({self.curriculum.curriculum_min_difficulty}) must not exceed the longest length ({longest})"
-        if self.curriculum.curriculum_learning and t.compile:
+        elif c.curriculum_learning and c.curriculum_schedule_type != "fixed_discrete" and shortest > longest:
+            yield f"--curriculum-min-difficulty ({shortest}) must not exceed the longest length ({longest})"
+        if c.curriculum_learning and t.compile:
             yield "--compile makes graphs of one sequence length and --curriculum-learning has many; leave one of them out"
         if self.data.data_order == "megatron" and t.seed >= 2**32:
             yield f"--data-order megatron takes a --seed below {2**32}, not {t.seed}: that is all that Megatron's generator can be given"
@@ -162,7 +164,7 @@ class RunConfig:
         if self.checkpoint.save_interval and not self.checkpoint.save:
             yield f"--save-interval ({self.checkpoint.save_interval}) has no effect without --save DIR"
         yield from (f"{option} has no effect: it is a setting of --mos and --kd" for option in self.distillation.idle)
-        yield from (f"{option} has no effect: it is a setting of --curriculum-learning" for option in self.curriculum.idle)
+        yield from (f"{option} has no effect: it is a setting of {of}" for option, of in self.curriculum.idle.items())
         if self.distillation.mos and not self.moe.has_experts:
             yield "--mos with a dense student is plain distillation (--kd): a Mixture-of-Students keeps its experts; see --num-experts"
         if (longest := self.curriculum.longest(self.training.seq_length)) < self.training.seq_length:
@@ -312,8 +314,10 @@ class RunConfig:
         validation samples for every evaluation and for one more; test samples for one evaluation.
         """
         t, batch, pace = self.training, self.global_batch_size(world_size), self.pace(world_size)
-        whole = int(pace.iterations_at("samples", t.train_samples)) if t.train_samples else None
-        iterations = whole or t.train_iters or self.train_iterations(world_size)
+        if t.train_samples:
+            iterations = int(pace.iterations_at("samples", t.train_samples))
+        else:
+            iterations = t.train_iters or self.train_iterations(world_size)
         evaluations = iterations // t.eval_interval + 1 if t.eval_interval else 1
         return t.train_samples or pace.after(iterations).samples, evaluations * t.eval_iters * batch, t.eval_iters * batch
 

@@ -1,8 +1,8 @@
 """Learning rate and weight decay: pure functions of how far the run has come.
 
 Progress is measured in one unit for warm-up and decay together: the finest one among the given flags (tokens before samples
-before iterations), iterations over the whole run when none is given. The other lengths are converted at the pace of the run: what
-its steps take, batch ramp-up and curriculum included.
+before iterations); without any, iterations over the whole run, or samples where the batch grows. The other lengths are converted
+at the pace of the run: what its steps take, batch ramp-up and curriculum included.
 
 A step asks for its rate with the counters that INCLUDE it, so that the first of 5 warm-up steps runs at lr/5 and the fifth
 at lr. (DeepSpeed asks before it counts: its first token-based steps have a rate of zero.)
@@ -77,7 +77,7 @@ def _remaining_share(style: str, ratio: float) -> float:
 
 def build_schedule(optimizer: OptimizerConfig, pace: Pace, train_iterations: int) -> LearningRateSchedule:
     """Settles the unit and converts every length to it. Raises ValueError when warm-up and decay do not fit."""
-    unit = _unit_of(optimizer)
+    unit = _unit_of(optimizer, pace)
     decay = _length(optimizer, "lr_decay", pace, unit) or pace.after(train_iterations).of(unit)
     warmup = _length(optimizer, "lr_warmup", pace, unit)
     if optimizer.lr_warmup_fraction:
@@ -108,12 +108,13 @@ def unit_flag(unit: str) -> str:
     return "iters" if unit == "iterations" else unit
 
 
-def _unit_of(optimizer: OptimizerConfig) -> str:
-    """The finest unit that a flag was given in: the coarser lengths convert to it without rounding."""
+def _unit_of(optimizer: OptimizerConfig, pace: Pace) -> str:
+    """The finest unit that a flag was given in: the coarser lengths convert to it without rounding. Megatron counts samples where
+    no flag says otherwise, which is the same as iterations as long as the batch does not grow."""
     for unit in reversed(UNITS):
         if any(getattr(optimizer, f"{name}_{unit_flag(unit)}") for name in ("lr_decay", "lr_warmup")):
             return unit
-    return "iterations"
+    return "iterations" if pace.phases[0].batch == pace.full else "samples"
 
 
 def _length(optimizer: OptimizerConfig, name: str, pace: Pace, unit: str) -> float:

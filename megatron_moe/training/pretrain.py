@@ -114,7 +114,8 @@ def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
         torch.use_deterministic_algorithms(True)
     lock = claim_directory(Path(config.checkpoint.save), prepared, world, command) if config.checkpoint.save else None
     pace, total = config.pace(world.size), config.train_iterations(world.size)
-    schedule, weight_decay = (build(config.optimizer, pace, total) for build in (build_schedule, build_weight_decay))
+    schedule = build_schedule(config.optimizer, pace, total)
+    weight_decay = build_weight_decay(config.optimizer, pace, total)
     mesh = build_parallel_mesh(config, world.device.type)
     mpu.set_default_mesh(mesh)
     model = build_parallel_model(config, prepared.vocab_size, mesh, world.device)

@@ -165,6 +165,18 @@ def test_settings_of_a_curriculum_that_is_off_warn():
     ]  # fmt: skip
 
 
+def test_settings_of_another_schedule_warn():
+    words = (
+        "--curriculum-learning --curriculum-min-difficulty 8 --curriculum-total-step 4 --curriculum-root-degree 3 --curriculum-max-step 2"
+    )
+    assert parse_args([*TINY, *words.split()]).warnings == [
+        "--curriculum-root-degree has no effect: it is a setting of --curriculum-schedule-type fixed_root",
+        "--curriculum-max-step has no effect: it is a setting of --curriculum-schedule-type fixed_discrete",
+    ]
+    words = "--curriculum-learning --curriculum-schedule-type fixed_discrete --curriculum-difficulty 8 128 --curriculum-max-step 2"
+    assert parse_args([*TINY, *words.split()]).warnings == []
+
+
 def test_lengths_of_a_run_follow_the_ramp():
     flags = "--global-batch-size 12 --micro-batch-size 2 --rampup-batch-size 4 4 16"
     run = parse_args([*TINY, *flags.split(), "--train-samples", "41"]).run  # 4 4 8 12 12 12

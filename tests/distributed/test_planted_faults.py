@@ -489,7 +489,7 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
     (softmax_of_the_local_vocabulary, ("student", 2, f"--zero-stage 2 {TP2}"), "divergence 1", 0.01),
     (padding_has_a_probability, ("student", 2, f"--zero-stage 2 {TP2}"), "divergence 1", 1e-4),
     (divergence_of_masked_tokens, ("student", 2, f"--zero-stage 1 {EP2}"), "gradient layers.1.mlp.fc1.weight", 0.01),
-    (temperature_not_squared, ("student", 2, f"--zero-stage 1 {EP2}"), "gradient layers.1.mlp.fc1.weight", 0.01),
+    (temperature_not_squared, ("student", 2, f"--zero-stage 1 {EP2}"), "gradient layers.1.mlp.fc1.weight", 1e-3),
     (optimizer_of_the_parameters_before_sharding, ("pyramid", 2, "--zero-stage 3"), "weight layers.1.mlp.fc1.weight", 0.01),
 ]
 

@@ -172,6 +172,10 @@ def test_lengths_are_converted_at_the_pace_of_the_run():
     assert build_schedule(OptimizerConfig(lr=1.0, lr_decay_style="inverse-square-root", lr_decay_samples=20), pace, 6).first_step == 2
     whole = build_schedule(OptimizerConfig(lr=1.0, lr_warmup_samples=3), pace, 6)
     assert (whole.unit, whole.decay) == ("samples", 26)
+    fraction = build_schedule(OptimizerConfig(lr=1.0, lr_warmup_fraction=0.5), pace, 6)
+    assert (fraction.unit, fraction.warmup, fraction.decay) == ("samples", 13, 26)
+    assert build_schedule(OptimizerConfig(lr=1.0, lr_decay_iters=6), pace, 6).unit == "iterations"
+    assert build_schedule(OptimizerConfig(lr=1.0), Pace(6, 10), 6).unit == "iterations"
 
 
 # ---------------------------------------------------------------- weight decay

@@ -334,7 +334,14 @@ def test_groups_are_those_of_the_tables_and_long_ones_are_cut():
 
 def test_batch_length_and_learning_rate_are_resolved():
     plan = plan_of(f"{TINY} --global-batch-size 32 --train-samples 100 --lr-warmup-samples 16", 2)
-    assert plan["batch"] == {"micro_batch_size": 4, "global_batch_size": 32, "micro_batches_per_step": 4, "tokens_per_step": 32 * 128}
+    sizes = [{"from_step": 1, "sequences": 32, "length": 128}]
+    assert plan["batch"] == {
+        "micro_batch_size": 4,
+        "global_batch_size": 32,
+        "micro_batches_per_step": 4,
+        "tokens_per_step": 32 * 128,
+        "sizes": sizes,
+    }
     assert plan["length"] == {"iterations": 4, "samples": 128, "tokens": 128 * 128, "decided_by": "--train-samples"}
     rate = plan["learning_rate"]
     assert (rate["unit"], rate["warmup"], rate["decay"], rate["warmup_iterations"], rate["decay_iterations"]) == (
