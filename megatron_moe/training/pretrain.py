@@ -291,7 +291,7 @@ def log_step(run: Run, result: StepResult, step: Step, throughput: Throughput) -
         peak_memory_bytes=peak_memory_bytes(run.world.device.type),
         moe=records,
     )  # fmt: skip
-    for alert in run.alerts.check(records, run.global_batch_size * c.training.seq_length) if run.alerts else ():
+    for alert in run.alerts.check(records, step.samples * step.length) if run.alerts else ():
         run.tracker.event(
             "alert", iteration=run.progress.iteration, reason=alert.reason, condition=alert.condition, layer=alert.layer,
             layers=list(alert.layers), value=alert.value, flag=alert.flag,
