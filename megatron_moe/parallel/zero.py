@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -42,8 +43,29 @@ def _shard(module: nn.Module, mesh: DeviceMesh, **kind: Any) -> None:
     """One FSDP unit, whose gradients are summed over `mesh`."""
     unit = fully_shard(module, mesh=mesh, **kind)
     unit.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it sums
-    if mesh.size() > 1:  # alone there is nothing to divide by, and torch would divide by 1 in a pass of its own
+    if mesh.size() > 1:
         unit.set_gradient_divide_factor(1.0)
+    else:  # nothing to divide by: torch would divide by 1 in a pass of its own
+        unit.set_custom_reduce_scatter(_ReduceScatterOfOneRank())
+
+
+class _ReduceScatterOfOneRank:
+    """Where there is nobody to share with: the output is the very tensor that the input is, so that torch's copy of one to the other
+    does nothing. It asks for the input first and then for the output, once per reduction."""
+
+    def __init__(self) -> None:
+        self._input: Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        kept, self._input = self._input, None
+        if kept is not None:
+            assert kept.shape == torch.Size(size) and kept.dtype == dtype, f"{kept.shape} {kept.dtype}, wanted {size} {dtype}"
+            return kept
+        self._input = torch.empty(size, dtype=dtype, device=device)
+        return self._input
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
+        assert output_tensor is input_tensor
 
 
 def _spare_dims(experts: nn.Module, ranks: int):
