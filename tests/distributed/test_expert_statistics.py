@@ -76,6 +76,8 @@ def bytes_of_a_step(model_name: str, flags: str) -> tuple[int, int]:
         ("pyramid", f"{EP} --moe-token-dispatcher alltoall"),
         ("pyramid", f"{EP} --moe-token-dispatcher alltoall --recompute-granularity full --bf16"),
         ("dropping", f"{EP} --moe-token-dispatcher alltoall --zero-stage 3"),
+        ("dropping", f"{EP} --moe-pad-expert-input-to-capacity"),
+        ("latent", f"{EP} --moe-pad-expert-input-to-capacity --recompute-granularity full"),
         ("pyramid", f"{EP} --moe-token-dispatcher allgather --recompute-granularity selective"),
         ("pyramid", f"{EP} --moe-token-dispatcher allgather --tensor-model-parallel-size 2 --recompute-granularity full"),
     ],
