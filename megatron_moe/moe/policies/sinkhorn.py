@@ -2,7 +2,8 @@
 
 The tokens' choice is a transport plan from tokens to experts: rows and columns of exp(logits) are scaled in turn, so that every
 token gives, and every expert takes, equal shares. Then each token takes its k largest entries. Gate weights come from the logits
-alone: sigmoid for k = 1, softmax above. The plan sees all tokens at hand, so evaluation takes the plain top-k.
+alone: sigmoid for k = 1, softmax above. The plan sees all tokens at hand, so evaluation takes the plain top-k. (A plan of one token
+has equal entries: which experts it takes is left to rounding.)
 """
 # T tokens, E experts, K experts per token
 
