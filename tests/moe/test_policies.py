@@ -50,7 +50,7 @@ VARIANTS = {
     "hash 3": {"topk": 3, "moe_router_policy": "hash"},
     "hash 2 raw": {"topk": 2, "moe_router_policy": "hash", "moe_router_normalize": "none"},
     "sinkhorn 1": {"topk": 1, "moe_router_policy": "sinkhorn"},
-    "sinkhorn 2": {"topk": 2, "moe_router_policy": "sinkhorn"},
+    "sinkhorn 2": {"topk": 2, "moe_router_policy": "sinkhorn", "moe_router_sinkhorn_iterations": 2},
     "balanced": {"topk": 2, "moe_router_policy": "balanced"},
     "zipf": {"topk": 2, "moe_router_policy": "zipf", "moe_router_zipf_exponent": 1.5},
 }
