@@ -43,4 +43,4 @@ def column_scale(logits_TE: Tensor, used_T: Tensor | None, iterations: int) -> T
         if used_T is not None:
             shares_TE = shares_TE.masked_fill(~used_T[:, None], float("-inf"))
         scale_E = -shares_TE.logsumexp(0)
-    return scale_E.nan_to_num()  # no token at all leaves infinities
+    return scale_E
