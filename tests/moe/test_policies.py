@@ -23,6 +23,7 @@ from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.metrics import summarise
 from megatron_moe.moe.policies.base import dealt
 from megatron_moe.moe.policies.sinkhorn import column_scale
+from megatron_moe.moe.routing import combine_weights
 from megatron_moe.moe.tokens import TokenInfo
 from megatron_moe.utils.random import token_keys
 
@@ -130,8 +131,6 @@ def test_choices_equal_the_loops_for_any_size_ties_and_masks(variant, count, num
     of = info(count)
     if data.draw(st.booleans()):
         of = replace(of, used_T=torch.rand(count, generator=generator) < data.draw(st.sampled_from([0.0, 0.5])))
-    if "sinkhorn" in variant and training and (count if of.used_T is None else of.used_T.sum()) == 1:
-        return  # one token that every expert takes a share of: all entries of the plan are equal, and rounding decides
     got, chosen = route(layer, torch.zeros(count, D, dtype=torch.float64), of), oracle.choose(layer, logits, of)
     assert got.ids_TK.tolist() == chosen
     assert got.counts_E.tolist() == [sum(row.count(e) for row in chosen) for e in range(num_experts)]
@@ -382,6 +381,21 @@ def test_balanced_is_balanced_and_its_gate_learns():
     layer, x = build(topk=3, moe_router_policy="balanced"), tokens()
     assert route(layer, x, TokenInfo()).counts_E.tolist() == [T * 3 // E] * E
     assert gradients(layer, x, layer(x).square().sum())["gate.weight"].abs().min() > 0
+
+
+def test_one_token_takes_its_best_experts_with_sinkhorn():
+    layer = build(topk=2, moe_router_policy="sinkhorn").float()
+    for seed in range(20):
+        logits = torch.randn(1, E, generator=torch.Generator().manual_seed(seed)) * 3
+        layer.gate.forward = lambda x, logits=logits: logits
+        assert route(layer, torch.zeros(1, D), info(1)).ids_TK.tolist() == logits.topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize(("normalize", "weights"), [("none", [0.5, 0.0]), ("chosen", [0.625, 0.0]), ("survivors", [1.0, 0.0])])
+def test_weights_of_a_token_that_lost_its_second_expert(normalize, weights):
+    scores, chosen, kept = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0, 1]]), torch.tensor([[0, -1]])
+    torch.testing.assert_close(combine_weights(scores, chosen, kept, normalize), torch.tensor([weights]))
+    torch.testing.assert_close(combine_weights(scores, chosen, kept, normalize, 3.0), torch.tensor([weights]) * 3)
 
 
 # ---------------------------------------------------------------- the bias

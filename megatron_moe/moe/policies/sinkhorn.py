@@ -2,8 +2,7 @@
 
 The tokens' choice is a transport plan from tokens to experts: rows and columns of exp(logits) are scaled in turn, so that every
 token gives, and every expert takes, equal shares. Then each token takes its k largest entries. Gate weights come from the logits
-alone: sigmoid for k = 1, softmax above. The plan sees all tokens at hand, so evaluation takes the plain top-k. (A plan of one token
-has equal entries: which experts it takes is left to rounding.)
+alone: sigmoid for k = 1, softmax above. The plan sees all tokens at hand, so evaluation takes the plain top-k.
 """
 # T tokens, E experts, K experts per token
 
@@ -14,6 +13,9 @@ from torch import Tensor
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.moe.policies.base import Choice, best, scores_and_probs
 from megatron_moe.moe.tokens import TokenInfo
+
+# The plan of a single token has equal entries: without this share of the logits, rounding would choose, and layouts differ in it.
+TIE_BREAK = 1e-4
 
 
 class Sinkhorn:
@@ -28,7 +30,7 @@ class Sinkhorn:
         scores_TE, probs_TE = scores_and_probs(logits_TE, "sigmoid" if self.k == 1 else "softmax")
         ranks_TE = logits_TE.detach()
         if training:
-            ranks_TE = ranks_TE + column_scale(ranks_TE, tokens.used_T, self.iterations)
+            ranks_TE = (1 + TIE_BREAK) * ranks_TE + column_scale(ranks_TE, tokens.used_T, self.iterations)
         return Choice(best(ranks_TE, self.k), scores_TE, probs_TE)
 
 
