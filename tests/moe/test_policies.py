@@ -113,11 +113,11 @@ def test_output_and_every_gradient_equal_the_loops(moe, training):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 14), st.sampled_from([2, 3, 5, 8]), st.booleans(), st.integers(0, 99), st.data())
+@given(st.integers(0, 14), st.sampled_from([1, 2, 3, 5, 8]), st.booleans(), st.integers(0, 99), st.data())
 def test_choices_equal_the_loops_for_any_size_ties_and_masks(variant, count, num_experts, training, seed, data):
     moe = dict(VARIANTS[variant])
     if moe.get("moe_top2_2nd_expert_sampling", True) and "sampled" not in variant:
-        moe |= {"topk": data.draw(st.integers(1 if "drawn" in variant else 2, 1 if "drawn" in variant else num_experts))}
+        moe |= {"topk": 1 if "drawn" in variant else data.draw(st.integers(min(2, num_experts), num_experts))}
         moe["moe_top2_2nd_expert_sampling"] = False
     moe["topk"] = min(moe["topk"], num_experts)
     if "moe_router_num_groups" in moe:
@@ -211,6 +211,16 @@ def test_the_balance_loss_counts_padding_in_both_means(k):
     expected = E * sum(sum(row.count(e) for row in chosen) / T / per_choice * probs[:, e].mean().item() for e in range(E))
     measured = layer.stats.sums[-2].item() / T
     assert measured == pytest.approx(expected, rel=1e-10)
+
+
+def test_losses_and_entropy_of_sigmoid_scores_are_about_their_shares():
+    layer, x = build(topk=3, moe_router_score_function="sigmoid"), tokens()
+    routing = route(layer, x, info())
+    scores = 1 / (1 + torch.exp(-(x @ layer.gate.weight.t())))
+    share = (scores / scores.sum(1, keepdim=True)).detach()
+    load = summarise(3, layer.stats.sums)
+    assert load.aux_loss == pytest.approx(E * (routing.counts_E / (3 * T) * share.mean(0)).sum().item(), rel=1e-10)
+    assert load.router_entropy == pytest.approx(-(share * share.log()).sum(1).mean().item() / math.log(E), rel=1e-6)
 
 
 @EVERY
@@ -320,6 +330,13 @@ def test_a_word_has_the_same_experts_wherever_it_stands_and_others_in_another_la
     assert not torch.equal(word_experts(number=4), table)
     assert not torch.equal(word_experts(moe_router_hash_seed=5), table)
     assert torch.equal(word_experts(words=20), table[:20])
+
+
+def test_a_layer_of_one_expert_is_that_expert_and_can_be_looked_at():
+    layer, x = build(num_experts=1, topk=1), tokens()
+    torch.testing.assert_close(layer(x, info()), oracle.one_expert(layer, 0, x), **EXACT)
+    load = summarise(3, layer.stats.sums)
+    assert (load.tokens_per_expert, load.router_entropy, load.aux_loss) == ([T], 0.0, 1.0)
 
 
 @pytest.mark.parametrize("k", [1, 3])
