@@ -219,7 +219,7 @@ def test_losses_and_entropy_of_sigmoid_scores_are_about_their_shares():
     scores = 1 / (1 + torch.exp(-(x @ layer.gate.weight.t())))
     share = (scores / scores.sum(1, keepdim=True)).detach()
     load = summarise(3, layer.stats.sums)
-    assert load.aux_loss == pytest.approx(E * (routing.counts_E / (3 * T) * share.mean(0)).sum().item(), rel=1e-10)
+    assert load.aux_loss == pytest.approx(E * (routing.counts_E.double() / (3 * T) * share.mean(0)).sum().item(), rel=1e-10)
     assert load.router_entropy == pytest.approx(-(share * share.log()).sum(1).mean().item() / math.log(E), rel=1e-6)
 
 
