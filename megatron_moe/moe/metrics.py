@@ -75,7 +75,7 @@ def summarise(layer: int, vector: Tensor) -> LayerLoad:
         layer=layer,
         tokens_per_expert=counts.tolist(),
         dropped_fraction=dropped / max(float(counts.sum()), 1.0),
-        router_entropy=entropy / tokens / math.log(len(counts)),
+        router_entropy=entropy / tokens / math.log(max(len(counts), 2)),  # one expert: 0
         aux_loss=aux / tokens,
         z_loss=z / tokens,
     )

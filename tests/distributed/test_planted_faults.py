@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from distributed import parity
 from distributed import test_parallel_equals_single as rows
+from megatron_moe.moe.layer import moe_layers
 
 pytestmark = pytest.mark.distributed
 
@@ -332,6 +333,52 @@ def replicas_start_apart():
         yield
 
 
+# ---------------------------------------------------------------- what routing policies must know
+
+
+@contextmanager
+def bias_moved_by_the_counts_of_one_rank():
+    """Each rank balances its own tokens: the biases, and soon the choices, drift apart."""
+    from megatron_moe.training import step
+
+    def move(model):
+        for moe in moe_layers(model):
+            if moe.gate.expert_bias is not None:
+                moe.gate.move_bias(moe.stats.counts_E, moe.config.moe_router_bias_update_rate)
+
+    with mock.patch.object(step, "move_expert_biases", move), mock.patch.object(parity, "move_expert_biases", move):
+        yield
+
+
+@contextmanager
+def words_of_the_first_slice():
+    """Tensor-parallel ranks slice the tokens, and look their words up where the slice of rank 0 is."""
+    from megatron_moe.moe.tokens import TokenInfo
+
+    original = TokenInfo.of
+
+    def of(self, part, most_tokens):
+        ids_T = self.ids_T[: part.stop - part.start]
+        return dataclasses.replace(original(self, part, most_tokens), ids_T=ids_T)
+
+    with mock.patch.object(TokenInfo, "of", of):
+        yield
+
+
+@contextmanager
+def experts_choose_up_to_twice_their_capacity():
+    """More rows than the dispatchers have room for."""
+    from megatron_moe.moe.policies import ExpertChoice
+
+    original = ExpertChoice.__call__
+
+    def choose(self, logits_TE, tokens, bias_E, capacity, training):
+        return original(self, logits_TE, tokens, bias_E, capacity * 2, training)
+
+    with mock.patch.object(ExpertChoice, "__call__", choose):
+        yield
+
+
 # ---------------------------------------------------------------- norm and optimizer
 
 
@@ -482,6 +529,9 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
     (replay_draws_anew, ("noisy", 4, NOISY), "gradient layers.1.mlp.fc1.weight", 0.05),
     (routing_recomputed, ("pyramid", 4, EP4_RECOMPUTED), "routing 3 in step 0", 0.5),
     (replicas_start_apart, ("pyramid", 2, "--zero-stage 0"), "loss 0", 1e-3),
+    (bias_moved_by_the_counts_of_one_rank, ("deepseek", 4, EP4_RECOMPUTED), "weight layers.3.moe.gate.expert_bias", 0.05),
+    (words_of_the_first_slice, ("hash", 2, f"--zero-stage 1 {TP2} {EP2}"), "loss 0", 1e-6),
+    (experts_choose_up_to_twice_their_capacity, ("expert_choice", 2, f"--zero-stage 1 {EP2}"), "routing 2 in step 0", 0.05),
     (norm_counts_replicas, ("pyramid", 2, f"--zero-stage 1 {TP2} {EP2}"), "ones", 0.1),
     (norm_without_experts, ("pyramid", 2, f"--zero-stage 3 {EP2}"), "norm 0", 1e-3),
     (experts_at_the_common_rate, ("rates", 2, f"--zero-stage 0 {EP2}"), "weight layers.3.moe.experts.w1", 0.01),

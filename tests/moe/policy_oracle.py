@@ -93,7 +93,8 @@ def sinkhorn(layer, rows, scores, tokens):
         plan = [[v / sum(row) for v in row] for row in plan]
         totals = [sum(plan[t][e] for t in used) or 1.0 for e in range(E)]
         plan = [[v / total for v, total in zip(row, totals)] for row in plan]
-    return [largest(row, k) for row in plan]
+    # of equal entries, those of larger logits
+    return [largest([math.log(v) + 1e-4 * logit for v, logit in zip(*both)], k) for both in zip(plan, rows)]
 
 
 def balanced(layer, rows, scores, tokens):

@@ -23,6 +23,7 @@ from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.metrics import summarise
 from megatron_moe.moe.policies.base import dealt
 from megatron_moe.moe.policies.sinkhorn import column_scale
+from megatron_moe.moe.routing import combine_weights
 from megatron_moe.moe.tokens import TokenInfo
 from megatron_moe.utils.random import token_keys
 
@@ -50,7 +51,7 @@ VARIANTS = {
     "hash 3": {"topk": 3, "moe_router_policy": "hash"},
     "hash 2 raw": {"topk": 2, "moe_router_policy": "hash", "moe_router_normalize": "none"},
     "sinkhorn 1": {"topk": 1, "moe_router_policy": "sinkhorn"},
-    "sinkhorn 2": {"topk": 2, "moe_router_policy": "sinkhorn"},
+    "sinkhorn 2": {"topk": 2, "moe_router_policy": "sinkhorn", "moe_router_sinkhorn_iterations": 2},
     "balanced": {"topk": 2, "moe_router_policy": "balanced"},
     "zipf": {"topk": 2, "moe_router_policy": "zipf", "moe_router_zipf_exponent": 1.5},
 }
@@ -112,11 +113,11 @@ def test_output_and_every_gradient_equal_the_loops(moe, training):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 14), st.sampled_from([2, 3, 5, 8]), st.booleans(), st.integers(0, 99), st.data())
+@given(st.integers(0, 14), st.sampled_from([1, 2, 3, 5, 8]), st.booleans(), st.integers(0, 99), st.data())
 def test_choices_equal_the_loops_for_any_size_ties_and_masks(variant, count, num_experts, training, seed, data):
     moe = dict(VARIANTS[variant])
     if moe.get("moe_top2_2nd_expert_sampling", True) and "sampled" not in variant:
-        moe |= {"topk": data.draw(st.integers(1 if "drawn" in variant else 2, 1 if "drawn" in variant else num_experts))}
+        moe |= {"topk": 1 if "drawn" in variant else data.draw(st.integers(min(2, num_experts), num_experts))}
         moe["moe_top2_2nd_expert_sampling"] = False
     moe["topk"] = min(moe["topk"], num_experts)
     if "moe_router_num_groups" in moe:
@@ -210,6 +211,16 @@ def test_the_balance_loss_counts_padding_in_both_means(k):
     expected = E * sum(sum(row.count(e) for row in chosen) / T / per_choice * probs[:, e].mean().item() for e in range(E))
     measured = layer.stats.sums[-2].item() / T
     assert measured == pytest.approx(expected, rel=1e-10)
+
+
+def test_losses_and_entropy_of_sigmoid_scores_are_about_their_shares():
+    layer, x = build(topk=3, moe_router_score_function="sigmoid"), tokens()
+    routing = route(layer, x, info())
+    scores = 1 / (1 + torch.exp(-(x @ layer.gate.weight.t())))
+    share = (scores / scores.sum(1, keepdim=True)).detach()
+    load = summarise(3, layer.stats.sums)
+    assert load.aux_loss == pytest.approx(E * (routing.counts_E.double() / (3 * T) * share.mean(0)).sum().item(), rel=1e-10)
+    assert load.router_entropy == pytest.approx(-(share * share.log()).sum(1).mean().item() / math.log(E), rel=1e-6)
 
 
 @EVERY
@@ -321,6 +332,13 @@ def test_a_word_has_the_same_experts_wherever_it_stands_and_others_in_another_la
     assert torch.equal(word_experts(words=20), table[:20])
 
 
+def test_a_layer_of_one_expert_is_that_expert_and_can_be_looked_at():
+    layer, x = build(num_experts=1, topk=1), tokens()
+    torch.testing.assert_close(layer(x, info()), oracle.one_expert(layer, 0, x), **EXACT)
+    load = summarise(3, layer.stats.sums)
+    assert (load.tokens_per_expert, load.router_entropy, load.aux_loss) == ([T], 0.0, 1.0)
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_hash_routing_reports_how_evenly_words_fall_and_not_what_the_idle_router_thinks(k):
     layer, of = build(topk=k, moe_router_policy="hash"), info()
@@ -380,6 +398,21 @@ def test_balanced_is_balanced_and_its_gate_learns():
     layer, x = build(topk=3, moe_router_policy="balanced"), tokens()
     assert route(layer, x, TokenInfo()).counts_E.tolist() == [T * 3 // E] * E
     assert gradients(layer, x, layer(x).square().sum())["gate.weight"].abs().min() > 0
+
+
+def test_one_token_takes_its_best_experts_with_sinkhorn():
+    layer = build(topk=2, moe_router_policy="sinkhorn").float()
+    for seed in range(20):
+        logits = torch.randn(1, E, generator=torch.Generator().manual_seed(seed)) * 3
+        layer.gate.forward = lambda x, logits=logits: logits
+        assert route(layer, torch.zeros(1, D), info(1)).ids_TK.tolist() == logits.topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize(("normalize", "weights"), [("none", [0.5, 0.0]), ("chosen", [0.625, 0.0]), ("survivors", [1.0, 0.0])])
+def test_weights_of_a_token_that_lost_its_second_expert(normalize, weights):
+    scores, chosen, kept = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0, 1]]), torch.tensor([[0, -1]])
+    torch.testing.assert_close(combine_weights(scores, chosen, kept, normalize), torch.tensor([weights]))
+    torch.testing.assert_close(combine_weights(scores, chosen, kept, normalize, 3.0), torch.tensor([weights]) * 3)
 
 
 # ---------------------------------------------------------------- the bias

@@ -14,6 +14,9 @@ from megatron_moe.config.moe import MoEConfig
 from megatron_moe.moe.policies.base import Choice, best, scores_and_probs
 from megatron_moe.moe.tokens import TokenInfo
 
+# The plan of a single token has equal entries: without this share of the logits, rounding would choose, and layouts differ in it.
+TIE_BREAK = 1e-4
+
 
 class Sinkhorn:
     """Over the tokens of one rank in one micro-batch, as capacity is: under tensor parallelism the rank's slice of them."""
@@ -27,7 +30,7 @@ class Sinkhorn:
         scores_TE, probs_TE = scores_and_probs(logits_TE, "sigmoid" if self.k == 1 else "softmax")
         ranks_TE = logits_TE.detach()
         if training:
-            ranks_TE = ranks_TE + column_scale(ranks_TE, tokens.used_T, self.iterations)
+            ranks_TE = (1 + TIE_BREAK) * ranks_TE + column_scale(ranks_TE, tokens.used_T, self.iterations)
         return Choice(best(ranks_TE, self.k), scores_TE, probs_TE)
 
 
@@ -42,4 +45,4 @@ def column_scale(logits_TE: Tensor, used_T: Tensor | None, iterations: int) -> T
         if used_T is not None:
             shares_TE = shares_TE.masked_fill(~used_T[:, None], float("-inf"))
         scale_E = -shares_TE.logsumexp(0)
-    return scale_E.nan_to_num()  # no token at all leaves infinities
+    return scale_E

@@ -1,0 +1,45 @@
+"""A batch of one token under tensor parallelism: one rank has it, the other has none, and nobody waits for anybody."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from distributed_pool import run_distributed
+
+from distributed import parity
+from megatron_moe.data.batch import Batch
+from megatron_moe.moe.layer import moe_layers
+from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
+from megatron_moe.training.evaluate import evaluate
+from megatron_moe.training.step import count_loss_tokens, forward_backward
+
+pytestmark = pytest.mark.distributed
+
+EP, TP = "--moe-expert-parallel-size 2", "--tensor-model-parallel-size 2"
+
+
+def one_token(flags: str, model_name: str) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Loss in training and in evaluation, and gradients, of a single token."""
+    c = parity.config(model_name, f"{parity.FP64} {flags}")
+    mesh = build_parallel_mesh(c, "cpu")
+    model = build_parallel_model(c, parity.VOCAB, mesh, torch.device("cpu"))
+    parity.spread_gates(model)
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    batch = Batch(zero + 5, zero + 9, torch.ones(1, 1), zero, None, torch.tensor([3]))
+    loss = forward_backward(model, [batch], count_loss_tokens([batch], mesh), mesh, 7, 0)
+    assert all(moe.stats.sums is not None for moe in moe_layers(model))
+    gradients = {n: parity.whole(p.grad) for n, p in model.named_parameters()}
+    return loss.item(), evaluate(model, [batch], mesh, torch.device("cpu")).lm_loss, gradients
+
+
+@pytest.mark.parametrize("model", ["modern", "dropping", "deepseek", "drawn", "hash", "zipf", "expert_choice", "sinkhorn"])
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_a_rank_without_tokens_takes_part_and_changes_nothing(model, dispatcher):
+    alone = run_distributed(one_token, 1, "--zero-stage 1", model)[0]
+    spread = run_distributed(one_token, 2, f"--zero-stage 3 {TP} {EP} --moe-token-dispatcher {dispatcher}", model)[0]
+    assert math.isfinite(alone[0])
+    assert spread[:2] == pytest.approx(alone[:2], abs=1e-10)
+    for name, gradient in alone[2].items():
+        torch.testing.assert_close(spread[2][name], gradient, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
