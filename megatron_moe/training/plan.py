@@ -11,8 +11,7 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
     world_size, degrees     tp pp cp dp etp ep (each distinct degree) zero_stage
     precision               what matrices are computed in
     layers                  one per layer: layer (from 1), experts (1: dense), experts_per_rank, expert_parallel,
-                            expert_data_parallel, mlp (dense, standard or residual), ffn_width (of an expert, or of the dense MLP),
-                            latent_width, shared_expert_width (null: there is none)
+                            expert_data_parallel, mlp (dense, standard or residual)
     vocabulary              size, padded, and whether it is known
     parameters              total, active (per token), by_part, active_by_part
     per_rank                fullest and emptiest: rank, dense_parameters, expert_parameters, bytes (parameters, gradients,
@@ -201,9 +200,6 @@ def _layers(run: RunConfig, world_size: int) -> Iterator[dict[str, Any]]:
             "layer": layer, "experts": experts, "experts_per_rank": experts // ep, "expert_parallel": ep,
             "expert_data_parallel": stage // (ep * run.parallel.expert_tensor_parallel_size) if experts > 1 else None,
             "mlp": run.moe.mlp_type if experts > 1 else "dense",
-            "ffn_width": run.moe.expert_ffn_size(run.model.ffn_size) if experts > 1 else run.model.ffn_size,
-            "latent_width": run.moe.moe_latent_size if experts > 1 else None,
-            "shared_expert_width": run.moe.moe_shared_expert_intermediate_size if experts > 1 else None,
         }  # fmt: skip
 
 
