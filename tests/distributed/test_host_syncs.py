@@ -23,7 +23,7 @@ from megatron_moe.training.step import train_step
 
 pytestmark = pytest.mark.distributed
 
-MODEL = {"dropless": "pyramid", "dropping": "dropping", "with a teacher": "student"}
+MODEL = {"dropless": "pyramid", "dropping": "dropping", "taught": "student"}
 EP = "--moe-expert-parallel-size 2"
 
 
