@@ -23,7 +23,11 @@ from megatron_moe.training.step import train_step
 
 pytestmark = pytest.mark.distributed
 
+<<<<<<< HEAD
 MODEL = {"dropless": "pyramid", "dropping": "dropping", "every loss": "losses", "with a teacher": "student"}
+=======
+MODEL = {"dropless": "pyramid", "dropping": "dropping", "taught": "student"}
+>>>>>>> mos
 EP = "--moe-expert-parallel-size 2"
 
 

@@ -261,7 +261,7 @@ def hold_teacher_here(flags: str) -> dict:
     mesh = build_parallel_mesh(run, "cpu")
     teacher = build_teacher(run, VOCAB, mesh, torch.device("cpu"))
     for p in teacher.parameters():
-        local(p).fill_(0.01)
+        local(p.detach()).fill_(0.01)
     found = {"parameters": size(teacher.parameters())}
     tokens = torch.arange(16).repeat(2, 1)
     Distillation(run.distillation, teacher).teach(Batch(tokens, tokens, tokens, tokens, None, tokens[:, 0]))
