@@ -23,11 +23,7 @@ from megatron_moe.training.step import train_step
 
 pytestmark = pytest.mark.distributed
 
-<<<<<<< HEAD
-MODEL = {"dropless": "pyramid", "dropping": "dropping", "every loss": "losses", "with a teacher": "student"}
-=======
-MODEL = {"dropless": "pyramid", "dropping": "dropping", "taught": "student"}
->>>>>>> mos
+MODEL = {"dropless": "pyramid", "dropping": "dropping", "every loss": "losses", "taught": "student"}
 EP = "--moe-expert-parallel-size 2"
 
 
