@@ -6,9 +6,9 @@ from unittest import mock
 
 import torch
 from distributed_pool import run_distributed
-from distributed.parity import SEED, config, microbatches, whole
 from torch.distributed.fsdp import FSDPModule
 
+from distributed.parity import SEED, config, microbatches, whole
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
 from megatron_moe.training.step import count_loss_tokens, forward_backward
 
