@@ -58,7 +58,7 @@ def test_mutual_information_of_specialists_is_three_bits_and_of_chance_none():
 def test_random_routing_leaves_the_logits_out_of_the_choice():
     logits = torch.zeros(4000, 8)
     logits[:, 3] = 50.0
-    policy = build_policy(MoEConfig(num_experts=(8,)), 8)
+    policy = build_policy(MoEConfig(num_experts=(8,)))
     with dialects.by_chance(0):
         ids = policy(logits, NO_INFO, None, None, True).ids_TK
     shares = torch.bincount(ids.flatten(), minlength=8) / 4000
