@@ -86,7 +86,7 @@ def test_the_console_shows_the_table_below_the_line_of_a_training_step():
     record = {
         "event": "train", "iteration": 1, "consumed_samples": 1, "iteration_time_ms": 1.0, "learning_rate": 1.0, "lm_loss": 1.0,
         "moe_aux_loss": 1.0, "moe_z_loss": 0.0, "loss_scale": 1.0, "grad_norm": 1.0, "tokens_per_second": 1.0,
-        "tflops_per_device": 1.0, "skipped_iterations": 0, "moe": [layer(), layer(4)],
+        "tflops_per_device": 1.0, "skipped_iterations": 0, "global_batch_size": 1, "kd_loss": None, "moe": [layer(), layer(4)],
     }  # fmt: skip
     for rows, lines in ((None, 4), (1, 4), (0, 1)):
         shown.clear()
