@@ -35,12 +35,12 @@ from megatron_moe.training.distillation import Distillation, build_teacher
 from megatron_moe.training.step import count_loss_tokens, forward_backward, move_expert_biases, train_step
 from megatron_moe.utils.random import token_keys
 
-VOCAB, SEQUENCES, LENGTH, STEPS = 60, 8, 15, 5  # 15 tokens: not divisible by any tensor-parallel degree
+VOCAB, SEQUENCES, LENGTH, STEPS = 60, 8, 15, 4  # 15 tokens: not divisible by any tensor-parallel degree
 SEED, CLIP = 7, 0.5
 
 COMMON = (
     "--num-layers 3 --expert-interval 1 --hidden-size 32 --num-attention-heads 4 --seq-length 15 --max-position-embeddings 16 "
-    "--micro-batch-size 2 --global-batch-size 8 --mock-data --train-iters 5 --make-vocab-size-divisible-by 16 --hidden-dropout 0 --attention-dropout 0 "
+    "--micro-batch-size 2 --global-batch-size 8 --mock-data --train-iters 4 --make-vocab-size-divisible-by 16 --hidden-dropout 0 --attention-dropout 0 "
     # eps 1e-5: with 1e-8 Adam turns the rounding noise of near-zero gradients into full steps
     "--lr 1e-2 --adam-eps 1e-5 --moe-loss-coeff 0.5 --moe-router-z-loss-coeff 0.1"
 )
@@ -64,7 +64,7 @@ MODELS = {
     "--moe-train-capacity-factor 16 --moe-eval-capacity-factor 16 --kd-alpha-ce 0.7 --kd-beta-ce 1.5 --kd-temp 2 --mos "
     "--num-layers-teacher 2 --num-experts-teacher 4 8 --hidden-size-teacher 48 --load-teacher none",
     "dropping": "--num-experts 1 4 4 --topk 1 --moe-train-capacity-factor 0.6 --moe-min-capacity 1",
-    # sigmoid scores, groups, and a bias that moves: by 0.05, so that choices change within the five steps
+    # sigmoid scores, groups, and a bias that moves: by 0.05, so that choices change within the steps
     "deepseek": "--num-experts 1 4 8 --topk 2 --moe-router-score-function sigmoid --moe-router-num-groups 2 --moe-router-group-topk 1 "
     "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0.05 --disable-moe-top2-2nd-expert-sampling "
     "--moe-router-normalize chosen --moe-router-topk-scaling-factor 2.5 --disable-moe-token-dropping",

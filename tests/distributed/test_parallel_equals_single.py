@@ -1,4 +1,4 @@
-"""Every layout trains the model that one process trains: loss, every gradient, norm, weights after five steps."""
+"""Every layout trains the model that one process trains: loss, every gradient, norm, weights after four steps."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LAYOUTS = [  # model, world size, flags
     ("pyramid", 2, "--zero-stage 1 --moe-expert-parallel-size 2 --moe-token-dispatcher allgather"),
     *(("pyramid", 2, f"--zero-stage {z} --tensor-model-parallel-size 2") for z in (0, 1, 2, 3)),
     ("pyramid", 2, "--zero-stage 1 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2"),
-    *(("pyramid", 4, f"--zero-stage {z} --moe-expert-parallel-size 4") for z in (0, 1, 2, 3)),  # degrees 2 and 4
+    *(("pyramid", 4, f"--zero-stage {z} --moe-expert-parallel-size 4") for z in (0, 1, 3)),  # degrees 2 and 4
     *(("pyramid", 4, f"--zero-stage {z} --moe-expert-parallel-size 2") for z in (0, 3)),  # fewer local experts than edp ranks
-    *(("pyramid", 4, f"--zero-stage {z} --tensor-model-parallel-size 2 --moe-expert-parallel-size 4") for z in (0, 1, 2, 3)),
+    *(("pyramid", 4, f"--zero-stage {z} --tensor-model-parallel-size 2 --moe-expert-parallel-size 4") for z in (0, 2, 3)),
     ("pyramid", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --moe-token-dispatcher allgather"),
     ("pyramid", 4, "--zero-stage 3 --moe-expert-parallel-size 4 --recompute-granularity full"),
     ("pyramid", 4, "--zero-stage 2 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"),
@@ -30,7 +30,7 @@ LAYOUTS = [  # model, world size, flags
     ("noisy", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"),
     ("rates", 2, "--zero-stage 0 --moe-expert-parallel-size 2"),
     ("rates", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4"),
-    *(("student", 2, f"--zero-stage {z} --moe-expert-parallel-size 2") for z in (0, 1, 3)),
+    ("student", 2, "--zero-stage 0 --moe-expert-parallel-size 2"),
     ("student", 2, "--zero-stage 2 --tensor-model-parallel-size 2"),
     ("student", 4, "--zero-stage 1 --tensor-model-parallel-size 4 --moe-expert-parallel-size 4"),
     ("student", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --recompute-granularity full"),
@@ -41,7 +41,7 @@ LAYOUTS = [  # model, world size, flags
     ("expert_choice", 2, "--zero-stage 2 --moe-expert-parallel-size 2 --moe-token-dispatcher alltoall"),
     *(
         (policy, 4, "--zero-stage 3 --moe-expert-parallel-size 4 --recompute-granularity full")
-        for policy in ("deepseek", "hash", "zipf", "drawn", "expert_choice", "sinkhorn")
+        for policy in ("deepseek", "drawn", "expert_choice")
     ),
     ("dropping", 2, f"--zero-stage 1 --moe-expert-parallel-size 2 {PADDED}"),
     ("dropping", 4, f"--zero-stage 3 --moe-expert-parallel-size 2 --recompute-granularity full {PADDED}"),

@@ -28,8 +28,10 @@ def on_rank_1_at_step_3(fault):
     """The training step, with `fault` in place of the fourth on rank 1."""
     step = pretrain.train_step
 
-    def train_step(*args):
-        return fault() if RANK == 1 and args[-1] == 3 else step(*args)
+    def train_step(model, optimizer, microbatches, mesh, rate, clip, seed, iteration, *rest):
+        if RANK == 1 and iteration == 3:
+            return fault()
+        return step(model, optimizer, microbatches, mesh, rate, clip, seed, iteration, *rest)
 
     return mock.patch.object(pretrain, "train_step", train_step)
 

@@ -97,13 +97,13 @@ def _broken_from_layer(layer: int, step: int, flags: str) -> str:
     """A run in which the router of one layer breaks before a step."""
     original = pretrain.train_step
 
-    def train_step(model, *args):
-        if args[-1] == step - 1:
+    def train_step(model, optimizer, microbatches, mesh, rate, clip, seed, iteration, *rest):
+        if iteration == step - 1:
             moe = next(m for m in moe_layers(model) if m.layer == layer)
             weight = model_state(moe)["model.gate.weight"]
             with torch.no_grad():
                 (weight.to_local() if hasattr(weight, "to_local") else weight).fill_(float("nan"))
-        return original(model, *args)
+        return original(model, optimizer, microbatches, mesh, rate, clip, seed, iteration, *rest)
 
     with mock.patch.object(pretrain, "train_step", train_step):
         try:
