@@ -30,7 +30,7 @@ LAYOUTS = [  # model, world size, flags
     ("noisy", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"),
     ("rates", 2, "--zero-stage 0 --moe-expert-parallel-size 2"),
     ("rates", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4"),
-    ("student", 2, "--zero-stage 0 --moe-expert-parallel-size 2"),
+    ("student", 2, "--zero-stage 1 --moe-expert-parallel-size 2"),
     ("student", 2, "--zero-stage 2 --tensor-model-parallel-size 2"),
     ("student", 4, "--zero-stage 1 --tensor-model-parallel-size 4 --moe-expert-parallel-size 4"),
     ("student", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --recompute-granularity full"),
