@@ -99,8 +99,10 @@ class MoELayer(nn.Module):
         tokens = replace(tokens, keys_T=keys_T, layer_key=layer_key)
         has_jitter = keys_T is not None and self.config.moe_noisy_gate_policy == "Jitter"
         logits_TE = self.gate(self.jittered(x_TD, keys_T) if has_jitter else x_TD)
-        most_tokens = tokens.most_tokens if tokens.most_tokens is not None else self.reducer.most_tokens(x_TD.shape[0])
-        capacity = self.capacity(most_tokens)
+        most_tokens = tokens.most_tokens
+        if most_tokens is None and self.has_capacity:  # only then: the host waits for the answer
+            most_tokens = self.reducer.most_tokens(x_TD.shape[0])
+        capacity = self.capacity(most_tokens) if self.has_capacity else None
         is_attached = self.loss_weight and self.training
         loss_weight = torch.full((), self.loss_weight, dtype=logits_TE.dtype, device=logits_TE.device) if is_attached else None
         counts_E = None  # of the step so far; evaluation has no part in them
@@ -133,11 +135,14 @@ class MoELayer(nn.Module):
         noise_TD = uniform(keys_T, Purpose.GATE_JITTER, x_TD.shape[1])
         return x_TD * (1 - JITTER + 2 * JITTER * noise_TD)  # promotes bf16 to the gate's float32
 
-    def capacity(self, num_tokens: int) -> int | None:
-        """Rows that an expert takes of this many tokens; None: all."""
+    @property
+    def has_capacity(self) -> bool:
+        """Whether there are rows that an expert does not take."""
+        return self.training if self.policy.keeps_capacity else self.config.moe_token_dropping
+
+    def capacity(self, num_tokens: int) -> int:
+        """Rows that an expert takes of this many tokens."""
         c = self.config
-        if not (self.training if self.policy.keeps_capacity else c.moe_token_dropping):
-            return None
         factor = c.moe_train_capacity_factor if self.training else c.moe_eval_capacity_factor
         return expert_capacity(num_tokens, self.num_experts, factor, c.topk, c.moe_min_capacity)
 

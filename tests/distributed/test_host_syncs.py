@@ -138,6 +138,23 @@ def test_ranks_may_evaluate_unequal_batches():
     assert losses == pytest.approx([whole, whole], abs=1e-10)
 
 
+def waits_of_an_evaluation(model: str, flags: str) -> tuple[list[str], int]:
+    c = parity.config(model, flags)
+    mesh = build_parallel_mesh(c, "cpu")
+    model = build_parallel_model(c, parity.VOCAB, mesh, torch.device("cpu"))
+    batches = parity.microbatches(0, mesh.rank("dp"), mesh.size("dp"), 2)
+    with HostSyncs() as syncs:
+        evaluate(model, batches, mesh, torch.device("cpu"))
+    return syncs.seen, len(batches) * len(moe_layers(model))
+
+
+@pytest.mark.parametrize(("model", "asked"), [("pyramid", 0), ("dropping", 1)], ids=["dropless", "with a capacity"])
+def test_an_evaluation_asks_for_the_longest_batch_only_where_a_capacity_depends_on_it(model, asked):
+    for seen, forwards in run_distributed(waits_of_an_evaluation, 2, model, f"{EP} --moe-token-dispatcher alltoall"):
+        of_layers = [s for s in seen if "evaluate.py" not in s]
+        assert len(of_layers) == (1 + asked) * forwards, of_layers
+
+
 def can_check_on_gpu() -> bool:
     # elsewhere torch's grouped_mm is a loop that reads its offsets on the host
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
