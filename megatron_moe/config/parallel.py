@@ -28,6 +28,11 @@ class ParallelConfig:
     zero_stage: int = flag(
         1, "ZeRO stage through FSDP2: 0 replicas; 1 shard optimizer state and keep whole gradients until the last microbatch; "
         "2 reduce-scatter each microbatch; 3 gather parameters again in the backward", minimum=0, maximum=3)  # fmt: skip
+    num_distributed_optimizer_instances: int = flag(
+        1, "hybrid sharding (HSDP): ZeRO shards parameters, gradients and optimizer state over each of so many equal parts of the "
+        "data ranks - say, nodes - and the parts are replicas; ZeRO 0 is all replicas without it", minimum=1,
+        names=("data-parallel-replicate-degree",), not_yet="hybrid sharding",
+    )  # fmt: skip
     distributed_backend: Literal["auto", "nccl", "gloo"] = flag("auto", "collectives: nccl on CUDA, gloo elsewhere")
     distributed_timeout_minutes: float = flag(10.0, "a collective that takes longer ends the run", above=0)
 

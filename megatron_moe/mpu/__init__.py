@@ -121,8 +121,11 @@ def get_expert_model_parallel_world_size(ep: int | None = None) -> int:
 
 
 def get_expert_data_parallel_group(ep: int | None = None) -> dist.ProcessGroup:
-    axis = "edp_replicate" if _mesh().zero_stage == 0 else "edp_shard"
-    return _mesh().experts[_largest(ep)][axis].get_group()
+    mesh = _mesh().experts[_largest(ep)]
+    sharded, replicated = mesh["edp_shard"], mesh["edp_replicate"]
+    if min(sharded.size(), replicated.size()) > 1:
+        raise ValueError("experts are sharded and replicated: there is no one group of their data ranks; ask the mesh for each")
+    return (replicated if sharded.size() == 1 else sharded).get_group()
 
 
 def get_expert_data_parallel_world_size(ep: int | None = None) -> int:

@@ -36,8 +36,11 @@ def parallelize(model: GPT, mesh: ParallelMesh, config: RunConfig) -> None:
 
 def build_parallel_mesh(config: RunConfig, device_type: str) -> ParallelMesh:
     """Collective: the process groups of this run, those of its teacher's experts among them."""
-    parallel = config.parallel
-    return build_mesh(device_type, parallel.tensor_model_parallel_size, config.expert_degrees(), parallel.zero_stage)
+    p = config.parallel
+    return build_mesh(
+        device_type, p.tensor_model_parallel_size, config.expert_degrees(), p.zero_stage, p.pipeline_model_parallel_size,
+        p.context_parallel_size, p.expert_tensor_parallel_size, p.num_distributed_optimizer_instances,
+    )  # fmt: skip
 
 
 def build_sharded_model(config: RunConfig, vocab_size: int, mesh: ParallelMesh, expert_factory: ExpertFactory | None = None) -> GPT:

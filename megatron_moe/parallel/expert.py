@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -48,9 +49,11 @@ def expert_degree(model: GPT, moe: MoELayer) -> int:
 
 
 class GroupReducer(Reducer):
-    """Sums over process groups; none is asked that has one rank."""
+    """Sums over process groups; none is asked that has one rank. `microbatch`, `batch`: groups whose product is the ranks meant."""
 
-    def __init__(self, microbatch: dist.ProcessGroup, batch: dist.ProcessGroup, experts: dist.ProcessGroup, device: str):
+    def __init__(
+        self, microbatch: Sequence[dist.ProcessGroup], batch: Sequence[dist.ProcessGroup], experts: dist.ProcessGroup, device: str
+    ):
         self.microbatch, self.batch, self.experts, self.device = microbatch, batch, experts, device
 
     def over_microbatch(self, counts: Tensor) -> Tensor:
@@ -67,12 +70,17 @@ class GroupReducer(Reducer):
         return int(most)
 
 
-def _sum(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return sum_over_ranks(counts, group) if dist.get_world_size(group) > 1 else counts
+def _sum(counts: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
+    for group in groups:
+        if dist.get_world_size(group) > 1:
+            counts = sum_over_ranks(counts, group)
+    return counts
 
 
 def share_counts(model: GPT, mesh: ParallelMesh) -> None:
-    """A micro-batch is spread over the tensor-parallel ranks, the step over these and the data ranks: routing counts are summed."""
+    """A micro-batch is spread over the tensor- and context-parallel ranks, the step over these and the data ranks: routing counts
+    are summed."""
+    microbatch, batch = [mesh.group("tp"), mesh.group("cp")], [mesh.group("dp")]
     for moe in moe_layers(model):
         experts = mesh.expert_group(expert_degree(model, moe))
-        moe.reducer = GroupReducer(mesh.group("tp"), mesh.group("dp"), experts, mesh.dense.device_type)
+        moe.reducer = GroupReducer(microbatch, batch, experts, mesh.dense.device_type)

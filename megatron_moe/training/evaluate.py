@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from megatron_moe.data.batch import Batch
 from megatron_moe.model.gpt import GPT
@@ -40,6 +39,5 @@ def evaluate(
         reshard(model)
         for moe in moe_layers(model):
             moe.stats.reset()
-    dist.all_reduce(sums, group=mesh.group("dp"))
-    total, tokens = sums.tolist()
+    total, tokens = mesh.sum(sums, "dp").tolist()
     return Evaluation(total / max(tokens, 1.0), int(tokens))

@@ -33,8 +33,7 @@ class StepResult:
 def count_loss_tokens(microbatches: Sequence[Batch], mesh: ParallelMesh) -> Tensor:
     """Unmasked tokens of the whole global batch: the one divisor of the step, known before its first forward."""
     count = torch.stack([b.loss_mask.sum(dtype=torch.float64) for b in microbatches]).sum()
-    dist.all_reduce(count, group=mesh.group("dp"))
-    return count.clamp_min(1.0)
+    return mesh.sum(count, "dp").clamp_min(1.0)
 
 
 def forward_backward(
@@ -92,7 +91,7 @@ def train_step(
     lm_loss = forward_backward(model, microbatches, count_loss_tokens(microbatches, mesh), mesh, seed, iteration, distillation)
     kd_loss = distillation.divergence if distillation is not None else None
     for loss in (lm_loss,) if kd_loss is None else (lm_loss, kd_loss):
-        dist.all_reduce(loss, group=mesh.group("dp"))
+        mesh.sum(loss, "dp")
     parameters = list(model.parameters())
     norm = gradient_norm(parameters, mesh.stage_ranks)
     if clip_grad > 0:
