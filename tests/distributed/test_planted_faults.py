@@ -1,6 +1,6 @@
 """Negative controls: with one ingredient left out, a parity test must turn red. A check that cannot fail proves nothing.
 
-Each fault is planted in the workers of one row of `test_parallel_equals_single.LAYOUTS`, and the test of that row is called: it must
+Each fault is planted in the workers of one row of `test_parallel_equals_single.QUICK`, and the test of that row is called: it must
 fail. The table also names the quantity that sees the fault, and by how much at least, so that no fault is found by luck.
 """
 
@@ -551,7 +551,7 @@ def layout_with(fault, model: str, flags: str):
 
 @pytest.mark.parametrize(("fault", "row", "seen_in", "at_least"), PLANTED, ids=[f"{fault.__name__}-{row[2]}" for fault, row, *_ in PLANTED])
 def test_planted_fault_turns_a_parity_test_red(fault, row, seen_in, at_least, monkeypatch):
-    assert row in rows.LAYOUTS, "the fault must be planted in a test that runs"
+    assert row in rows.QUICK, "the fault must be planted in a test that runs"
     monkeypatch.setattr(rows, "run_distributed", lambda layout, world, *args: run_distributed(layout_with, world, fault, *args))
     seen, errors = {}, parity.errors
     monkeypatch.setattr(parity, "errors", lambda found, expected: seen.update(errors(found, expected)) or seen)
