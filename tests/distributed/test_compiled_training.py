@@ -60,6 +60,7 @@ def compiled_layout(backend: str, model: str, flags: str) -> dict[str, torch.Ten
         ("shared", 2, f"{EP} --zero-stage 3 --moe-pad-expert-input-to-capacity"),
         ("latent", 2, f"{TP} {EP} --recompute-granularity full"),
         ("modules", 2, f"{EP} --zero-stage 3"),
+        ("student", 2, f"{TP} {EP}"),
     ],
     ids=lambda v: str(v).replace("--", "").replace(" ", "_"),
 )
