@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from distributed_pool import run_distributed
@@ -149,7 +151,8 @@ def test_a_teacher_of_another_tokenizer_is_refused_with_both_fingerprints(text, 
     write_manifest(copy, manifest)
     flags = f"{STUDENT} {runs.FP64} --load-teacher {tmp_path}"
     assert not [p for p in problems_or_none(text, flags) if "tokenizer" in p]  # this run names none: nothing to compare
-    (problem,) = problems_of(text, f"{flags} --tokenizer-type NullTokenizer")
+    of_vocabulary, problem = problems_of(text, f"{flags} --tokenizer-type NullTokenizer")  # which adds an eod to the 64
+    assert "--vocab-size  64          65" in of_vocabulary
     assert "trained with another tokenizer (fingerprint 0123456789abcdef) than this run has (fingerprint " in problem
 
 
