@@ -6,6 +6,7 @@ import pytest
 from distributed_pool import run_distributed
 
 from distributed import parity
+from distributed.precision_rows import PRECISION_LAYOUTS
 
 pytestmark = pytest.mark.distributed
 
@@ -60,6 +61,7 @@ LAYOUTS = [  # model, world size, flags
     ("losses", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2"),
     ("losses", 4, "--zero-stage 1 --tensor-model-parallel-size 4 --moe-expert-parallel-size 4"),  # slices end within a sequence
 ]
+LAYOUTS += PRECISION_LAYOUTS
 FAST = [
     ("pyramid", 2, "--zero-stage 1 --moe-expert-parallel-size 2"),
     ("pyramid", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4"),
