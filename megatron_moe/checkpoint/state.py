@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from megatron_moe.optimizer import half_adam
+from megatron_moe.optimizer.half_adam import HalfAdamW
 from megatron_moe.optimizer.muon import Muon
 
 Model = nn.Module | Sequence[nn.Module]
@@ -56,6 +58,8 @@ def materialise_optimizer_state(model: Model, optimizer: Optimizer) -> None:
 
 def _zero_state(optimizer: Optimizer, group: dict, parameter: nn.Parameter) -> dict[str, Tensor]:
     """Slot -> zeros, with the sharding of the parameter."""
+    if isinstance(optimizer, HalfAdamW):
+        return half_adam.zero_state(parameter)
     if isinstance(optimizer, Muon) and group["is_muon"]:
         return {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)}
     if isinstance(optimizer, Adam | Muon):  # AdamW is a subclass; Muon leaves what is no matrix to one

@@ -138,7 +138,7 @@ _ZERO = {
 }  # fmt: skip
 _FP16 = {
     "enabled": sets("fp16"),
-    "fp16_master_weights_and_grads": Key(feature="float16 master weights"),
+    "fp16_master_weights_and_grads": sets("fp16_master_weights_and_grads"),
     "loss_scale": Key(_static_scale),
     "initial_scale_power": Key(_scale_power),
     "loss_scale_window": sets("loss_scale_window"),

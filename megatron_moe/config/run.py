@@ -129,6 +129,9 @@ class RunConfig:
             yield f"a curriculum up to {longest} tokens does not fit into --seq-length ({t.seq_length}); raise it or lower the curriculum's end"
         elif c.curriculum_learning and c.curriculum_schedule_type != "fixed_discrete" and shortest > longest:
             yield f"--curriculum-min-difficulty ({shortest}) must not exceed the longest length ({longest})"
+        if t.fp16_master_weights_and_grads and self.optimizer.optimizer != "adam":
+            yield (f"--fp16-master-weights-and-grads is built for --optimizer adam, not {self.optimizer.optimizer}: another one would "
+                   f"lose its updates to rounding; drop one")  # fmt: skip
         if c.curriculum_learning and t.compile:
             yield "--compile makes graphs of one sequence length and --curriculum-learning has many; leave one of them out"
         if self.data.data_order == "megatron" and t.seed >= 2**32:
@@ -156,7 +159,7 @@ class RunConfig:
         losses = {s.name: 0.0 for s in fields_of(MoEConfig) if s.name.endswith("loss_coeff")}
         moe = dataclasses.replace(self.moe, num_experts=d.num_experts_teacher, **losses)
         training = dataclasses.replace(t, checkpoint_activations=False, recompute_activations=False, recompute_granularity=None,
-                                       recompute_modules=None, moe_layer_recompute=False)  # fmt: skip
+                                       recompute_modules=None, moe_layer_recompute=False, fp16_master_weights_and_grads=False)  # fmt: skip
         memory = dataclasses.replace(self.memory, cpu_offloading=False, cpu_optimizer=False)
         return dataclasses.replace(self, model=model, moe=moe, training=training, memory=memory, distillation=DistillationConfig())
 

@@ -48,10 +48,12 @@ def _sum_of_squares(x_N: Tensor) -> Tensor:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float, loss_scale: Tensor | None = None) -> None:
-    """Multiply all gradients by min(1, max_norm / norm), where there is a maximum; no host sync. With a loss scale they are divided
-    by it in the same pass: `norm` is that of the gradients without it."""
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
-    if loss_scale is not None:
-        factor = factor / loss_scale.to(factor.device)
+    """Multiply all gradients by `gradient_factor`; no host sync."""
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
-    torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+    torch._foreach_mul_(grads, gradient_factor(norm, max_norm, loss_scale).to(grads[0].dtype))
+
+
+def gradient_factor(norm: Tensor, max_norm: float, loss_scale: Tensor | None = None) -> Tensor:
+    """min(1, max_norm / norm), where there is a maximum. With a loss scale divided by it: `norm` is that of the gradients without it."""
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
+    return factor if loss_scale is None else factor / loss_scale.to(factor.device)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megatron_moe.config.training import OptimizerConfig
+from megatron_moe.optimizer.half_adam import HalfAdamW
 from megatron_moe.optimizer.muon import Muon
 
 
@@ -98,7 +99,8 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW as one fused kernel, which reads and writes each parameter and moment once, on the CPU as on CUDA; SGD; or Muon.
 
-    torch has no fused SGD for sharded parameters (DTensor): that one is a call per operation.
+    torch has no fused SGD for sharded parameters (DTensor): that one is a call per operation. Weights stored in float16 have an
+    AdamW of their own.
     """
     groups = weight_decay_groups(model, config.weight_decay, config.moe_expert_lr_mult, config.moe_expert_wd_mult)
     if not groups:
@@ -107,6 +109,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         group["lr"] = config.lr * group["lr_mult"]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, foreach=True)
+    if any(p.dtype == torch.float16 for group in groups for p in group["params"]):
+        assert config.optimizer == "adam", f"float16 weights and {config.optimizer}"  # the configuration refuses it
+        return HalfAdamW(groups, config)
     betas = (config.adam_beta1, config.adam_beta2)
     adam = partial(torch.optim.AdamW, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
     return Muon(split_matrices(model, groups), config, adam) if config.optimizer == "muon" else adam(groups)

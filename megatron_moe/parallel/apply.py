@@ -6,7 +6,7 @@ import torch
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.gpt import GPT
-from megatron_moe.model.init import build_on_meta, initialize_parameters
+from megatron_moe.model.init import build_on_meta, initialize_parameters, store_in_half
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.moe.module_experts import ExpertFactory
 from megatron_moe.mpu.mesh import ParallelMesh, build_mesh
@@ -35,7 +35,8 @@ def parallelize(model: GPT, mesh: ParallelMesh, config: RunConfig) -> None:
     if config.memory.cpu_offloading and mesh.dense.device_type != "cpu":
         apply_activation_offload(model)
     if is_split:
-        apply_zero(model, mesh, half, on_host)  # last: wraps whatever the blocks have become, and replaces the parameters
+        # last: wraps whatever the blocks have become, and replaces the parameters
+        apply_zero(model, mesh, half, on_host, torch.float16 if config.training.fp16_master_weights_and_grads else torch.float32)
 
 
 def build_parallel_mesh(config: RunConfig, device_type: str) -> ParallelMesh:
@@ -51,6 +52,8 @@ def build_sharded_model(config: RunConfig, vocab_size: int, mesh: ParallelMesh, 
     """The parallel model of this rank without memory: its shards have shapes and no content."""
     dtype = torch.float64 if config.training.params_dtype == "float64" else torch.float32
     model = build_on_meta(lambda: GPT(config.model, config.moe, vocab_size, expert_factory), dtype)
+    if config.training.fp16_master_weights_and_grads:
+        store_in_half(model)
     model.loss_chunk_size = config.memory.cross_entropy_loss_chunk_size
     for moe in moe_layers(model):
         moe.experts.use_reference = config.training.moe_kernels == "reference"

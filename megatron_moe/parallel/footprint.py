@@ -46,7 +46,7 @@ def footprint(model: GPT, optimizer: OptimizerConfig, zero_stage: int, half: tor
         here, whole_here = local_elements(p), gathered_elements(p)
         elements["expert" if ".experts." in name else "dense"] += here
         shards += here * p.element_size()
-        states += here * p.element_size() * moments(optimizer, model, name, p)
+        states += here * max(p.element_size(), 4) * moments(optimizer, model, name, p)  # never in 16 bits
         whole += whole_here * p.element_size()
         block = re.match(r"layers\.\d+|", name).group()
         gathered[block] += whole_here * gathered_dtype(name, p, half).itemsize
@@ -80,7 +80,7 @@ def gathered_elements(p: nn.Parameter) -> int:
 
 
 def moments(config: OptimizerConfig, model: GPT, name: str, p: nn.Parameter) -> int:
-    """Numbers that the optimizer keeps for each element of a parameter, in the parameter's type."""
+    """Numbers that the optimizer keeps for each element of a parameter."""
     if config.optimizer == "sgd":
         return 1 if config.sgd_momentum else 0
     return 1 if config.optimizer == "muon" and is_orthogonalised(name, p, owner_of(model, name)) else 2

@@ -45,7 +45,7 @@ def offloaded(
 
     def pack(t: Tensor) -> tuple[bool, Any]:
         stays = t.nbytes < smallest or _storage(t) in map(_storage, module.parameters())
-        return (False, t) if stays else (True, host.pack_hook(t))
+        return (False, t.detach()) if stays else (True, host.pack_hook(t))  # detached: an output that keeps itself is never freed
 
     def unpack(packed: tuple[bool, Any]) -> Tensor:
         is_moved, kept = packed

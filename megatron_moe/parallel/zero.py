@@ -16,17 +16,19 @@ from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.parallel.expert import expert_degree
 
 
-def apply_zero(model: GPT, mesh: ParallelMesh, half: torch.dtype | None, is_offloaded: bool = False) -> None:
-    """Wrap experts over their own data mesh, then blocks, then the model. `half`: the 16-bit type to compute in, if any;
-    `is_offloaded`: the shards live on the host.
+def apply_zero(
+    model: GPT, mesh: ParallelMesh, half: torch.dtype | None, is_offloaded: bool = False, reduced_in: torch.dtype = torch.float32
+) -> None:
+    """Wrap experts over their own data mesh, then blocks, then the model. `half`: the 16-bit type to compute in, if any, and
+    `reduced_in` that of the gradients then; `is_offloaded`: the shards live on the host.
 
     Stages: 0 replicate; 1 and 2 shard, parameters stay gathered between forward and backward; 3 gathers them again.
     (1 and 2 differ in when gradients are reduced: `sync_gradients`.) Gradients are summed, never averaged: the loss
     carries the one division, so expert and dense gradients need no factor of their own.
     """
     reshard = mesh.zero_stage == 3
-    # fp32 parameters and gradients, 16-bit compute, fp32 reduction
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
+    # 16-bit compute from whatever the parameters are stored in
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=reduced_in) if half else MixedPrecisionPolicy()
     kind: dict[str, Any] = {
         "reshard_after_forward": reshard, "mp_policy": policy, "offload_policy": CPUOffloadPolicy() if is_offloaded else OffloadPolicy(),
     }  # fmt: skip

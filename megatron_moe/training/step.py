@@ -14,8 +14,9 @@ from megatron_moe.data.batch import Batch
 from megatron_moe.model.gpt import GPT
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.mpu.mesh import ParallelMesh
-from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
+from megatron_moe.optimizer.clip import clip_gradients, gradient_factor, gradient_norm
 from megatron_moe.optimizer.groups import set_rates
+from megatron_moe.optimizer.half_adam import HalfAdamW
 from megatron_moe.optimizer.loss_scale import LossScale, update_weights
 from megatron_moe.parallel.zero import sync_gradients
 from megatron_moe.training.distillation import Distillation
@@ -102,7 +103,9 @@ def train_step(
     norm, found_inf = gradient_norm(parameters, mesh.stage_ranks), None
     if loss_scale is not None:  # the norm is one number of the whole world, and so is what follows from it
         norm, found_inf = loss_scale.unscaled(norm)
-    if clip_grad > 0 or scale is not None:
+    if isinstance(optimizer, HalfAdamW):
+        optimizer.gradient_factor = gradient_factor(norm, clip_grad, scale)
+    elif clip_grad > 0 or scale is not None:
         clip_gradients(parameters, norm, clip_grad, scale)
     set_rates(optimizer, learning_rate, weight_decay)
     update_weights(optimizer, found_inf)

@@ -29,8 +29,9 @@ from megatron_moe.model.init import initialize_parameters
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.moe.tokens import Reducer
 from megatron_moe.mpu.mesh import ParallelMesh
-from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
+from megatron_moe.optimizer.clip import clip_gradients, gradient_factor, gradient_norm
 from megatron_moe.optimizer.groups import build_optimizer
+from megatron_moe.optimizer.half_adam import HalfAdamW
 from megatron_moe.optimizer.loss_scale import LossScale
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
 from megatron_moe.training.distillation import Distillation, build_teacher
@@ -360,7 +361,10 @@ def first_step(
         norm, _ = loss_scale.unscaled(norm)
     out = {"loss 0": loss, "norm 0": norm, "ones": norm_of_ones(model, mesh.stage_ranks)}
     out |= {f"gradient {n}": whole(p.grad) / (scale or 1) for n, p in model.named_parameters()}
-    clip_gradients(model.parameters(), norm, CLIP, scale)
+    if isinstance(optimizer, HalfAdamW):
+        optimizer.gradient_factor = gradient_factor(norm, CLIP, scale)
+    else:
+        clip_gradients(model.parameters(), norm, CLIP, scale)
     optimizer.step()
     optimizer.zero_grad()
     move_expert_biases(model)
