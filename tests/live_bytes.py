@@ -1,10 +1,10 @@
 """Bytes of tensors alive on the CPU, from the allocation events of torch's profiler: operators that nothing else sees among them.
 
-    with LiveBytes() as live:
-        loss = model(...)
-        live.mark()        # what is alive here, above what was alive at the start
-        loss.backward()
-    live.peak, live.marks
+with LiveBytes() as live:
+    loss = model(...)
+    live.mark()        # what is alive here, above what was alive at the start
+    loss.backward()
+live.peak, live.marks
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from megatron_moe.optimizer import half_adam
+from megatron_moe.optimizer import apex_adam, half_adam
+from megatron_moe.optimizer.apex_adam import ApexAdamW
 from megatron_moe.optimizer.half_adam import HalfAdamW
 from megatron_moe.optimizer.muon import Muon
 
@@ -58,8 +59,9 @@ def materialise_optimizer_state(model: Model, optimizer: Optimizer) -> None:
 
 def _zero_state(optimizer: Optimizer, group: dict, parameter: nn.Parameter) -> dict[str, Tensor]:
     """Slot -> zeros, with the sharding of the parameter."""
-    if isinstance(optimizer, HalfAdamW):
-        return half_adam.zero_state(parameter)
+    for kind, zero_state in ((HalfAdamW, half_adam.zero_state), (ApexAdamW, apex_adam.zero_state)):
+        if isinstance(optimizer, kind):
+            return zero_state(parameter)
     if isinstance(optimizer, Muon) and group["is_muon"]:
         return {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)}
     if isinstance(optimizer, Adam | Muon):  # AdamW is a subclass; Muon leaves what is no matrix to one

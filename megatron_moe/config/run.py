@@ -132,6 +132,8 @@ class RunConfig:
         if t.fp16_master_weights_and_grads and self.optimizer.optimizer != "adam":
             yield (f"--fp16-master-weights-and-grads is built for --optimizer adam, not {self.optimizer.optimizer}: another one would "
                    f"lose its updates to rounding; drop one")  # fmt: skip
+        if t.fp16_master_weights_and_grads and self.optimizer.adam_kernel == "apex":
+            yield "--fp16-master-weights-and-grads has an AdamW of its own, and --adam-kernel apex asks for another; drop one"
         if c.curriculum_learning and t.compile:
             yield "--compile makes graphs of one sequence length and --curriculum-learning has many; leave one of them out"
         if self.data.data_order == "megatron" and t.seed >= 2**32:
@@ -198,6 +200,8 @@ class RunConfig:
         if self.optimizer.optimizer != "muon":
             own = (s.option for s in fields_of(OptimizerConfig) if s.name.startswith("muon_") and s.name in given)
             yield from (f"{option} has no effect: it is a setting of --optimizer muon" for option in own)
+        if self.optimizer.adam_kernel == "apex" and self.optimizer.optimizer != "adam":
+            yield f"--adam-kernel apex has no effect with --optimizer {self.optimizer.optimizer}"
         if t.moe_layer_recompute and not self.moe.has_experts:
             yield "--moe-layer-recompute has no effect: there are no experts; see --num-experts"
         if self.memory.cpu_offloading and t.recompute == "full":

@@ -82,6 +82,8 @@ class TrainingConfig:
             yield f"--rampup-batch-size wants START INCREMENT SAMPLES, not {' '.join(map(str, self.rampup_batch_size)) or 'nothing'}"
         if self.bf16 and self.fp16:
             yield "--bf16 and --fp16 exclude each other; drop one"
+        if self.fp16_master_weights_and_grads and not self.fp16:
+            yield "--fp16-master-weights-and-grads is about --fp16 training; add --fp16, or drop it"
         if self.recompute_modules is not None and self.recompute != "selective":
             why = "full recomputes all of them; drop one" if self.recompute else "which is not given; add it"
             yield f"--recompute-modules ({' '.join(self.recompute_modules)}) says what --recompute-granularity selective recomputes, {why}"
@@ -145,6 +147,9 @@ class OptimizerConfig:
     adam_beta1: float = flag(0.9, "decay of the first moment", minimum=0, maximum=0.99999)
     adam_beta2: float = flag(0.999, "decay of the second moment; the published recipes use 0.95", minimum=0, maximum=0.9999999)
     adam_eps: float = flag(1e-8, "added to the root of the second moment", above=0)
+    adam_kernel: Literal["torch", "apex"] = flag(
+        "torch", "whose fused AdamW: torch's, or that of NVIDIA's apex where it is installed, which makes the same step"
+    )
     sgd_momentum: float = flag(0.9, "momentum of sgd", minimum=0, maximum=0.99999)
     muon_momentum: float = flag(0.95, "momentum of muon", minimum=0, maximum=0.99999)
     muon_use_nesterov: bool = flag(True, "look one step ahead along muon's momentum")

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from megatron_moe.config.training import OptimizerConfig
+from megatron_moe.optimizer.apex_adam import ApexAdamW, find_fused_adam
 from megatron_moe.optimizer.half_adam import HalfAdamW
 from megatron_moe.optimizer.muon import Muon
+from megatron_moe.utils.logging import logger
 
 
 def weight_decay_groups(
@@ -113,5 +115,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         assert config.optimizer == "adam", f"float16 weights and {config.optimizer}"  # the configuration refuses it
         return HalfAdamW(groups, config)
     betas = (config.adam_beta1, config.adam_beta2)
+    if config.optimizer == "adam" and config.adam_kernel == "apex":
+        fused_adam = find_fused_adam()
+        assert fused_adam is not None, "apex is not installed"  # prepare() has looked
+        logger.info("AdamW by %s.%s", fused_adam.__module__, fused_adam.__qualname__)
+        return ApexAdamW(groups, config, fused_adam)
     adam = partial(torch.optim.AdamW, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
     return Muon(split_matrices(model, groups), config, adam) if config.optimizer == "muon" else adam(groups)

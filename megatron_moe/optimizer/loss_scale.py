@@ -21,6 +21,9 @@ from torch import Tensor
 from megatron_moe.config.precision import LossScaleConfig
 
 
+MOST = 2.0**127  # what a float32 holds
+
+
 class LossScale:
     """Megatron's rule: an overflow halves the scale once there have been `hysteresis` of them since it was last doubled; a window of
     steps without any doubles it. A fixed scale (--loss-scale) skips steps too, and stays."""
@@ -51,7 +54,7 @@ class LossScale:
         falls = overflow & (self.patience == 0)
         self.at_minimum += falls & (self.scale <= self.config.min_loss_scale)
         lower = (self.scale / 2).clamp_min(self.config.min_loss_scale)
-        self.scale = torch.where(falls, lower, torch.where(grows, self.scale * 2, self.scale))
+        self.scale = torch.where(falls, lower, torch.where(grows, (self.scale * 2).clamp_max(MOST), self.scale))
         self.good_steps = torch.where(grows, 0, good)
 
     # ------------------------------------------------------------ where the host waits

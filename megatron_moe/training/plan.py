@@ -41,7 +41,6 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os

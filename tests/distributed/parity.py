@@ -17,6 +17,7 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from optimizer.muon_oracle import PlainMuon
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -37,7 +38,6 @@ from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_mode
 from megatron_moe.training.distillation import Distillation, build_teacher
 from megatron_moe.training.step import count_loss_tokens, forward_backward, move_expert_biases, train_step
 from megatron_moe.utils.random import token_keys
-from optimizer.muon_oracle import PlainMuon
 
 VOCAB, SEQUENCES, LENGTH, STEPS = 60, 8, 15, 4  # 15 tokens: not divisible by any tensor-parallel degree
 SEED, CLIP = 7, 0.5

@@ -62,7 +62,7 @@ def test_small_tensors_stay():
     packed = []
     host = SimpleNamespace(pack_hook=lambda t: packed.append(t.nbytes) or t.clone(), unpack_hook=lambda t: t)
     small, large = torch.randn(8, requires_grad=True), torch.randn(1 << 15, requires_grad=True)
-    offloaded(lambda: (small.exp().sum() + large.exp().sum()), torch.nn.Module(), host)().backward()
+    offloaded(lambda: small.exp().sum() + large.exp().sum(), torch.nn.Module(), host)().backward()
     assert packed == [large.nbytes]
     torch.testing.assert_close(large.grad, large.detach().exp())
 

@@ -366,7 +366,12 @@ def test_selective_recomputation_runs_attention_twice_and_nothing_else():
 
 @pytest.mark.parametrize(
     ("modules", "twice"),
-    [(["moe"], {"experts"}), (["mlp"], {"mlp", "residual"}), (["core_attn", "moe"], {"attention", "experts"}), (["shared_experts"], {"shared"})],
+    [
+        (["moe"], {"experts"}),
+        (["mlp"], {"mlp", "residual"}),
+        (["core_attn", "moe"], {"attention", "experts"}),
+        (["shared_experts"], {"shared"}),
+    ],
     ids=lambda v: "-".join(sorted(v)),
 )
 def test_selective_recomputation_runs_the_named_modules_twice_and_never_the_router(modules, twice):

@@ -25,7 +25,7 @@ def expected(overflows: list[bool], scale: float, window: int, hysteresis: int, 
             good += 1
             if good == window:
                 good, patience = 0, hysteresis
-                scale *= 2
+                scale = min(scale * 2, 2.0**127)
         scales.append(scale)
     return scales
 

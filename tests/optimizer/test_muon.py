@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from optimizer.muon_oracle import muon_direction
+from optimizer.test_optimizer_groups import Layer
 from torch import nn
 
 from megatron_moe.config.training import OptimizerConfig
 from megatron_moe.optimizer.groups import build_optimizer, split_matrices, weight_decay_groups
 from megatron_moe.optimizer.muon import Muon, newton_schulz
-from optimizer.muon_oracle import muon_direction
-from optimizer.test_optimizer_groups import Layer
 
 
 def test_matrices_are_muons_and_the_rest_is_adams():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from distributed_pool import run_distributed
+
 from training import runs
 
 pytestmark = pytest.mark.distributed
