@@ -56,4 +56,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: f
 def gradient_factor(norm: Tensor, max_norm: float, loss_scale: Tensor | None = None) -> Tensor:
     """min(1, max_norm / norm), where there is a maximum. With a loss scale divided by it: `norm` is that of the gradients without it."""
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
-    return factor if loss_scale is None else factor / loss_scale.to(factor.device)
+    return factor if loss_scale is None else factor / beside(loss_scale, factor)
+
+
+def beside(x: Tensor, other: Tensor) -> Tensor:
+    """`x` on the device of `other`: another one than its own only where the shards live on the host (--cpu-optimizer)."""
+    return x if x.device == other.device else x.to(other.device)

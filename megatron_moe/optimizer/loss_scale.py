@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config.precision import LossScaleConfig
-
+from megatron_moe.optimizer.clip import beside
 
 MOST = 2.0**127  # what a float32 holds
 
@@ -38,13 +38,13 @@ class LossScale:
 
     def unscaled(self, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Norm of the scaled gradients -> (the norm that the gradients have, 1.0 if it is not finite else 0.0)."""
-        norm = norm / self.scale.to(norm.device)
+        norm = norm / beside(self.scale, norm)
         return norm, (~norm.isfinite()).float()
 
     @torch.no_grad()
     def update(self, found_inf: Tensor) -> None:
         """After every step, skipped or not."""
-        overflow = found_inf.to(self.scale.device) > 0
+        overflow = beside(found_inf, self.scale) > 0
         self.skipped += overflow
         if self.is_fixed:
             return
