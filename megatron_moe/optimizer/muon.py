@@ -67,7 +67,7 @@ class Muon(Optimizer):
         momenta = [_local(self.state[p]["momentum_buffer"]) for p in parameters]
         keep: float | Tensor = 1.0
         if self.found_inf is not None:
-            keep = 1.0 - self.found_inf
+            keep = 1.0 - self.found_inf.to(weights[0].dtype)
             grads = [g.masked_fill(self.found_inf > 0, 0.0) for g in grads]  # infinity times 0 would be NaN
         change = torch._foreach_sub(grads, momenta)
         torch._foreach_mul_(change, (1.0 - self.momentum) * keep)

@@ -12,6 +12,8 @@ PRECISION_LAYOUTS = [
     # parts of a block recomputed, in FSDP units that are freed after the forward
     ("noisy", 4, f"--zero-stage 3 {TP2} {EP4} {SELECTIVE} moe"),
     ("shared", 4, f"--zero-stage 3 {TP2} {EP2} {SELECTIVE} shared_experts mlp --moe-layer-recompute"),
+    # E+Z-Off+M of DeepSpeed: on a CPU the same step, with nothing to move
+    ("modern", 4, f"--zero-stage 2 {TP2} {EP4} --cpu-optimizer --cpu-offloading"),
     # matrices whole here; cut by rows over 2; by rows and by columns over TP; experts cut inside, and over more ranks than there are
     ("muon", 2, f"--zero-stage 0 {EP2}"),
     ("muon", 2, "--zero-stage 3"),

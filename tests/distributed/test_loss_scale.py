@@ -259,6 +259,6 @@ def test_a_run_in_float16_skips_until_the_scale_fits_and_resumes_exactly(tmp_pat
 
 def test_a_run_ends_where_the_scale_cannot_fall(tmp_path):
     flags = f"{FP16} --train-iters 9 --initial-loss-scale 1e12 --min-loss-scale 1e12 --save {tmp_path}"
-    with pytest.raises(RuntimeError, match=r"loss scale is down at --min-loss-scale \(1e\+12\)"):
+    with pytest.raises(FloatingPointError, match=r"loss scale is down at --min-loss-scale \(1e\+12\)"):
         run_distributed(runs.train_here, 2, flags)
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["event"] == "stop"
