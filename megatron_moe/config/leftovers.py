@@ -47,7 +47,6 @@ LEFTOVERS: dict[str, tuple[int | str, str]] = {
     "use-tutel": (0, "dispatch kernels are chosen by --moe-token-dispatcher"),
     "ds-inference": (0, "there is no separate inference engine"),
     "moe-grouped-gemm": (0, "grouped products are taken wherever they can be; see --moe-kernels"),
-    "moe-layer-recompute": (0, "see --recompute-granularity"),
     # activation checkpointing of DeepSpeed
     "checkpoint-num-layers": (1, "every layer is a checkpoint"),
     "recompute-method": (1, "every layer is a checkpoint"),
@@ -56,7 +55,7 @@ LEFTOVERS: dict[str, tuple[int | str, str]] = {
     "distribute-checkpointed-activations": (0, "checkpoints are not split over ranks"),
     "partition-activations": (0, "checkpoints are not split over ranks"),
     "contigious-checkpointing": (0, "torch manages the memory of checkpoints"),
-    "checkpoint-in-cpu": (0, "checkpoints stay on the device"),
+    "checkpoint-in-cpu": (0, "checkpoints stay on the device; --cpu-offloading moves what is kept without recomputation"),
     "synchronize-each-layer": (0, "a debugging aid of DeepSpeed's checkpointing"),
     "profile-backward": (0, "a debugging aid of DeepSpeed's checkpointing"),
     # ZeRO leftovers
@@ -103,12 +102,6 @@ LEFTOVERS: dict[str, tuple[int | str, str]] = {
     "timing-log-level": (1, "not computed"),
     "timing-log-option": (1, "not computed"),
     "no-barrier-with-level-1-timing": (0, "not computed"),
-    # fp16 settings that bf16 and fp32 runs carry along
-    "initial-loss-scale": (1, "there is a loss scale in fp16 training only, which is not built yet"),
-    "min-loss-scale": (1, "there is a loss scale in fp16 training only, which is not built yet"),
-    "loss-scale": (1, "there is a loss scale in fp16 training only, which is not built yet"),
-    "loss-scale-window": (1, "there is a loss scale in fp16 training only, which is not built yet"),
-    "hysteresis": (1, "there is a loss scale in fp16 training only, which is not built yet"),
 }
 
 # Flags of features that are planned: parsed, and refused when used to train.
@@ -117,7 +110,6 @@ NOT_YET: dict[str, tuple[int | str, str]] = {
     "standalone-embedding-stage": (0, "pipeline parallelism"),
     "enable-zbh1-pipeline": (0, "zero-bubble pipeline schedules"),
     "enable-zbh1-exact-semantics": (0, "zero-bubble pipeline schedules"),
-    "cpu-optimizer": (0, "CPU offload"),
     "ds-sequence-parallel-size": (1, "sequence parallelism"),
     "random-ltd": (0, "random layer-token dropping"),
     "data-efficiency-curriculum-learning": (0, "curriculum learning"),

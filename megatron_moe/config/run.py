@@ -14,11 +14,13 @@ from megatron_moe.config.curriculum import CurriculumConfig
 from megatron_moe.config.data import DataConfig, TokenizerConfig
 from megatron_moe.config.distillation import DistillationConfig
 from megatron_moe.config.flags import ConfigError, FieldSpec, bound_problems, fields_of
+from megatron_moe.config.memory import MemoryConfig
 from megatron_moe.config.model import ModelConfig, divisors
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.output import CheckpointConfig, LoggingConfig
 from megatron_moe.config.pace import Consumed, Pace, RampUp
 from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.config.precision import LossScaleConfig
 from megatron_moe.config.training import OptimizerConfig, TrainingConfig
 
 GROUPS: dict[str, type] = {
@@ -26,6 +28,8 @@ GROUPS: dict[str, type] = {
     "moe": MoEConfig,
     "parallel": ParallelConfig,
     "training": TrainingConfig,
+    "scale": LossScaleConfig,
+    "memory": MemoryConfig,
     "optimizer": OptimizerConfig,
     "curriculum": CurriculumConfig,
     "distillation": DistillationConfig,
@@ -45,6 +49,8 @@ class RunConfig:
     moe: MoEConfig = field(default_factory=MoEConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -123,6 +129,11 @@ class RunConfig:
             yield f"a curriculum up to {longest} tokens does not fit into --seq-length ({t.seq_length}); raise it or lower the curriculum's end"
         elif c.curriculum_learning and c.curriculum_schedule_type != "fixed_discrete" and shortest > longest:
             yield f"--curriculum-min-difficulty ({shortest}) must not exceed the longest length ({longest})"
+        if t.fp16_master_weights_and_grads and self.optimizer.optimizer != "adam":
+            yield (f"--fp16-master-weights-and-grads is built for --optimizer adam, not {self.optimizer.optimizer}: another one would "
+                   f"lose its updates to rounding; drop one")  # fmt: skip
+        if t.fp16_master_weights_and_grads and self.optimizer.adam_kernel == "apex":
+            yield "--fp16-master-weights-and-grads has an AdamW of its own, and --adam-kernel apex asks for another; drop one"
         if c.curriculum_learning and t.compile:
             yield "--compile makes graphs of one sequence length and --curriculum-learning has many; leave one of them out"
         if self.data.data_order == "megatron" and t.seed >= 2**32:
@@ -149,8 +160,10 @@ class RunConfig:
         )  # fmt: skip
         losses = {s.name: 0.0 for s in fields_of(MoEConfig) if s.name.endswith("loss_coeff")}
         moe = dataclasses.replace(self.moe, num_experts=d.num_experts_teacher, **losses)
-        training = dataclasses.replace(t, checkpoint_activations=False, recompute_activations=False, recompute_granularity=None)
-        return dataclasses.replace(self, model=model, moe=moe, training=training, distillation=DistillationConfig())
+        training = dataclasses.replace(t, checkpoint_activations=False, recompute_activations=False, recompute_granularity=None,
+                                       recompute_modules=None, moe_layer_recompute=False, fp16_master_weights_and_grads=False)  # fmt: skip
+        memory = dataclasses.replace(self.memory, cpu_offloading=False, cpu_optimizer=False)
+        return dataclasses.replace(self, model=model, moe=moe, training=training, memory=memory, distillation=DistillationConfig())
 
     def _idle(self) -> tuple[str, ...]:
         """Switches about the tensor-parallel ranks ask for nothing where there is one such rank."""
@@ -161,6 +174,7 @@ class RunConfig:
         for name in self._idle():
             if getattr(self.parallel, name):
                 yield f"--{name.replace('_', '-')} has no effect with --tensor-model-parallel-size 1"
+        yield from self._precision_warnings(given)
         if self.checkpoint.save_interval and not self.checkpoint.save:
             yield f"--save-interval ({self.checkpoint.save_interval}) has no effect without --save DIR"
         yield from (f"{option} has no effect: it is a setting of --mos and --kd" for option in self.distillation.idle)
@@ -174,6 +188,26 @@ class RunConfig:
             yield f"--num-experts falls with depth ({' '.join(map(str, experts))}): published pyramids grow, later layers gain more"
         if self.moe.has_experts:
             yield from self._policy_warnings("moe_loss_coeff" in given)
+
+    def _precision_warnings(self, given: Collection[str]) -> Iterator[str]:
+        """Settings of a precision, an optimizer or a way to save memory that is not chosen."""
+        t, scale = self.training, self.scale
+        for s in (s for s in fields_of(LossScaleConfig) if s.name in given):
+            if not t.fp16:
+                yield f"{s.option} has no effect: there is a loss scale with --fp16 only"
+            elif scale.loss_scale is not None and s.name != "loss_scale":
+                yield f"{s.option} has no effect: the scale stays what --loss-scale ({scale.loss_scale:g}) says"
+        if self.optimizer.optimizer != "muon":
+            own = (s.option for s in fields_of(OptimizerConfig) if s.name.startswith("muon_") and s.name in given)
+            yield from (f"{option} has no effect: it is a setting of --optimizer muon" for option in own)
+        if self.optimizer.adam_kernel == "apex" and self.optimizer.optimizer != "adam":
+            yield f"--adam-kernel apex has no effect with --optimizer {self.optimizer.optimizer}"
+        if t.moe_layer_recompute and not self.moe.has_experts:
+            yield "--moe-layer-recompute has no effect: there are no experts; see --num-experts"
+        if self.memory.cpu_offloading and t.recompute == "full":
+            yield "--cpu-offloading moves little with --recompute-granularity full: what recomputation starts from stays on the device"
+        if self.memory.cross_entropy_loss_chunk_size and self.distillation.is_on:
+            yield "--cross-entropy-loss-chunk-size has no effect with a teacher: the distance to it is one of whole logits"
 
     def _policy_warnings(self, is_loss_given: bool) -> Iterator[str]:
         policy = self.moe.moe_router_policy

@@ -17,7 +17,7 @@ from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.model.attention import Context
 from megatron_moe.model.block import Block
-from megatron_moe.model.loss import token_divergences, token_losses
+from megatron_moe.model.loss import chunked_token_losses, columns_at_a_time, token_divergences, token_losses
 from megatron_moe.model.norm import build_norm
 from megatron_moe.moe.module_experts import ExpertFactory
 from megatron_moe.utils.random import Purpose, dropout
@@ -26,9 +26,11 @@ from megatron_moe.utils.random import Purpose, dropout
 class GPT(nn.Module):
     """tokens [B, S] int64 -> losses or logits. `vocab_size` is the tokenizer's; rows beyond it are padding.
 
-    `project` (hidden, weight -> logits), `token_losses` (logits, labels, vocab_size -> losses) and `token_divergences` (logits,
-    those of a teacher, vocab_size, temperature -> losses) are swapped by tensor parallelism, under which the logits are this
-    rank's columns only. `expert_factory` makes the experts, see moe/module_experts.py.
+    `project` (hidden, weight -> logits), `token_losses` (logits, labels, vocab_size -> losses), `chunked_losses` (hidden, weight,
+    labels, vocab_size, chunk -> losses) and `token_divergences` (logits, those of a teacher, vocab_size, temperature -> losses) are
+    swapped by tensor parallelism, under which the logits are this rank's columns only. `loss_chunk_size`: of how many columns of the
+    vocabulary there are logits at a time; 0: of all, None: it depends on their number. `expert_factory` makes the experts, see
+    moe/module_experts.py.
     """
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, vocab_size: int, expert_factory: ExpertFactory | None = None):
@@ -44,6 +46,9 @@ class GPT(nn.Module):
         self.head = None if config.is_tied else nn.Linear(D, rows, bias=False)
         self.project: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.token_losses: Callable[[Tensor, Tensor, int], Tensor] = token_losses
+        self.chunked_losses: Callable[[Tensor, Tensor, Tensor, int, int], Tensor] = chunked_token_losses
+        self.loss_chunk_size: int | None = None
+        self.vocab_ranks = 1  # that share the columns
         self.token_divergences: Callable[[Tensor, Tensor, int, float], Tensor] = token_divergences
 
     def forward(
@@ -67,6 +72,9 @@ class GPT(nn.Module):
         return self.project(self.norm(h_BSD), self.output_weight)
 
     def losses(self, h_BSD: Tensor, labels_BS: Tensor) -> Tensor:
+        columns = self.output_weight.shape[0] // self.vocab_ranks
+        if chunk := columns_at_a_time(self.loss_chunk_size, labels_BS.numel(), columns):
+            return self.chunked_losses(self.norm(h_BSD), self.output_weight, labels_BS, self.vocab_size, chunk)
         return self.token_losses(self.logits(h_BSD), labels_BS, self.vocab_size)
 
     def embed(self, tokens_BS: Tensor, context: Context) -> Tensor:

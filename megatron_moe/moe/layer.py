@@ -69,12 +69,13 @@ class MoELayer(nn.Module):
         self.reducer = Reducer()
         self.run = call
         self.loss_weight = 0.0
+        self.loss_scale: Tensor | None = None
         self.batch_counts_E: Tensor | None = None
         self.stats = RoutingStats(num_experts)
 
-    def begin_step(self, loss_weight: float) -> None:
-        """Before the first forward of a step."""
-        self.loss_weight, self.batch_counts_E = loss_weight, None
+    def begin_step(self, loss_weight: float, loss_scale: Tensor | None = None) -> None:
+        """Before the first forward of a step. `loss_scale`: what the main loss is multiplied by."""
+        self.loss_weight, self.loss_scale, self.batch_counts_E = loss_weight, loss_scale, None
         self.stats.reset()
 
     def forward(self, x_TD: Tensor, tokens: TokenInfo = NO_INFO) -> Tensor:
@@ -105,6 +106,8 @@ class MoELayer(nn.Module):
         capacity = self.capacity(most_tokens) if self.has_capacity else None
         is_attached = self.loss_weight and self.training
         loss_weight = torch.full((), self.loss_weight, dtype=logits_TE.dtype, device=logits_TE.device) if is_attached else None
+        if loss_weight is not None and self.loss_scale is not None:
+            loss_weight = loss_weight * self.loss_scale
         counts_E = None  # of the step so far; evaluation has no part in them
         if is_attached and self.config.moe_global_loss_coeff:
             counts_E = self.batch_counts_E

@@ -6,12 +6,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from megatron_moe.config.training import OptimizerConfig
 from megatron_moe.model.gpt import GPT
+from megatron_moe.optimizer.groups import is_orthogonalised, owner_of
 from megatron_moe.parallel.zero import gathered_dtype
 
 FSDP_AXES = {"dp_replicate", "dp_shard", "edp_replicate", "edp_shard"}
@@ -35,18 +37,19 @@ class Footprint:
     gathered: int
 
 
-def footprint(model: GPT, optimizer: OptimizerConfig, zero_stage: int, bf16: bool) -> Footprint:
+def footprint(model: GPT, optimizer: OptimizerConfig, zero_stage: int, half: torch.dtype | None) -> Footprint:
     """Of a model that `parallelize` has been applied to; without memory will do."""
     elements: Counter[str] = Counter()
-    shards = whole = 0
+    shards = whole = states = 0
     gathered: Counter[str] = Counter()  # by block, '' outside
     for name, p in model.named_parameters():
         here, whole_here = local_elements(p), gathered_elements(p)
         elements["expert" if ".experts." in name else "dense"] += here
         shards += here * p.element_size()
+        states += here * max(p.element_size(), 4) * moments(optimizer, model, name, p)  # never in 16 bits
         whole += whole_here * p.element_size()
         block = re.match(r"layers\.\d+|", name).group()
-        gathered[block] += whole_here * gathered_dtype(name, p, bf16).itemsize
+        gathered[block] += whole_here * gathered_dtype(name, p, half).itemsize
     outside = gathered.pop("")
     blocks = gathered.values()
     is_wrapped = isinstance(model, FSDPModule)
@@ -54,9 +57,9 @@ def footprint(model: GPT, optimizer: OptimizerConfig, zero_stage: int, bf16: boo
         dense_parameters=elements["dense"],
         expert_parameters=elements["expert"],
         parameters=shards,
-        gradients=shards,  # of the type of the parameters, also when computing in bf16
+        gradients=shards,  # of the type of the parameters, also when computing in 16 bits
         whole_gradients=whole if is_wrapped else 0,
-        optimizer=shards * moments(optimizer),
+        optimizer=states,
         gathered=outside + (max(blocks) if zero_stage == 3 else sum(blocks)) if is_wrapped else 0,
     )
 
@@ -76,8 +79,8 @@ def gathered_elements(p: nn.Parameter) -> int:
     return p.numel() // cuts
 
 
-def moments(config: OptimizerConfig) -> int:
-    """Numbers that the optimizer keeps for each parameter, in the parameter's type."""
+def moments(config: OptimizerConfig, model: GPT, name: str, p: nn.Parameter) -> int:
+    """Numbers that the optimizer keeps for each element of a parameter."""
     if config.optimizer == "sgd":
         return 1 if config.sgd_momentum else 0
-    return 2
+    return 1 if config.optimizer == "muon" and is_orthogonalised(name, p, owner_of(model, name)) else 2

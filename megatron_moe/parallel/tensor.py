@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
 from megatron_moe.kernels.kl_divergence import Ranks, kl_divergence
+from megatron_moe.kernels.linear_cross_entropy import log_sum_and_picked
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.loss import mask_padding
 from megatron_moe.moe.layer import MoELayer
@@ -58,6 +59,7 @@ def apply_tensor_parallel(model: GPT, mesh: DeviceMesh) -> None:
         model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.data, mesh, [Shard(0)], src_data_rank=None))
     model.project = VocabParallelProjection(mesh)
     model.token_losses = VocabParallelLosses(mesh.get_group())
+    model.chunked_losses, model.vocab_ranks = VocabParallelChunkedLosses(mesh), mesh.size()
     model.token_divergences = VocabParallelDivergences(mesh.get_group())
 
 
@@ -151,8 +153,12 @@ class VocabParallelProjection:
         self.mesh = mesh
 
     def __call__(self, hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
-        hidden = DTensor.from_local(hidden_BSD, self.mesh, [Replicate()], run_check=False)  # its gradient is summed over ranks
-        return torch.nn.functional.linear(hidden, weight_VD).to_local()
+        return torch.nn.functional.linear(on_all_columns(hidden_BSD, self.mesh), weight_VD).to_local()
+
+
+def on_all_columns(hidden_BSD: Tensor, mesh: DeviceMesh) -> DTensor:
+    """Hidden states for a product with columns that are spread over the mesh: their gradient is summed over ranks."""
+    return DTensor.from_local(hidden_BSD, mesh, [Replicate()], run_check=False)
 
 
 class VocabParallelLosses:
@@ -190,6 +196,40 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         probs, here_BS, index_BS1 = ctx.saved_tensors
         grad = probs.scatter_add(-1, index_BS1, -here_BS[..., None].to(probs.dtype))
         return grad * grad_BS[..., None], None, None
+
+
+class VocabParallelChunkedLosses:
+    """The same from hidden states and the rows of the matrix that are here, `chunk` columns of logits at a time."""
+
+    def __init__(self, mesh: DeviceMesh):
+        self.mesh, self.group = mesh, mesh.get_group()
+
+    def __call__(self, hidden_BSD: Tensor, weight_VD: DTensor, labels_BS: Tensor, vocab_size: int, chunk: int) -> Tensor:
+        hidden_TD = on_all_columns(hidden_BSD, self.mesh).to_local(grad_placements=[Partial()]).flatten(0, 1)
+        weight_vD = weight_VD.to_local()
+        first = dist.get_rank(self.group) * weight_vD.shape[0]
+        columns = max(min(vocab_size - first, weight_vD.shape[0]), 0)
+        log_sum_T, picked_T = log_sum_and_picked(hidden_TD, weight_vD, labels_BS.flatten() - first, columns, chunk)
+        return _LossOfColumns.apply(log_sum_T, picked_T, self.group).view(labels_BS.shape).clone()
+
+
+class _LossOfColumns(torch.autograd.Function):
+    """From what each rank has found in its columns: log(sum of exp of the log_sums), less what is picked on one of them."""
+
+    @staticmethod
+    def forward(ctx, log_sum_T: Tensor, picked_T: Tensor, group: dist.ProcessGroup) -> Tensor:
+        largest_T = log_sum_T.clone()  # -inf on a rank whose columns are all padding
+        dist.all_reduce(largest_T, dist.ReduceOp.MAX, group=group)
+        exp_T = (log_sum_T - largest_T).exp()
+        both = torch.stack([exp_T, picked_T])
+        dist.all_reduce(both, group=group)
+        ctx.save_for_backward(exp_T / both[0])
+        return both[0].log() + largest_T - both[1]
+
+    @staticmethod
+    def backward(ctx, grad_T: Tensor):
+        (share_T,) = ctx.saved_tensors
+        return grad_T * share_T, -grad_T, None
 
 
 class VocabularyRanks(Ranks):

@@ -17,7 +17,9 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
     parameters              total, active (per token), by_part, active_by_part
     per_rank                fullest and emptiest: rank, dense_parameters, expert_parameters, bytes (parameters, gradients,
                             whole_gradients, optimizer, gathered: see parallel/footprint.py);
+                            on_host: which of these live on the host, where there is an accelerator (--cpu-optimizer)
     per_rank_unknown        why per_rank is null
+    loss                    columns (of the vocabulary on a rank), columns_at_a_time (whose logits are there together), logits_bytes
     teacher                 of distillation, null without: layers (their experts), parameters (total, active), flops_per_token (forward
                             alone), stop_iters, stop_tokens, per_rank: fullest and emptiest: rank, dense_parameters,
                             expert_parameters, bytes (parameters, gathered). It comes on top of per_rank
@@ -39,13 +41,14 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from megatron_moe.checkpoint.preflight import load_problems, teacher_problems
 from megatron_moe.config.flags import ConfigError, fields_of
@@ -54,6 +57,7 @@ from megatron_moe.config.run import GROUPS, RunConfig
 from megatron_moe.config.training import DECAY_LENGTHS, RUN_LENGTHS, WARMUP_LENGTHS
 from megatron_moe.data.loader import data_problems, prefixes_of, training_sizes
 from megatron_moe.model.flops import ParameterCounts, flops_per_token, parameter_counts
+from megatron_moe.model.loss import columns_at_a_time
 from megatron_moe.mpu.groups import Groups, dense_groups, expert_groups
 from megatron_moe.optimizer.schedule import build_schedule
 from megatron_moe.parallel.apply import build_parallel_mesh, build_sharded_model
@@ -94,6 +98,7 @@ def build_plan(
         "parameters": {"total": sum(total.values()), "active": sum(active.values()), "by_part": total, "active_by_part": active},
         "per_rank": None if unknown else _per_rank(run, world_size, here.vocab_size),
         "per_rank_unknown": unknown,
+        "loss": _loss(run, here.vocab_size),
         "teacher": _teacher(run, world_size, here.vocab_size, unknown) if run.distillation.is_on else None,
         "groups": _groups(run, world_size),
         "batch": _batch(run, world_size),
@@ -193,8 +198,7 @@ def _degrees(run: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def _precision(run: RunConfig) -> str:
-    t = run.training
-    return "float16" if t.fp16 else "bfloat16" if t.bf16 else t.params_dtype
+    return run.training.half or run.training.params_dtype
 
 
 def _layers(run: RunConfig, world_size: int) -> Iterator[dict[str, Any]]:
@@ -262,19 +266,32 @@ def layout_unknown(run: RunConfig) -> str | None:
 def _per_rank(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, Any]:
     first = rank_footprint(run, world_size, vocab_size, 0)
     last = rank_footprint(run, world_size, vocab_size, world_size - 1)
-    return {"fullest": _footprint_of(0, first), "emptiest": _footprint_of(world_size - 1, last)}
+    on_host = ["parameters", "gradients", "optimizer"] if run.memory.cpu_optimizer else []
+    return {
+        "fullest": _footprint_of(0, first) | {"on_host": on_host},
+        "emptiest": _footprint_of(world_size - 1, last) | {"on_host": on_host},
+    }
+
+
+def _loss(run: RunConfig, vocab_size: int) -> dict[str, int]:
+    t = run.training
+    columns, tokens = run.model.padded_vocab_size(vocab_size) // run.parallel.tensor_model_parallel_size, t.micro_batch_size * t.seq_length
+    asked = 0 if run.distillation.is_on else run.memory.cross_entropy_loss_chunk_size  # a teacher's logits meet whole ones
+    at_a_time = columns_at_a_time(asked, tokens, columns) or columns
+    return {
+        "columns": columns, "columns_at_a_time": at_a_time, "logits_bytes": tokens * at_a_time * getattr(torch, _precision(run)).itemsize,
+    }  # fmt: skip
 
 
 def rank_footprint(run: RunConfig, world_size: int, vocab_size: int, rank: int) -> Footprint:
-    if run.training.fp16 and run.training.params_dtype == "float32":  # as wide as bf16, which is built
-        run = dataclasses.replace(run, training=dataclasses.replace(run.training, fp16=False, bf16=True))
     with fake_process_group(rank, world_size):
         mesh = build_parallel_mesh(run, "cpu")
         model = build_sharded_model(run, vocab_size, mesh)
         counts = parameter_counts(run.model, run.moe, vocab_size)
         built = sum(p.numel() for p in model.parameters())
         assert built == counts.total, f"parameters: built {built}, counted {counts.total}"
-        return footprint(model, run.optimizer, run.parallel.zero_stage, run.training.bf16)
+        half = getattr(torch, run.training.half) if run.training.half else None
+        return footprint(model, run.optimizer, run.parallel.zero_stage, half)
 
 
 def _teacher(run: RunConfig, world_size: int, vocab_size: int, unknown: str | None) -> dict[str, Any]:

@@ -32,8 +32,10 @@ from megatron_moe.model.gpt import GPT
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.moe.metrics import LayerLoad, range_of, summarise
 from megatron_moe.optimizer.groups import build_optimizer
+from megatron_moe.optimizer.loss_scale import LossScale
 from megatron_moe.optimizer.schedule import LearningRateSchedule, WeightDecaySchedule, build_schedule, build_weight_decay
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
+from megatron_moe.parallel.offload import offload_warnings
 from megatron_moe.training.checkpoints import Progress, describe, resume, save
 from megatron_moe.training.distillation import Distillation, build_teacher, load_teacher
 from megatron_moe.training.distributed import World, end_distributed, explain_lost_rank, in_turn, init_distributed
@@ -56,6 +58,7 @@ class Run:
     mesh: mpu.ParallelMesh
     model: GPT
     optimizer: torch.optim.Optimizer
+    loss_scale: LossScale | None  # of fp16
     schedule: LearningRateSchedule
     weight_decay: WeightDecaySchedule
     pace: Pace  # what each step takes
@@ -119,12 +122,15 @@ def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
     mesh = build_parallel_mesh(config, world.device.type)
     mpu.set_default_mesh(mesh)
     model = build_parallel_model(config, prepared.vocab_size, mesh, world.device)
+    for warning in offload_warnings(config, world.device.type):
+        logger.warning(warning)
     optimizer = build_optimizer(model, config.optimizer)  # after FSDP, which replaces the parameters
+    loss_scale = LossScale(config.scale, world.device) if config.training.fp16 else None
     tracker = build_tracker(config.logging, config.checkpoint.save, world.rank, total, config.global_batch_size(world.size))
     manager = CheckpointManager(config.checkpoint.save, world.cpu_group, config.checkpoint.keep_last) if config.checkpoint.save else None
     report_start(prepared, world, mesh, model, tracker, total)
     progress = Progress()
-    if (resumed := resume(prepared, model, optimizer, world)) is not None:
+    if (resumed := resume(prepared, model, optimizer, world, loss_scale)) is not None:
         progress, path, notes = resumed
         for note in notes:
             logger.warning(note)
@@ -142,8 +148,8 @@ def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
     alerts = None
     if config.logging.moe_alerts and config.moe.has_experts:
         alerts = ExpertAlerts(config.moe, config.logging.moe_alert_dropped_fraction)
-    return Run(prepared, world, mesh, model, optimizer, schedule, weight_decay, pace, datasets, tracker, alerts, stopper, watchdog, manager, lock,
-               progress, total, distillation)  # fmt: skip
+    return Run(prepared, world, mesh, model, optimizer, loss_scale, schedule, weight_decay, pace, datasets, tracker, alerts, stopper, watchdog,
+               manager, lock, progress, total, distillation)  # fmt: skip
 
 
 def set_up_distillation(
@@ -181,7 +187,8 @@ def train(run: Run) -> None:
         rate = run.schedule.at(progress.iteration + 1, progress.consumed_samples + samples, progress.consumed_tokens + tokens)
         decay = run.weight_decay.at(progress.consumed_samples + samples)
         seed, clip = config.training.seed, config.optimizer.clip_grad
-        result = train_step(run.model, run.optimizer, microbatches, run.mesh, rate, clip, seed, progress.iteration, run.distillation, decay)
+        result = train_step(run.model, run.optimizer, microbatches, run.mesh, rate, clip, seed, progress.iteration, run.distillation, decay,
+                            run.loss_scale)  # fmt: skip
         progress.advance(samples, tokens)
         throughput.add(tokens)
         i = progress.iteration
@@ -271,6 +278,8 @@ def log_step(run: Run, result: StepResult, step: Step, throughput: Throughput) -
     """The one place of a step where the host waits for the device."""
     loads = expert_loads(run)
     lm_loss, norm = float(result.lm_loss), float(result.grad_norm)
+    is_skipped = result.found_inf is not None and bool(result.found_inf)
+    scale, skipped, is_stuck = run.loss_scale.numbers() if run.loss_scale else (1.0, 0, False)
     window = throughput.restart()
     c = run.config
     flops = flops_per_token(c.model, c.moe, step.length, run.prepared.vocab_size)
@@ -282,7 +291,8 @@ def log_step(run: Run, result: StepResult, step: Step, throughput: Throughput) -
     ]  # fmt: skip
     run.tracker.log_train(
         iteration=run.progress.iteration, consumed_samples=run.progress.consumed_samples, consumed_tokens=run.progress.consumed_tokens,
-        lm_loss=lm_loss, grad_norm=norm, learning_rate=step.learning_rate,
+        lm_loss=lm_loss, grad_norm=None if is_skipped else norm, learning_rate=step.learning_rate,
+        loss_scale=scale, skipped_iterations=skipped,
         weight_decay=step.weight_decay, global_batch_size=step.samples, seq_length=step.length,
         moe_aux_loss=mean(load.aux_loss for load in loads), moe_z_loss=mean(load.z_loss for load in loads),
         kd_loss=None if result.kd_loss is None else float(result.kd_loss),
@@ -296,7 +306,20 @@ def log_step(run: Run, result: StepResult, step: Step, throughput: Throughput) -
             "alert", iteration=run.progress.iteration, reason=alert.reason, condition=alert.condition, layer=alert.layer,
             layers=list(alert.layers), value=alert.value, flag=alert.flag,
         )  # fmt: skip
-    stop_if_not_finite(run, lm_loss, norm)
+    if is_stuck:
+        stop_at_minimum_scale(run)
+    if not is_skipped:
+        stop_if_not_finite(run, lm_loss, norm)
+
+
+def stop_at_minimum_scale(run: Run) -> None:
+    """The scale is equal on all ranks. The step was skipped: the weights are those before the overflow."""
+    minimum = run.config.scale.min_loss_scale
+    run.tracker.event("stop", iteration=run.progress.iteration, reason=f"overflow at the lowest loss scale ({minimum:g})")
+    raise FloatingPointError(
+        f"iteration {run.progress.iteration}: gradients overflow float16 although the loss scale is down at --min-loss-scale ({minimum:g}); "
+        f"no step since has moved the weights by them. Use --bf16, lower --lr, or lower --min-loss-scale, and resume from the last checkpoint"
+    )
 
 
 def stop_if_not_finite(run: Run, lm_loss: float, norm: float) -> None:
@@ -313,11 +336,11 @@ def stop_if_not_finite(run: Run, lm_loss: float, norm: float) -> None:
 
 def save_checkpoint(run: Run, result: StepResult | None = None) -> None:
     """Between steps, with the step's result, or without one at the end: what cannot be saved then is lost, so that always raises."""
-    if result is not None:
+    if result is not None and not (result.found_inf is not None and bool(result.found_inf)):  # a skipped step has moved nothing
         stop_if_not_finite(run, float(result.lm_loss), float(result.grad_norm))
     assert run.manager is not None
     try:
-        save(run.manager, run.prepared, run.model, run.optimizer, run.progress)
+        save(run.manager, run.prepared, run.model, run.optimizer, run.progress, run.loss_scale)
     except CheckpointError as error:  # the same on every rank, and nothing half-written
         if result is None or run.config.checkpoint.save_failure == "stop":
             raise

@@ -14,8 +14,10 @@ from megatron_moe.data.batch import Batch
 from megatron_moe.model.gpt import GPT
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.mpu.mesh import ParallelMesh
-from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
+from megatron_moe.optimizer.clip import clip_gradients, gradient_factor, gradient_norm
 from megatron_moe.optimizer.groups import set_rates
+from megatron_moe.optimizer.half_adam import HalfAdamW
+from megatron_moe.optimizer.loss_scale import LossScale, update_weights
 from megatron_moe.parallel.zero import sync_gradients
 from megatron_moe.training.distillation import Distillation
 from megatron_moe.utils.random import token_keys
@@ -28,6 +30,7 @@ class StepResult:
     lm_loss: Tensor  # token-weighted over the global batch
     grad_norm: Tensor
     kd_loss: Tensor | None = None  # KL(teacher || student), weighted like lm_loss; None without a teacher
+    found_inf: Tensor | None = None  # 1.0 where the step was skipped; None without a loss scale
 
 
 def count_loss_tokens(microbatches: Sequence[Batch], mesh: ParallelMesh) -> Tensor:
@@ -44,12 +47,14 @@ def forward_backward(
     seed: int,
     iteration: int,
     distillation: Distillation | None = None,
+    loss_scale: Tensor | None = None,
 ) -> Tensor:
     """Gradients of sum(token losses) / divisor; returns this rank's share of that sum.
 
     One rule for every parameter: gradients are summed over microbatches and ranks, and divided once, here. `divisor` is an
     argument because another front door divides by something else. Token randomness is a function of (seed, iteration, sample).
-    With `distillation` the gradients are of its objective.
+    With `distillation` the gradients are of its objective. With `loss_scale` they, those of the auxiliary losses among them, are
+    that many times as large.
     """
     objective = language_model_loss
     if distillation is not None:
@@ -57,13 +62,13 @@ def forward_backward(
         objective = distillation.objective
     tokens_in_step = sum(b.tokens.numel() for b in microbatches) * mesh.size("dp")
     for moe in moe_layers(model):
-        moe.begin_step(min((iteration + 1) / (moe.config.moe_loss_warmup_iters or 1), 1.0) / tokens_in_step)
+        moe.begin_step(min((iteration + 1) / (moe.config.moe_loss_warmup_iters or 1), 1.0) / tokens_in_step, loss_scale)
     total = torch.zeros((), dtype=torch.float64, device=divisor.device)
     for i, batch in enumerate(microbatches):
         sync_gradients(model, mesh.zero_stage, i == len(microbatches) - 1)
         keys_BS = token_keys(seed, iteration, batch.sample_ids, batch.tokens.shape[1])
         loss, lm_loss = objective(model, batch, keys_BS, divisor)
-        loss.backward()
+        (loss if loss_scale is None else loss * loss_scale).backward()
         total += lm_loss
     return total
 
@@ -86,29 +91,38 @@ def train_step(
     iteration: int,
     distillation: Distillation | None = None,
     weight_decay: float | None = None,
+    loss_scale: LossScale | None = None,
 ) -> StepResult:
     """Forward and backward of all microbatches, clip, update. Collective."""
-    lm_loss = forward_backward(model, microbatches, count_loss_tokens(microbatches, mesh), mesh, seed, iteration, distillation)
+    scale = None if loss_scale is None else loss_scale.scale
+    lm_loss = forward_backward(model, microbatches, count_loss_tokens(microbatches, mesh), mesh, seed, iteration, distillation, scale)
     kd_loss = distillation.divergence if distillation is not None else None
     for loss in (lm_loss,) if kd_loss is None else (lm_loss, kd_loss):
         mesh.sum(loss, "dp")
     parameters = list(model.parameters())
-    norm = gradient_norm(parameters, mesh.stage_ranks)
-    if clip_grad > 0:
-        clip_gradients(parameters, norm, clip_grad)
+    norm, found_inf = gradient_norm(parameters, mesh.stage_ranks), None
+    if loss_scale is not None:  # the norm is one number of the whole world, and so is what follows from it
+        norm, found_inf = loss_scale.unscaled(norm)
+    if isinstance(optimizer, HalfAdamW):
+        optimizer.gradient_factor = gradient_factor(norm, clip_grad, scale)
+    elif clip_grad > 0 or scale is not None:
+        clip_gradients(parameters, norm, clip_grad, scale)
     set_rates(optimizer, learning_rate, weight_decay)
-    optimizer.step()
+    update_weights(optimizer, found_inf)
     optimizer.zero_grad(set_to_none=True)
-    move_expert_biases(model)
-    return StepResult(lm_loss, norm, kd_loss)
+    move_expert_biases(model, found_inf)
+    if loss_scale is not None:
+        loss_scale.update(found_inf)
+    return StepResult(lm_loss, norm, kd_loss, found_inf)
 
 
-def move_expert_biases(model: GPT) -> None:
-    """One reduction for all layers that balance by a bias: after the step, by what its tokens chose."""
+def move_expert_biases(model: GPT, found_inf: Tensor | None = None) -> None:
+    """One reduction for all layers that balance by a bias: after the step, by what its tokens chose. None moves in a skipped step."""
     layers = [moe for moe in moe_layers(model) if moe.gate.expert_bias is not None]
     if not layers:
         return
     counts = torch.cat([moe.stats.counts_E for moe in layers])
     dist.all_reduce(counts)
     for moe, counts_E in zip(layers, counts.split([moe.num_experts for moe in layers])):
-        moe.gate.move_bias(counts_E, moe.config.moe_router_bias_update_rate)
+        rate = moe.config.moe_router_bias_update_rate
+        moe.gate.move_bias(counts_E, rate if found_inf is None else rate * (1 - found_inf))

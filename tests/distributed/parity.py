@@ -17,10 +17,12 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from optimizer.muon_oracle import PlainMuon
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from megatron_moe.arguments import parse_args
+from megatron_moe.config.precision import LossScaleConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch
 from megatron_moe.model.gpt import GPT
@@ -28,8 +30,10 @@ from megatron_moe.model.init import initialize_parameters
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.moe.tokens import Reducer
 from megatron_moe.mpu.mesh import ParallelMesh
-from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
+from megatron_moe.optimizer.clip import clip_gradients, gradient_factor, gradient_norm
 from megatron_moe.optimizer.groups import build_optimizer
+from megatron_moe.optimizer.half_adam import HalfAdamW
+from megatron_moe.optimizer.loss_scale import LossScale
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
 from megatron_moe.training.distillation import Distillation, build_teacher
 from megatron_moe.training.step import count_loss_tokens, forward_backward, move_expert_biases, train_step
@@ -82,6 +86,14 @@ MODELS = {
     "--disable-moe-token-dropping",
     # experts of the factory below, of which some get no token
     "modules": "--num-experts 1 2 8 --topk 1 --disable-moe-token-dropping",
+    # other optimizers, experts at a rate and a decay of their own; 1, 2 and 4 matrices of one shape
+    "muon": "--num-experts 1 2 8 --mlp-type residual --topk 2 --disable-moe-token-dropping --optimizer muon --weight-decay 0.3 "
+    "--moe-expert-lr-mult 0.5 --moe-expert-wd-mult 2 --num-key-value-heads 2",
+    "muon_latent": "--num-experts 1 4 8 --topk 3 --swiglu --disable-bias-linear --ffn-hidden-size 48 --moe-latent-size 12 --optimizer muon "
+    "--no-muon-use-nesterov --muon-num-ns-steps 3 --moe-shared-expert-intermediate-size 24 --moe-shared-expert-gate --init-method-std 0.05 "
+    "--disable-moe-token-dropping",
+    "sgd": "--num-experts 1 2 8 --mlp-type residual --topk 2 --disable-moe-token-dropping --optimizer sgd --sgd-momentum 0.8 --weight-decay 0.3 "
+    "--moe-expert-lr-mult 0.5",
     # every auxiliary loss at once, in a warm-up: micro-batch and z from the common flags, sequence, global batch
     "losses": "--num-experts 1 4 8 --topk 2 --disable-moe-token-dropping --moe-seq-loss-coeff 0.4 --moe-global-loss-coeff 0.3 "
     "--moe-loss-warmup-iters 3",
@@ -142,15 +154,23 @@ def weight_decay(c: RunConfig, step: int) -> float:
     )
 
 
-def plain_optimizer(model: GPT, c: RunConfig) -> torch.optim.AdamW:
+# matrices that Muon leaves to AdamW
+TABLES = ("embedding.weight", "head.weight", ".gate.weight", "coefficient.weight", "shared_expert_gate.weight")
+
+
+def plain_optimizer(model: GPT, c: RunConfig) -> torch.optim.Optimizer | PlainMuon:
     """A group for every parameter, with its shares of rate and decay in words: matrices decay, experts have multipliers."""
     o, groups = c.optimizer, []
     for name, p in model.named_parameters():
         is_expert = ".experts." in name
         is_matrix = (name.endswith(".weight") and "norm" not in name) or name.endswith((".w1", ".w2", ".w_gate", ".w3"))
         shares = {"rate": o.moe_expert_lr_mult if is_expert else 1.0, "decay": (o.moe_expert_wd_mult if is_expert else 1.0) * is_matrix}
-        groups.append({"params": [p], **shares})
+        groups.append({"params": [p], **shares, "matrices": is_matrix and not name.endswith(TABLES)})
     set_plain_rates(groups, learning_rate(0), weight_decay(c, 0))
+    if o.optimizer == "muon":
+        return PlainMuon(groups, o)
+    if o.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=o.sgd_momentum)
     return torch.optim.AdamW(groups, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps, fused=True)
 
 
@@ -289,8 +309,8 @@ def move_biases(model: GPT) -> None:
             moe.gate.expert_bias[e] += moe.config.moe_router_bias_update_rate * ((missing > 0) - (missing < 0))
 
 
-def layout(model_name: str, flags: str) -> dict[str, torch.Tensor] | None:
-    """The same on this rank of a layout; rank 0 returns the whole tensors."""
+def layout(model_name: str, flags: str, scale: float | None = None) -> dict[str, torch.Tensor] | None:
+    """The same on this rank of a layout; rank 0 returns the whole tensors. With a loss scale of `scale`, which must not be seen."""
     import warnings
 
     warnings.filterwarnings("ignore", message="While redistributing")
@@ -302,13 +322,15 @@ def layout(model_name: str, flags: str) -> dict[str, torch.Tensor] | None:
     if c.distillation.is_on:
         distillation = Distillation(c.distillation, fill_teacher(build_teacher(c, VOCAB, mesh, torch.device("cpu")), c))
     optimizer = build_optimizer(model, c.optimizer)
+    loss_scale = LossScale(LossScaleConfig(loss_scale=scale)) if scale else None
     out: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         batches = microbatches(step, mesh.rank("dp"), mesh.size("dp"), c.training.micro_batch_size)
         if step == 0:
-            out |= first_step(model, optimizer, batches, mesh, distillation)
+            out |= first_step(model, optimizer, batches, mesh, distillation, loss_scale)
         else:
-            done = train_step(model, optimizer, batches, mesh, learning_rate(step), CLIP, SEED, step, distillation, weight_decay(c, step))
+            done = train_step(model, optimizer, batches, mesh, learning_rate(step), CLIP, SEED, step, distillation, weight_decay(c, step),
+                              loss_scale)  # fmt: skip
             out |= {f"loss {step}": done.lm_loss, f"norm {step}": done.grad_norm}
             if done.kd_loss is not None:
                 out[f"divergence {step}"] = done.kd_loss
@@ -327,15 +349,22 @@ def routing(model: GPT, step: int) -> dict[str, torch.Tensor]:
 
 
 def first_step(
-    model: GPT, optimizer: torch.optim.Optimizer, batches: list[Batch], mesh: ParallelMesh, distillation: Distillation | None = None
-) -> dict[str, torch.Tensor]:
+    model: GPT, optimizer: torch.optim.Optimizer, batches: list[Batch], mesh: ParallelMesh, distillation: Distillation | None = None,
+    loss_scale: LossScale | None = None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """`train_step` in its parts, to look at what it does not return."""
-    loss = forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, SEED, 0, distillation)
+    scale = loss_scale.scale if loss_scale else None
+    loss = forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, SEED, 0, distillation, scale)
     dist.all_reduce(loss, group=mesh.group("dp"))
     norm = gradient_norm(model.parameters(), mesh.stage_ranks)
+    if loss_scale:
+        norm, _ = loss_scale.unscaled(norm)
     out = {"loss 0": loss, "norm 0": norm, "ones": norm_of_ones(model, mesh.stage_ranks)}
-    out |= {f"gradient {n}": whole(p.grad) for n, p in model.named_parameters()}
-    clip_gradients(model.parameters(), norm, CLIP)
+    out |= {f"gradient {n}": whole(p.grad) / (scale or 1) for n, p in model.named_parameters()}
+    if isinstance(optimizer, HalfAdamW):
+        optimizer.gradient_factor = gradient_factor(norm, CLIP, scale)
+    else:
+        clip_gradients(model.parameters(), norm, CLIP, scale)
     optimizer.step()
     optimizer.zero_grad()
     move_expert_biases(model)

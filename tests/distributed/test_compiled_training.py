@@ -61,6 +61,12 @@ def compiled_layout(backend: str, model: str, flags: str) -> dict[str, torch.Ten
         ("latent", 2, f"{TP} {EP} --recompute-granularity full"),
         ("modules", 2, f"{EP} --zero-stage 3"),
         ("student", 2, f"{TP} {EP}"),
+        (
+            "pyramid",
+            2,
+            f"{EP} --zero-stage 3 --cross-entropy-loss-chunk-size 24 --recompute-granularity selective --recompute-modules moe mlp",
+        ),
+        ("modern", 2, f"{TP} {EP} --zero-stage 1 --cross-entropy-loss-chunk-size 24"),
     ],
     ids=lambda v: str(v).replace("--", "").replace(" ", "_"),
 )

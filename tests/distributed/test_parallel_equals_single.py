@@ -6,6 +6,7 @@ import pytest
 from distributed_pool import run_distributed
 
 from distributed import parity
+from distributed.precision_rows import PRECISION_LAYOUTS
 
 pytestmark = pytest.mark.distributed
 
@@ -64,6 +65,7 @@ MATRIX = [  # the other pairs and triples: with --full
     ("modules", 4, f"--zero-stage 3 --moe-expert-parallel-size 4 {PADDED}"),
     ("losses", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2"),
 ]
+LAYOUTS += PRECISION_LAYOUTS
 FAST = [
     ("pyramid", 2, "--zero-stage 1 --moe-expert-parallel-size 2"),
     ("pyramid", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4"),

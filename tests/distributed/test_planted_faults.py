@@ -486,6 +486,49 @@ def padding_has_a_probability():
         yield
 
 
+# ---------------------------------------------------------------- memory and optimizers
+
+
+@contextmanager
+def muon_of_shards():
+    """Every rank orthogonalises the rows that it has."""
+    with mock.patch("megatron_moe.optimizer.muon.cuts_of", return_value=[]):
+        yield
+
+
+@contextmanager
+def muon_of_a_stack_as_one_matrix():
+    """Experts side by side are no matrix of anything."""
+    from megatron_moe.optimizer import muon
+
+    original = muon.newton_schulz
+
+    def as_one(x_kRC, steps):
+        one_RkC = original(x_kRC.transpose(0, 1).flatten(1)[None], steps)[0]
+        return one_RkC.view(x_kRC.shape[1], x_kRC.shape[0], x_kRC.shape[2]).transpose(0, 1)
+
+    with mock.patch.object(muon, "newton_schulz", as_one):
+        yield
+
+
+@contextmanager
+def last_chunk_of_the_vocabulary_dropped():
+    from megatron_moe.kernels import linear_cross_entropy as kernel
+
+    original = kernel._chunks
+    with mock.patch.object(kernel, "_chunks", lambda *args: iter([*original(*args)][:-1])):
+        yield
+
+
+@contextmanager
+def gradient_of_the_last_hidden_states_from_own_columns():
+    """Declared replicated: no rank adds what the columns of the others say."""
+    from torch.distributed.tensor import Replicate
+
+    with mock.patch("megatron_moe.parallel.tensor.Partial", Replicate):
+        yield
+
+
 # ---------------------------------------------------------------- the table
 
 EP2, TP2 = "--moe-expert-parallel-size 2", "--tensor-model-parallel-size 2"
@@ -541,6 +584,16 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
     (divergence_of_masked_tokens, ("student", 2, f"--zero-stage 1 {EP2}"), "gradient layers.1.mlp.fc1.weight", 0.01),
     (temperature_not_squared, ("student", 2, f"--zero-stage 1 {EP2}"), "gradient layers.1.mlp.fc1.weight", 1e-3),
     (optimizer_of_the_parameters_before_sharding, ("pyramid", 2, "--zero-stage 3"), "weight layers.1.mlp.fc1.weight", 0.01),
+    (muon_of_shards, ("muon", 2, "--zero-stage 3"), "weight layers.1.mlp.fc1.weight", 1e-3),
+    (muon_of_shards, ("muon", 4, f"--zero-stage 3 {EP2}"), "weight layers.3.moe.experts.w1", 1e-3),
+    (muon_of_a_stack_as_one_matrix, ("muon", 2, f"--zero-stage 0 {EP2}"), "weight layers.3.moe.experts.w1", 1e-3),
+    (last_chunk_of_the_vocabulary_dropped, ("pyramid", 2, f"--zero-stage 1 {TP2} --cross-entropy-loss-chunk-size 24"), "loss 0", 1e-3),
+    (
+        gradient_of_the_last_hidden_states_from_own_columns,
+        ("pyramid", 2, f"--zero-stage 1 {TP2} --cross-entropy-loss-chunk-size 24"),
+        "gradient layers.1.mlp.fc1.weight",
+        0.05,
+    ),
 ]
 
 

@@ -152,7 +152,7 @@ def test_upstream_commands_are_planned_whole(name):
     assert plan["length"]["tokens"] - 300_000_000_000 < plan["batch"]["tokens_per_step"]
     assert plan["learning_rate"]["warmup"] == 375_000_000
     assert plan["before_training"] == []
-    assert any(p.startswith("--fp16: ") for p in plan["not_built_yet"])
+    assert not any("fp16" in p for p in plan["not_built_yet"])
     assert not any("rampup" in p or "--mos" in p or "teacher" in p for p in plan["not_built_yet"])
 
 
@@ -177,6 +177,9 @@ def test_a_short_command_gets_named_defaults():
 WORLDS = [  # ranks and flags: the pyramid of runs.SMALL has 2 and 4 experts, so EP 4 makes two degrees
     (2, "--zero-stage 0 --moe-expert-parallel-size 2"),
     (2, "--zero-stage 1 --optimizer sgd"),
+    (2, "--zero-stage 3 --optimizer muon --moe-expert-parallel-size 2"),
+    (2, "--zero-stage 1 --fp16"),
+    (2, "--zero-stage 2 --fp16 --fp16-master-weights-and-grads"),
     (4, "--zero-stage 1 --moe-expert-parallel-size 4"),
     (4, "--zero-stage 2 --moe-expert-parallel-size 2 --bf16 --num-experts 1 2 2"),
     (4, "--zero-stage 3 --moe-expert-parallel-size 4 --tensor-model-parallel-size 2 --bf16"),
@@ -241,6 +244,21 @@ def test_stage_3_gathers_the_largest_block_and_what_lies_outside():
     outside_of_layers = (128 + 16 + 2) * h  # padded vocabulary, positions, norm
     gate = 4 * h  # stays float32
     assert rank_footprint(run, 2, VOCAB, 0).gathered == 2 * (largest + outside_of_layers) + 4 * gate
+
+
+def test_the_plan_says_how_many_logits_there_are_at_a_time():
+    large = f"{TINY} --vocab-size 128000 --max-position-embeddings 4096 --seq-length 4096 --micro-batch-size 2 --bf16"
+    whole = plan_of(f"{large} --cross-entropy-loss-chunk-size 0")["loss"]
+    assert whole == {"columns": 128000, "columns_at_a_time": 128000, "logits_bytes": 2 * 8192 * 128000}
+    assert plan_of(large)["loss"] == {"columns": 128000, "columns_at_a_time": 2048, "logits_bytes": 2 * 8192 * 2048}
+    assert plan_of(f"{large} --cross-entropy-loss-chunk-size 500")["loss"]["columns_at_a_time"] == 500
+    split = plan_of(f"{large} --tensor-model-parallel-size 2", 2)["loss"]
+    assert (split["columns"], split["columns_at_a_time"]) == (64000, 2048)
+
+
+def test_the_plan_says_what_lives_on_the_host():
+    assert plan_of(TINY)["per_rank"]["fullest"]["on_host"] == []
+    assert plan_of(f"{TINY} --cpu-optimizer")["per_rank"]["fullest"]["on_host"] == ["parameters", "gradients", "optimizer"]
 
 
 def test_whole_gradients_are_those_of_the_experts_here_and_of_everything_else():
