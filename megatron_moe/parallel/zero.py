@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
 from megatron_moe.model.gpt import GPT
@@ -35,6 +35,7 @@ def apply_zero(model: GPT, mesh: ParallelMesh, bf16: bool) -> None:
             if block.moe.num_experts // ep % mesh.expert_data_size(ep):
                 kind["shard_placement_fn"] = _spare_dims(block.moe.experts, mesh.expert_data_size(ep))
             _shard(block.moe.experts, mesh.expert_data(ep), **kind)
+            register_fsdp_forward_method(block.moe.experts, "in_one_call")
         _shard(block, mesh.data, reshard_after_forward=reshard, mp_policy=policy)
     _shard(model, mesh.data, reshard_after_forward=False, mp_policy=policy)
 
