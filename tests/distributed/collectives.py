@@ -49,56 +49,34 @@ class CollectiveLog(TorchDispatchMode):
 
 
 class BytesSent(TorchDispatchMode):
-    """Bytes that this rank sends to others in float collectives, forward and backward, by process group and kind: as they come to the
-    process group, whatever front end of torch they were called by. Gathers and scatters as a ring moves them."""
+    """Bytes that this rank sends to others, forward and backward, by process group: float all-to-alls by whatever front end of torch, and
+    the differentiable gathers and scatters, as a ring moves them. FSDP's collectives are other operators: see CollectiveLog."""
 
     def __init__(self):
         super().__init__()
-        self.sent: Counter[tuple[str, str]] = Counter()  # (name of the group, kind)
-        self.calls: Counter[tuple[str, str]] = Counter()
+        self.sent: Counter[str] = Counter()  # by name of the group
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # comes again with the local tensors
-        if func.namespace in ("c10d", "_c10d_functional"):
-            self._note(func.overloadpacket.__name__, args)
+        name = func.overloadpacket.__name__
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if func.namespace == "c10d" and name == "alltoall_base_" and tensors[1].is_floating_point():
+            _, outgoing, group, _, send = args[:5]
+            group = dist.ProcessGroup.unbox(group)
+            rows = sum(send) - send[group.rank()]
+            self.sent[group.group_name] += rows * outgoing[:1].numel() * outgoing.element_size()
+        elif func.namespace == "_c10d_functional" and name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+            group = args[-1] if isinstance(args[-1], dist.ProcessGroup) else dist.distributed_c10d._resolve_process_group(args[-1])
+            whole = tensors[0].numel() if name == "all_gather_into_tensor" else tensors[0].numel() // group.size()
+            if tensors[0].is_floating_point():
+                self.sent[group.group_name] += (group.size() - 1) * whole * tensors[0].element_size()
+        else:
+            assert "all_to_all" not in name, f"an all-to-all that is not counted: {func}"
         return func(*args, **(kwargs or {}))
 
-    def _note(self, name: str, args: tuple) -> None:
-        tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
-        kind = {
-            "alltoall_base_": "all-to-all", "all_to_all_single": "all-to-all", "all_gather_into_tensor": "all-gather",
-            "_allgather_base_": "all-gather", "reduce_scatter_tensor": "reduce-scatter", "_reduce_scatter_base_": "reduce-scatter",
-        }.get(name)  # fmt: skip
-        if kind is None or not tensors[0].is_floating_point():
-            return
-        group = next(_group_of(a) for a in args if isinstance(a, str | dist.ProcessGroup | torch.ScriptObject) and _names_group(a))
-        ranks, rank = group.size(), group.rank()
-        if kind == "all-to-all":  # (output, input, group, output sizes, input sizes) or (input, output sizes, input sizes, group)
-            send = [a for a in args if isinstance(a, list | tuple)][1]
-            rows, outgoing = sum(send) - send[rank], tensors[-1]
-            size = rows * outgoing[0].numel() if rows else 0
-        else:
-            size = (ranks - 1) * min(t.numel() for t in tensors) if name.startswith("_") else None
-            if size is None:  # the functional ones have their input alone
-                size = (ranks - 1) * tensors[0].numel() // (1 if kind == "all-gather" else ranks)
-        self.sent[group.group_name, kind] += size * tensors[0].element_size()
-        self.calls[group.group_name, kind] += 1
-
     def of(self, *groups: dist.ProcessGroup) -> int:
-        """By all-to-all, all-gather and reduce-scatter."""
-        names = {group.group_name for group in groups}
-        return sum(size for (name, _), size in self.sent.items() if name in names)
-
-
-def _names_group(value: object) -> bool:
-    return _is_group(value) if isinstance(value, torch.ScriptObject) else not (isinstance(value, str) and value in ("sum", "avg", "max", "min"))
-
-
-def _group_of(value: object) -> dist.ProcessGroup:
-    if isinstance(value, torch.ScriptObject):
-        return dist.ProcessGroup.unbox(value)
-    return dist.distributed_c10d._resolve_process_group(value) if isinstance(value, str) else value
+        return sum(self.sent[name] for name in {group.group_name for group in groups})
 
 
 def _is_group(value: torch.ScriptObject) -> bool:

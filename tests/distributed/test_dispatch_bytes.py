@@ -28,9 +28,7 @@ def sent(kind: str, etp: int, chunks: int, node_size: int) -> dict[str, tuple[in
     nodes = mesh.expert_node_groups(ep)
     if nodes is not None:
         groups |= {"within": nodes[0], "across": nodes[1]}
-    dispatcher = build_dispatcher(
-        kind, EXPERTS, K, groups["ep"], pad=kind == "padded", slices=groups["etp"], nodes=nodes, chunks=chunks
-    )
+    dispatcher = build_dispatcher(kind, EXPERTS, K, groups["ep"], pad=kind == "padded", slices=groups["etp"], nodes=nodes, chunks=chunks)
     x, ids, weights = ways.tokens_of(rank, COUNTS, K)
     plan = dispatcher.plan(ids)
     with BytesSent() as forward:

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from distributed_pool import run_distributed
 
-from megatron_moe.config.parallel import split_over_nodes
-from megatron_moe.moe.dispatch import AllGatherDispatcher, Limits, LocalDispatcher, build_dispatcher, choose, room
+from megatron_moe.moe.dispatch import AllGatherDispatcher, Limits, LocalDispatcher, build_dispatcher, room
 from megatron_moe.mpu.mesh import build_mesh
 
 pytestmark = pytest.mark.distributed

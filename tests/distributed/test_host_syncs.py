@@ -66,7 +66,19 @@ def waits(model: str, flags: str) -> tuple[list[str], int]:
         (4, f"{NODES} --recompute-granularity full", 1),
         (4, f"{NODES} --moe-overlap-chunks 2", 1),
     ],
-    ids=["local", "allgather", "allgather under TP", "alltoall", "alltoall recomputed in bf16", "slices", "slices, alltoall", "parts", "slices in parts", "two stages", "two stages in parts"],
+    ids=[
+        "local",
+        "allgather",
+        "allgather under TP",
+        "alltoall",
+        "alltoall recomputed in bf16",
+        "slices",
+        "slices, alltoall",
+        "parts",
+        "slices in parts",
+        "two stages",
+        "two stages in parts",
+    ],
 )
 def test_a_step_waits_for_nothing_but_the_sizes_of_an_exchange(world, flags, per_forward, routing):
     for seen, forwards in run_distributed(waits, world, MODEL[routing], flags):

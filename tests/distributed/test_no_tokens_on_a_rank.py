@@ -44,6 +44,7 @@ def test_a_rank_without_tokens_takes_part_and_changes_nothing(model, dispatcher)
     for name, gradient in alone[2].items():
         torch.testing.assert_close(spread[2][name], gradient, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
+
 ETP = "--expert-tensor-parallel-size 2"
 NODES = "--moe-expert-parallel-size 4 --moe-token-dispatcher hierarchical --moe-node-size 2"
 
@@ -69,4 +70,3 @@ def test_ranks_without_tokens_take_part_however_tokens_travel(world, flags, mode
         assert found[:2] == pytest.approx(alone[:2], abs=1e-10)
         for name, gradient in alone[2].items():
             torch.testing.assert_close(found[2][name], gradient, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
-

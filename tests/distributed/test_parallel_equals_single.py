@@ -86,7 +86,11 @@ EXPERT_LAYOUTS = [
     ("modern", 4, f"--zero-stage 2 {TP2} --moe-expert-parallel-size 4 {NODES2}"),
     ("latent", 4, f"--zero-stage 0 --moe-expert-parallel-size 4 {NODES2} --moe-overlap-chunks 2"),
     ("pyramid", 8, f"--zero-stage 1 {TP2} --moe-expert-parallel-size 8 {NODES2}"),
-    ("pyramid", 8, f"--zero-stage 3 {TP2} --moe-expert-parallel-size 4 {ETP2} --moe-token-dispatcher hierarchical --moe-node-size 4 {FULL}"),
+    (
+        "pyramid",
+        8,
+        f"--zero-stage 3 {TP2} --moe-expert-parallel-size 4 {ETP2} --moe-token-dispatcher hierarchical --moe-node-size 4 {FULL}",
+    ),
     # parts that do not divide
     ("pyramid", 2, f"--zero-stage 3 {EP2} --moe-overlap-chunks 4 {FULL}"),  # 30 tokens
     ("noisy", 2, f"--zero-stage 1 {TP2} {EP2} --moe-overlap-chunks 2"),  # 15

@@ -39,7 +39,13 @@ def test_the_choice(kind, k, ep, etp, options, name):
 def test_a_choice_gives_the_numbers_that_decided_it_and_obedience_no_reason():
     why = choose("auto", 16, 2, 4, 2, math.inf).why
     # of 8 ranks 7 are others; 2 of 4 owners; room for 4 ranks' tokens where half of a rank's come
-    for part in ("16 experts, k 2, EP 4, ETP 2: alltoall", "3.5 times by an all-to-all", "7 times by an all-gather", "room for 4 times", "1.25"):
+    for part in (
+        "16 experts, k 2, EP 4, ETP 2: alltoall",
+        "3.5 times by an all-to-all",
+        "7 times by an all-gather",
+        "room for 4 times",
+        "1.25",
+    ):
         assert part in why
     assert "EP 8: alltoall" in choose("hierarchical", 16, 2, 8).why
     assert "--moe-overlap-chunks 2" in choose("auto", 16, 4, 4, chunks=2).why
@@ -54,7 +60,9 @@ def test_ranks_of_a_group_split_over_nodes(ep, etp, node, split):
     assert split_over_nodes(ep, etp, node) == split
 
 
-@pytest.mark.parametrize(("ep", "etp", "node", "legal"), [(8, 1, 3, "1, 2, 4, 8"), (4, 2, 3, "2, 4, 8"), (4, 4, 2, "4, 8, 16"), (4, 1, 6, "1, 2, 4")])
+@pytest.mark.parametrize(
+    ("ep", "etp", "node", "legal"), [(8, 1, 3, "1, 2, 4, 8"), (4, 2, 3, "2, 4, 8"), (4, 4, 2, "4, 8, 16"), (4, 1, 6, "1, 2, 4")]
+)
 def test_nodes_that_would_have_different_numbers_of_ranks_are_refused(ep, etp, node, legal):
     with pytest.raises(ValueError, match=rf"ranks of a node \({node}\).*--moe-node-size to one of {legal}, or"):
         split_over_nodes(ep, etp, node)

@@ -127,7 +127,9 @@ def test_expert_tp_wants_ep_to_divide_dp():
 def test_slices_that_do_not_divide_the_stage_name_the_legal_ones():
     with pytest.raises(ValueError, match=r"stage \(8\).*--expert-tensor-parallel-size \(3\); use one of 1, 2, 4, 8"):
         expert_tensor_groups(16, 3, pp=2)
-    with pytest.raises(ValueError, match=r"stage over the expert-tensor-parallel degree \(2\) \(4\).*--moe-expert-parallel-size \(8\); use one of 1, 2, 4"):
+    with pytest.raises(
+        ValueError, match=r"stage over the expert-tensor-parallel degree \(2\) \(4\).*--moe-expert-parallel-size \(8\); use one of 1, 2, 4"
+    ):
         expert_groups(8, 8, etp=2)
 
 

@@ -48,7 +48,9 @@ def test_mesh_groups_are_those_of_the_tables(tp, degrees, zero_stage):
         assert mine["rank"] == (rank % tp, rank // tp)
 
 
-@pytest.mark.parametrize(("world", "tp", "degrees", "etp"), [(4, 1, (1, 2), 2), (4, 2, (2,), 2), (4, 4, (1, 2), 2), (4, 2, (1,), 4), (8, 2, (2, 4), 2)])
+@pytest.mark.parametrize(
+    ("world", "tp", "degrees", "etp"), [(4, 1, (1, 2), 2), (4, 2, (2,), 2), (4, 4, (1, 2), 2), (4, 2, (1,), 4), (8, 2, (2, 4), 2)]
+)
 def test_slices_of_an_expert_are_neighbours_and_expert_groups_lie_across_them(world, tp, degrees, etp):
     found = run_distributed(groups_of_this_rank, world, tp, degrees, 0, etp)
     for rank, mine in enumerate(found):

@@ -52,7 +52,12 @@ def test_upstream_commands_are_planned_with_experts_cut_over_tensor_parallel_ran
     ep, edp = expert_groups(world, degree, tp=2, expert_tensor_parallel=True)
     for axis, groups in (("ep", ep), ("edp", edp)):
         table = cut["groups"][axis][str(degree)]
-        assert (table["number"], table["size"], table["ranks"][0], table["ranks"][-1]) == (len(groups), len(groups[0]), groups[0], groups[-1])
+        assert (table["number"], table["size"], table["ranks"][0], table["ranks"][-1]) == (
+            len(groups),
+            len(groups[0]),
+            groups[0],
+            groups[-1],
+        )
     assert cut["groups"]["etp"]["ranks"][-1] == expert_tensor_groups(world, 2)[-1]
 
 

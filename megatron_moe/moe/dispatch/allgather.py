@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe.moe.dispatch.base import Limits, LocalDispatcher, LocalPlan, most_rows, pad_rows, row_bytes
+from megatron_moe.moe.dispatch.base import NO_LIMITS, Limits, LocalDispatcher, LocalPlan, most_rows, pad_rows, row_bytes
 from megatron_moe.moe.dispatch.slices import Slices
 from megatron_moe.utils.compat import all_gather_rows, reduce_scatter_rows
 
@@ -43,7 +43,7 @@ class AllGatherDispatcher(LocalDispatcher):
         self.experts_here = num_experts // self.ranks
         self.first_expert = dist.get_rank(group) * self.experts_here
 
-    def plan(self, ids_TK: Tensor, limits: Limits = Limits()) -> AllGatherPlan:
+    def plan(self, ids_TK: Tensor, limits: Limits = NO_LIMITS) -> AllGatherPlan:
         padded = limits.most_tokens if limits.most_tokens is not None else self._most_tokens(ids_TK)
         gathered = self._gather(pad_rows(ids_TK, padded, -1))
         here = (gathered >= self.first_expert) & (gathered < self.first_expert + self.experts_here)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe.moe.dispatch.base import Limits, LocalDispatcher, row_bytes, sum_rows
+from megatron_moe.moe.dispatch.base import NO_LIMITS, Limits, LocalDispatcher, row_bytes, sum_rows
 from megatron_moe.moe.dispatch.exchange import Flight, exchange_counts, launch
 from megatron_moe.moe.dispatch.slices import Slices
 
@@ -91,7 +91,7 @@ class AllToAllDispatcher(LocalDispatcher):
 
     # ------------------------------------------------------------ how many rows go where
 
-    def plan(self, ids_TK: Tensor, limits: Limits = Limits()) -> AllToAllPlan:
+    def plan(self, ids_TK: Tensor, limits: Limits = NO_LIMITS) -> AllToAllPlan:
         return self.plans([ids_TK])[0]
 
     def plans(self, parts: Sequence[Tensor]) -> list[AllToAllPlan]:
@@ -183,4 +183,4 @@ def inverse(order_R: Tensor) -> Tensor:
 
 def _split(numbers: list[int], widths: list[int]) -> Iterator[list[int]]:
     ends = [0, *accumulate(widths)]
-    return (numbers[start:end] for start, end in zip(ends, ends[1:]))
+    return (numbers[start:end] for start, end in pairwise(ends))

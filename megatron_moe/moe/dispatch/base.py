@@ -22,6 +22,9 @@ class Limits:
     most_tokens: int | None = None  # of any rank of the group
 
 
+NO_LIMITS = Limits()
+
+
 @dataclass
 class LocalPlan:
     """Which assignment fills each row."""
@@ -47,7 +50,7 @@ class LocalDispatcher:
     def __init__(self, num_experts: int):
         self.num_experts = num_experts
 
-    def plan(self, ids_TK: Tensor, limits: Limits = Limits()) -> Any:
+    def plan(self, ids_TK: Tensor, limits: Limits = NO_LIMITS) -> Any:
         return self._plan(ids_TK, most_rows(ids_TK.numel(), self.num_experts, limits.capacity), not limits.is_dropless)
 
     def _plan(self, ids_TK: Tensor, rows: int, has_spare_rows: bool) -> LocalPlan:

@@ -27,19 +27,22 @@ class _Link:
 
     def __init__(self, receive: Sizes, send: Sizes, group: dist.ProcessGroup):
         self.receive, self.send, self.group = receive, send, group
-        self.under_way: tuple[Any, Tensor] | None = None
+        self.under_way: tuple[Any, Tensor, Tensor] | None = None
 
     def start(self, x: Tensor, receive: Sizes, send: Sizes) -> Tensor:
+        """Where the rows will be; not to be read before they are."""
         x = x.contiguous()
         y = x.new_empty(sum(receive), *x.shape[1:])
         work = dist.all_to_all_single(y, x, receive, send, group=self.group, async_op=True)
-        self.under_way = work, x  # x is read until the exchange has ended
+        self.under_way = work, x, y  # x is read until the exchange has ended
         return y
 
-    def wait(self) -> None:
+    def wait(self) -> Tensor:
         assert self.under_way is not None, "nothing is under way"
-        self.under_way[0].wait()
+        work, _, y = self.under_way
+        work.wait()
         self.under_way = None
+        return y
 
 
 class _Launch(torch.autograd.Function):
@@ -49,9 +52,8 @@ class _Launch(torch.autograd.Function):
         return link.start(x, link.receive, link.send)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        ctx.link.wait()
-        return grad, None
+    def backward(ctx, _: Tensor):
+        return ctx.link.wait(), None
 
 
 class _Land(torch.autograd.Function):
@@ -63,7 +65,8 @@ class _Land(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return ctx.link.start(grad, ctx.link.send, ctx.link.receive), None
+        ctx.link.start(grad, ctx.link.send, ctx.link.receive)
+        return grad, None  # of the shape that autograd asks for; what _Launch gives on is what comes back over the link
 
 
 class Flight:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.moe.dispatch.alltoall import AllToAllDispatcher, AllToAllPlan
-from megatron_moe.moe.dispatch.base import Limits
+from megatron_moe.moe.dispatch.base import NO_LIMITS, Limits
 
 
 @dataclass
@@ -49,7 +49,7 @@ class OverlappedDispatcher:
     def name(self) -> str:
         return f"{self.exchange.name} in {self.chunks} chunks"
 
-    def plan(self, ids_TK: Tensor, limits: Limits = Limits()) -> OverlappedPlan:
+    def plan(self, ids_TK: Tensor, limits: Limits = NO_LIMITS) -> OverlappedPlan:
         parts = ids_TK.tensor_split(self.chunks)  # the last ones shorter, or empty
         return OverlappedPlan(self.exchange.plans(parts), [len(ids_tK) for ids_tK in parts])
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe.moe.dispatch.base import Limits, LocalDispatcher, pad_rows, row_bytes, sum_rows
+from megatron_moe.moe.dispatch.base import NO_LIMITS, Limits, LocalDispatcher, pad_rows, row_bytes, sum_rows
 from megatron_moe.moe.dispatch.exchange import exchange_rows
 from megatron_moe.moe.dispatch.slices import Slices
 
@@ -42,7 +42,7 @@ class PaddedDispatcher(LocalDispatcher):
         super().__init__(num_experts)
         self.group, self.ranks, self.slices = group, 1 if group is None else dist.get_world_size(group), slices or Slices()
 
-    def plan(self, ids_TK: Tensor, limits: Limits = Limits()) -> PaddedPlan:
+    def plan(self, ids_TK: Tensor, limits: Limits = NO_LIMITS) -> PaddedPlan:
         order_A, counts_E = self._order(ids_TK)
         capacity = self._largest_load(counts_E) if limits.capacity is None else limits.capacity
         if limits.most_tokens is not None:
