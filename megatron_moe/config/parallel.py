@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_moe.config.flags import checked, flag
+from megatron_moe.config.model import divisors
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = flag(1, "pipeline-parallel degree (PP)", minimum=1, not_yet="pipeline parallelism")
     context_parallel_size: int = flag(1, "context-parallel degree (CP)", minimum=1, not_yet="context parallelism")
     expert_tensor_parallel_size: int = flag(
-        1, "tensor-parallel degree inside an expert (ETP)", minimum=1, not_yet="expert tensor parallelism"
-    )
-    enable_expert_tensor_parallelism: bool = flag(
-        False, "shard each expert over the tensor-parallel ranks", not_yet="expert tensor parallelism"
-    )
+        1, "expert-tensor-parallel degree (ETP): ranks that share each expert, cut along its inner width; need not be TP. At 1, "
+        "tensor-parallel ranks are further data ranks for the experts", minimum=1)  # fmt: skip
+    enable_expert_tensor_parallelism: bool = flag(False, "share each expert among the tensor-parallel ranks: ETP is TP")
     sequence_parallel: bool = flag(False, "shard activations between the tensor-parallel regions", not_yet="sequence parallelism")
     zero_stage: int = flag(
         1, "ZeRO stage through FSDP2: 0 replicas; 1 shard optimizer state and keep whole gradients until the last microbatch; "
@@ -40,8 +39,36 @@ class ParallelConfig:
         checked(self)
 
     def problems(self) -> Iterator[str]:
-        return iter(())
+        tp, etp = self.tensor_model_parallel_size, self.expert_tensor_parallel_size
+        if self.enable_expert_tensor_parallelism and etp not in (1, tp):
+            yield (f"--enable-expert-tensor-parallelism makes the expert-tensor-parallel degree that of --tensor-model-parallel-size ({tp}), "
+                   f"and --expert-tensor-parallel-size is {etp}; drop one of them")  # fmt: skip
+
+    @property
+    def etp(self) -> int:
+        """Ranks that share each expert."""
+        return self.tensor_model_parallel_size if self.enable_expert_tensor_parallelism else self.expert_tensor_parallel_size
 
     @property
     def model_parallel_size(self) -> int:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+def split_over_nodes(ep: int, etp: int, node_size: int) -> tuple[int, int]:
+    """(nodes, ranks on each) of an expert-parallel group of `ep` ranks, each of which has `etp` - 1 neighbours that share its experts.
+
+    Raises ValueError where nodes would have different numbers of them. Worked example, 4 ranks per node: EP 8 is (2, 4); with ETP 2
+    it is (4, 2), as each node has two whole sets of slices; EP 4 is (1, 4).
+    """
+    block = ep * etp
+    if node_size % etp == 0 and block % node_size == 0:
+        return block // node_size, node_size // etp
+    if node_size % block == 0:
+        return 1, ep
+    cut = f" and a multiple of the expert-tensor-parallel degree ({etp})" if etp > 1 else ""
+    legal = [n for n in divisors(block) if n % etp == 0]
+    raise ValueError(
+        f"--moe-token-dispatcher hierarchical wants the ranks of a node ({node_size}) to divide the {block} ranks that hold the experts of a layer "
+        f"once, or to be a multiple of them{cut}; set --moe-node-size to one of {', '.join(map(str, legal))}, or another "
+        f"--moe-expert-parallel-size"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from megatron_moe.config.model import ModelConfig, divisors
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.output import CheckpointConfig, LoggingConfig
 from megatron_moe.config.pace import Consumed, Pace, RampUp
-from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.config.parallel import ParallelConfig, split_over_nodes
 from megatron_moe.config.precision import LossScaleConfig
 from megatron_moe.config.training import OptimizerConfig, TrainingConfig
 
@@ -119,6 +120,10 @@ class RunConfig:
         if m.make_vocab_size_divisible_by % tp:
             yield (f"--make-vocab-size-divisible-by ({m.make_vocab_size_divisible_by}) must be divisible by "
                    f"--tensor-model-parallel-size ({tp}), so that the padded vocabulary splits evenly under every layout")  # fmt: skip
+        etp, width = self.parallel.etp, self.moe.expert_ffn_size(m.ffn_size)
+        if self.moe.has_experts and width % etp:
+            yield (f"the width of the experts ({width}) must be divisible by the expert-tensor-parallel degree ({etp}); use ETP "
+                   f"{_one_of(width)} or change --moe-ffn-hidden-size")  # fmt: skip
         try:
             self.moe.experts_per_layer(m.num_layers)
         except ValueError as error:
@@ -177,6 +182,7 @@ class RunConfig:
         yield from self._precision_warnings(given)
         if self.checkpoint.save_interval and not self.checkpoint.save:
             yield f"--save-interval ({self.checkpoint.save_interval}) has no effect without --save DIR"
+        yield from self._expert_layout_warnings()
         yield from (f"{option} has no effect: it is a setting of --mos and --kd" for option in self.distillation.idle)
         yield from (f"{option} has no effect: it is a setting of {of}" for option, of in self.curriculum.idle.items())
         if self.distillation.mos and not self.moe.has_experts:
@@ -208,6 +214,16 @@ class RunConfig:
             yield "--cpu-offloading moves little with --recompute-granularity full: what recomputation starts from stays on the device"
         if self.memory.cross_entropy_loss_chunk_size and self.distillation.is_on:
             yield "--cross-entropy-loss-chunk-size has no effect with a teacher: the distance to it is one of whole logits"
+
+    def _expert_layout_warnings(self) -> Iterator[str]:
+        p, m = self.parallel, self.moe
+        if p.etp > 1 and not m.has_experts:
+            name = "--enable-expert-tensor-parallelism" if p.enable_expert_tensor_parallelism else "--expert-tensor-parallel-size"
+            yield f"{name} has no effect without experts; see --num-experts"
+        if m.moe_node_size is not None and m.moe_token_dispatcher != "hierarchical":
+            yield f"--moe-node-size ({m.moe_node_size}) has no effect without --moe-token-dispatcher hierarchical"
+        if m.moe_overlap_chunks > 1 and m.moe_expert_parallel_size == 1:
+            yield f"--moe-overlap-chunks ({m.moe_overlap_chunks}) has no effect with --moe-expert-parallel-size 1: no rows are exchanged"
 
     def _policy_warnings(self, is_loss_given: bool) -> Iterator[str]:
         policy = self.moe.moe_router_policy
@@ -266,9 +282,30 @@ class RunConfig:
         except ValueError:
             return  # said by problems()
         for ep in degrees:
-            if world_size % ep:
-                yield (f"the number of ranks ({world_size}) must be divisible by the expert-parallel degree ({ep}); set "
-                       f"--moe-expert-parallel-size to one of {_one_of(world_size)}")  # fmt: skip
+            yield from self._expert_mesh_problems(world_size, ep)
+
+    def _expert_mesh_problems(self, world_size: int, ep: int) -> Iterator[str]:
+        """Of layers with this expert-parallel degree."""
+        pp, etp = self.parallel.pipeline_model_parallel_size, self.parallel.etp
+        stage = world_size // pp
+        if stage % (ep * etp):
+            ranks = f"the number of ranks ({world_size})" if pp == 1 else f"the number of ranks of a pipeline stage ({stage})"
+            degree = f"the expert-parallel degree ({ep})"
+            if etp > 1:
+                degree += f" x the expert-tensor-parallel degree ({etp}) = {ep * etp}"
+            option, legal = ("expert-tensor-parallel-size", stage) if stage % etp else ("moe-expert-parallel-size", stage // etp)
+            yield f"{ranks} must be divisible by {degree}; set --{option} to one of {_one_of(legal)}"
+        elif (node_size := self.node_size(world_size)) is not None:
+            try:
+                split_over_nodes(ep, etp, node_size)
+            except ValueError as error:
+                yield str(error)
+
+    def node_size(self, world_size: int) -> int | None:
+        """Ranks per node where rows travel in two stages, None where they do not. Without anybody's word all ranks are on one node."""
+        if self.moe.moe_token_dispatcher != "hierarchical":
+            return None
+        return self.moe.moe_node_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
     def _ramp_problems(self, batch: int, unit: int, what: str) -> Iterator[str]:
         """Every batch size of a ramp-up must split into micro-batches of all data ranks."""

@@ -48,6 +48,8 @@ class MoELayer(nn.Module):
           v                                                           v
         dispatch --> rows_RD by expert --> experts --> combine --> y_TD                   compute: may be recomputed
 
+    (the dispatcher's `through`, which may do so in several parts)
+
     With --moe-latent-size tokens are projected to that width before dispatch, and back behind combine. `expert_factory` makes
     experts of any kind, see moe/module_experts.py; without it they are MLPs.
     """
@@ -88,9 +90,7 @@ class MoELayer(nn.Module):
     def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: Any) -> Tensor:
         """The part that may be recomputed: it decides nothing."""
         x_TD = x_TD if self.latent_down is None else self.latent_down(x_TD)
-        x_RD, offsets_e, row_weights_R, plan = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK, plan)
-        y_RD = self.experts(x_RD, offsets_e, row_weights_R, plan.has_spare_rows)
-        y_TD = self.dispatcher.combine(y_RD, plan)
+        y_TD = self.dispatcher.through(self.experts, x_TD, ids_TK, weights_TK, plan)
         return y_TD if self.latent_up is None else self.latent_up(y_TD)
 
     def route(self, x_TD: Tensor, tokens: TokenInfo) -> tuple[Routing, Limits]:

@@ -23,6 +23,9 @@ __all__ = [
     "get_expert_model_parallel_group",
     "get_expert_model_parallel_rank",
     "get_expert_model_parallel_world_size",
+    "get_expert_tensor_parallel_group",
+    "get_expert_tensor_parallel_rank",
+    "get_expert_tensor_parallel_world_size",
     "get_pipeline_model_parallel_group",
     "get_pipeline_model_parallel_rank",
     "get_pipeline_model_parallel_world_size",
@@ -118,6 +121,18 @@ def get_expert_model_parallel_rank(ep: int | None = None) -> int:
 
 def get_expert_model_parallel_world_size(ep: int | None = None) -> int:
     return _largest(ep)
+
+
+def get_expert_tensor_parallel_group(ep: int | None = None) -> dist.ProcessGroup:
+    return _mesh().expert_tensor_group(_largest(ep))
+
+
+def get_expert_tensor_parallel_rank(ep: int | None = None) -> int:
+    return dist.get_rank(get_expert_tensor_parallel_group(ep))
+
+
+def get_expert_tensor_parallel_world_size(ep: int | None = None) -> int:
+    return dist.get_world_size(get_expert_tensor_parallel_group(ep))
 
 
 def get_expert_data_parallel_group(ep: int | None = None) -> dist.ProcessGroup:

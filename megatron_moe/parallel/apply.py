@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.gpt import GPT
@@ -44,7 +45,7 @@ def build_parallel_mesh(config: RunConfig, device_type: str) -> ParallelMesh:
     p = config.parallel
     return build_mesh(
         device_type, p.tensor_model_parallel_size, config.expert_degrees(), p.zero_stage, p.pipeline_model_parallel_size,
-        p.context_parallel_size, p.expert_tensor_parallel_size, p.num_distributed_optimizer_instances,
+        p.context_parallel_size, p.etp, p.num_distributed_optimizer_instances, config.node_size(dist.get_world_size()),
     )  # fmt: skip
 
 

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import Shard
 
 from megatron_moe.model.gpt import GPT
@@ -41,6 +48,7 @@ def apply_zero(
             if block.moe.num_experts // ep % mesh.expert_data_size(ep):
                 of_experts["shard_placement_fn"] = _spare_dims(block.moe.experts, mesh.expert_data_size(ep))
             _shard(block.moe.experts, mesh.expert_data(ep), **of_experts)
+            register_fsdp_forward_method(block.moe.experts, "in_one_call")
         _shard(block, mesh.data, **kind)
     _shard(model, mesh.data, **kind | {"reshard_after_forward": False})
 

@@ -11,8 +11,9 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
     world_size, degrees     tp pp cp dp etp ep (each distinct degree) zero_stage
     precision               what matrices are computed in
     layers                  one per layer: layer (from 1), experts (1: dense), experts_per_rank, expert_parallel,
-                            expert_data_parallel, mlp (dense, standard or residual), width (of an expert, or of the dense MLP);
-                            latent_width and shared_expert_width where there are such
+                            expert_data_parallel, dispatcher (null: dense), mlp (dense, standard or residual), width (of an
+                            expert, or of the dense MLP); latent_width and shared_expert_width where there are such; dispatcher_why
+                            where the dispatcher is not the one asked for by name
     vocabulary              size, padded, and whether it is known
     parameters              total, active (per token), by_part, active_by_part
     per_rank                fullest and emptiest: rank, dense_parameters, expert_parameters, bytes (parameters, gradients,
@@ -23,7 +24,7 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
     teacher                 of distillation, null without: layers (their experts), parameters (total, active), flops_per_token (forward
                             alone), stop_iters, stop_tokens, per_rank: fullest and emptiest: rank, dense_parameters,
                             expert_parameters, bytes (parameters, gathered). It comes on top of per_rank
-    groups                  tp dp pp cp: number, size, stride, ranks; ep and edp the same for each degree. Above 128 ranks
+    groups                  tp dp pp cp etp: number, size, stride, ranks; ep and edp the same for each degree. Above 128 ranks
                             `ranks` has the first and the last group only; the others follow by stride
     batch                   micro_batch_size, global_batch_size, micro_batches_per_step (of a rank), tokens_per_step; sizes: from_step,
                             sequences, length of each phase of a ramp-up or curriculum, the last of them without an end
@@ -52,15 +53,18 @@ import torch
 
 from megatron_moe.checkpoint.preflight import load_problems, teacher_problems
 from megatron_moe.config.flags import ConfigError, fields_of
+from megatron_moe.config.parallel import split_over_nodes
 from megatron_moe.config.presets import GPT2_VOCAB_SIZE
 from megatron_moe.config.run import GROUPS, RunConfig
 from megatron_moe.config.training import DECAY_LENGTHS, RUN_LENGTHS, WARMUP_LENGTHS
 from megatron_moe.data.loader import data_problems, prefixes_of, training_sizes
 from megatron_moe.model.flops import ParameterCounts, flops_per_token, parameter_counts
 from megatron_moe.model.loss import columns_at_a_time
-from megatron_moe.mpu.groups import Groups, dense_groups, expert_groups
+from megatron_moe.moe.dispatch import choose
+from megatron_moe.mpu.groups import Groups, dense_groups, expert_groups, expert_tensor_groups
 from megatron_moe.optimizer.schedule import build_schedule
 from megatron_moe.parallel.apply import build_parallel_mesh, build_sharded_model
+from megatron_moe.parallel.expert import capacity_factor_of
 from megatron_moe.parallel.footprint import Footprint, footprint
 from megatron_moe.tokenizers import Tokenizer, build_tokenizer
 from megatron_moe.training.preflight import schedule_problems, tokenizer_problems, vocab_size_of
@@ -192,7 +196,7 @@ def _degrees(run: RunConfig, world_size: int) -> dict[str, Any]:
     p = run.parallel
     return {
         "tp": p.tensor_model_parallel_size, "pp": p.pipeline_model_parallel_size, "cp": p.context_parallel_size,
-        "dp": run.data_parallel_size(world_size), "etp": p.expert_tensor_parallel_size, "ep": run.expert_degrees(),
+        "dp": run.data_parallel_size(world_size), "etp": p.etp, "ep": run.expert_degrees(),
         "zero_stage": p.zero_stage,
     }  # fmt: skip
 
@@ -202,16 +206,31 @@ def _precision(run: RunConfig) -> str:
 
 
 def _layers(run: RunConfig, world_size: int) -> Iterator[dict[str, Any]]:
-    stage = world_size // run.parallel.pipeline_model_parallel_size
+    stage, etp = world_size // run.parallel.pipeline_model_parallel_size, run.parallel.etp
     for layer, experts in enumerate(run.moe.experts_per_layer(run.model.num_layers), start=1):
         ep = run.moe.expert_parallel_degree(experts) if experts > 1 else 1
         beside = {"latent_width": run.moe.moe_latent_size, "shared_expert_width": run.moe.moe_shared_expert_intermediate_size}
         yield {
             "layer": layer, "experts": experts, "experts_per_rank": experts // ep, "expert_parallel": ep,
-            "expert_data_parallel": stage // (ep * run.parallel.expert_tensor_parallel_size) if experts > 1 else None,
+            "expert_data_parallel": stage // (ep * etp) if experts > 1 else None,
+            "dispatcher": None,
             "mlp": run.moe.mlp_type if experts > 1 else "dense",
             "width": run.moe.expert_ffn_size(run.model.ffn_size) if experts > 1 else run.model.ffn_size,
-        } | {name: width for name, width in beside.items() if width and experts > 1}  # fmt: skip
+        } | (_dispatcher(run, world_size, experts, ep) if experts > 1 else {}) | {
+            name: width for name, width in beside.items() if width and experts > 1
+        }  # fmt: skip
+
+
+def _dispatcher(run: RunConfig, world_size: int, experts: int, ep: int) -> dict[str, str]:
+    """Of a layer, as parallel/expert.py would build it."""
+    node_size = run.node_size(world_size)
+    across, within = (1, ep) if node_size is None else split_over_nodes(ep, run.parallel.etp, node_size)
+    c = run.moe
+    choice = choose(
+        c.moe_token_dispatcher, experts, c.topk, ep, run.parallel.etp, capacity_factor_of(c), c.moe_pad_expert_input_to_capacity,
+        c.moe_overlap_chunks, across if within > 1 else 1,
+    )  # fmt: skip
+    return {"dispatcher": choice.name} | ({"dispatcher_why": choice.why} if choice.why else {})
 
 
 def _by_part(counts: ParameterCounts) -> tuple[dict[str, int], dict[str, int]]:
@@ -256,8 +275,6 @@ def layout_unknown(run: RunConfig) -> str | None:
     reasons = {
         "--pipeline-model-parallel-size": p.pipeline_model_parallel_size > 1,
         "--context-parallel-size": p.context_parallel_size > 1,
-        "--expert-tensor-parallel-size": p.expert_tensor_parallel_size > 1,
-        "--enable-expert-tensor-parallelism": p.enable_expert_tensor_parallelism,
     }
     named = [flag for flag, is_used in reasons.items() if is_used]
     return f"{' and '.join(named)} would change what a rank holds, and is not built yet" if named else None
@@ -324,11 +341,9 @@ def _groups(run: RunConfig, world_size: int) -> dict[str, Any]:
     tp, pp, cp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
     dense = dense_groups(world_size, tp, pp, cp)
     table: dict[str, Any] = {axis: _group_table(dense[axis], world_size) for axis in ("tp", "dp", "pp", "cp")}
-    table |= {"ep": {}, "edp": {}}
+    table |= {"etp": _group_table(expert_tensor_groups(world_size, p.etp, pp), world_size), "ep": {}, "edp": {}}
     for degree in run.expert_degrees():
-        ep, edp = expert_groups(
-            world_size, degree, tp=tp, pp=pp, etp=p.expert_tensor_parallel_size, expert_tensor_parallel=p.enable_expert_tensor_parallelism
-        )
+        ep, edp = expert_groups(world_size, degree, tp=tp, pp=pp, etp=p.etp)
         table["ep"][str(degree)] = _group_table(ep, world_size)
         table["edp"][str(degree)] = _group_table(edp, world_size)
     return table

@@ -362,7 +362,7 @@ def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model
     logger.info("%s parameters, %s active per token; %.3g FLOPs per step", f"{counts.total:,}", f"{counts.active:,}", flops)
     logger.info(
         "%d rank(s) on %s: dp %d, tp %d, ZeRO %d, %s", world.size, world.device.type, mesh.size("dp"), mesh.size("tp"), mesh.zero_stage,
-        ", ".join(f"ep {ep}" for ep in sorted(mesh.experts)) or "no experts",
+        ", ".join(f"ep {ep}" + f" x etp {c.parallel.etp}" * (c.parallel.etp > 1) for ep in sorted(mesh.experts)) or "no experts",
     )  # fmt: skip
     if c.distillation.is_on:
         teacher = parameter_counts(c.teacher().model, c.teacher().moe, prepared.vocab_size)
@@ -370,6 +370,8 @@ def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model
     for moe in moe_layers(model):
         logger.info("layer %d: %d experts of %s, expert-parallel %d, %s dispatch", moe.layer, moe.num_experts, kind_of_experts(c),
                     c.moe.expert_parallel_degree(moe.num_experts), moe.dispatcher.name)  # fmt: skip
+    for why in dict.fromkeys(moe.dispatcher.why for moe in moe_layers(model) if moe.dispatcher.why):
+        logger.info("--moe-token-dispatcher %s, %s", c.moe.moe_token_dispatcher, why)
     logger.info("%d iterations of %d sequences (%d tokens), %d microbatch(es) per rank", total, batch, step_tokens,
                 c.num_microbatches(world.size))  # fmt: skip
     if len(phases := c.pace(world.size).phases) > 1:

@@ -27,7 +27,7 @@ SETTINGS = """
     hidden-dropout attention-dropout layernorm-epsilon make-vocab-size-divisible-by seed finetune
     no-load-optim no-save-optim exit-on-missing-checkpoint kill-switch-file untie-embeddings-and-output-weights swiglu normalization
     use-rotary-position-embeddings rotary-position-embeddings-theta disable-bias-linear bf16 reset-position-ids reset-attention-mask
-    eod-mask-loss distributed-backend sgd-momentum optimizer
+    eod-mask-loss distributed-backend sgd-momentum optimizer enable-expert-tensor-parallelism
     mos kd kd-alpha-ce kd-beta-ce kd-temp reset-iteration load-teacher num-layers-teacher num-experts-teacher hidden-size-teacher
     num-attention-heads-teacher rampup-batch-size start-weight-decay end-weight-decay weight-decay-incr-style
     fp16 hysteresis loss-scale initial-loss-scale min-loss-scale loss-scale-window cpu-optimizer
@@ -49,7 +49,7 @@ WITHOUT_MEANING = """
 """
 
 NOT_BUILT = """
-    pipeline-model-parallel-size enable-expert-tensor-parallelism sequence-parallel num-experts-switch inference skip-train
+    pipeline-model-parallel-size sequence-parallel num-experts-switch inference skip-train
     load-tag universal-checkpoint ds-sequence-parallel-size force-ds-sequence-parallel
     ds-sequence-parallel-fpdt ds-sequence-parallel-fpdt-chunk-size ds-sequence-parallel-fpdt-offloading random-ltd
     data-efficiency-curriculum-learning return-data-index train-idx-path train-desc-path train-doc-idx-path
@@ -125,6 +125,7 @@ def test_what_the_examples_say_arrives():
         "--kd-alpha-ce 1 --kd-beta-ce 2 --kd-temp 1.0 --num-layers-teacher 24 --num-experts-teacher 32 64 --load-teacher x",
         "--wandb-exp-name x --wandb-entity y",
         "--enable-expert-tensor-parallelism --sequence-parallel --tensor-model-parallel-size 1",
+        "--expert-tensor-parallel-size 1",
         "--local_rank 3",
         "--local-rank=3",
         "--local_rank -1",

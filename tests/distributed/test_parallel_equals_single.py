@@ -11,7 +11,7 @@ from distributed.precision_rows import PRECISION_LAYOUTS
 pytestmark = pytest.mark.distributed
 
 PADDED = "--moe-pad-expert-input-to-capacity"
-QUICK = [  # model, world size, flags. Rows in which tests/distributed/test_planted_faults.py plants a fault, and one of each other kind
+QUICK = [  # model, world size, flags: always
     *(("pyramid", 2, f"--zero-stage {z}") for z in (0, 1, 2, 3)),
     *(("pyramid", 2, f"--zero-stage {z} --moe-expert-parallel-size 2") for z in (1, 3)),
     ("pyramid", 2, "--zero-stage 1 --tensor-model-parallel-size 2"),
@@ -65,8 +65,51 @@ MATRIX = [  # the other pairs and triples: with --full
     ("modules", 4, f"--zero-stage 3 --moe-expert-parallel-size 4 {PADDED}"),
     ("losses", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2"),
 ]
-LAYOUTS += PRECISION_LAYOUTS
+EP2, TP2, ETP2 = "--moe-expert-parallel-size 2", "--tensor-model-parallel-size 2", "--expert-tensor-parallel-size 2"
+FULL, ALLTOALL, ALLGATHER = "--recompute-granularity full", "--moe-token-dispatcher alltoall", "--moe-token-dispatcher allgather"
+NODES2 = "--moe-token-dispatcher hierarchical --moe-node-size 2"
+EXPERT_LAYOUTS = [
+    # experts cut over ranks that are data ranks, tensor-parallel ranks, or both
+    ("pyramid", 2, f"--zero-stage 3 {ETP2}"),
+    ("pyramid", 2, f"--zero-stage 0 {TP2} --enable-expert-tensor-parallelism {ALLTOALL} {FULL}"),
+    ("modern", 2, f"--zero-stage 1 {ETP2} {ALLTOALL}"),
+    ("dropping", 2, f"--zero-stage 1 {ETP2} {PADDED}"),
+    ("pyramid", 4, f"--zero-stage 3 {EP2} {ETP2} {ALLTOALL}"),
+    ("pyramid", 4, f"--zero-stage 0 {TP2} {EP2} {ETP2} {ALLGATHER} {FULL}"),
+    ("latent", 4, f"--zero-stage 1 {EP2} {ETP2} {ALLTOALL} --moe-overlap-chunks 2"),
+    ("shared", 4, f"--zero-stage 3 --tensor-model-parallel-size 4 {EP2} {ETP2} {FULL}"),
+    ("dropping", 4, f"--zero-stage 3 {EP2} {ETP2} {PADDED} {FULL}"),
+    ("dropping", 4, f"--zero-stage 2 {EP2} {ETP2} {ALLGATHER}"),
+    ("noisy", 4, f"--zero-stage 1 {TP2} --expert-tensor-parallel-size 4"),
+    ("deepseek", 4, f"--zero-stage 3 {ETP2} {ALLTOALL} {FULL}"),  # slices of sharded experts: edp 2
+    ("student", 4, f"--zero-stage 3 {TP2} {EP2} --enable-expert-tensor-parallelism"),
+    ("losses", 4, f"--zero-stage 2 {TP2} {EP2} {ETP2} {PADDED}"),
+    ("pyramid", 8, f"--zero-stage 3 {TP2} --moe-expert-parallel-size 4 {ETP2} {ALLTOALL}"),  # degrees 2 and 4
+    # two stages; the layer with two experts is on one node
+    ("pyramid", 4, f"--zero-stage 3 --moe-expert-parallel-size 4 {NODES2} {FULL}"),
+    ("dropping", 4, f"--zero-stage 1 --moe-expert-parallel-size 4 {NODES2}"),
+    ("modern", 4, f"--zero-stage 2 {TP2} --moe-expert-parallel-size 4 {NODES2}"),
+    ("latent", 4, f"--zero-stage 0 --moe-expert-parallel-size 4 {NODES2} --moe-overlap-chunks 2"),
+    ("pyramid", 8, f"--zero-stage 1 {TP2} --moe-expert-parallel-size 8 {NODES2}"),
+    (
+        "pyramid",
+        8,
+        f"--zero-stage 3 {TP2} --moe-expert-parallel-size 4 {ETP2} --moe-token-dispatcher hierarchical --moe-node-size 4 {FULL}",
+    ),
+    # parts that do not divide
+    ("pyramid", 2, f"--zero-stage 3 {EP2} --moe-overlap-chunks 4 {FULL}"),  # 30 tokens
+    ("noisy", 2, f"--zero-stage 1 {TP2} {EP2} --moe-overlap-chunks 2"),  # 15
+    ("modules", 2, f"--zero-stage 0 {EP2} --moe-overlap-chunks 3"),
+    ("dropping", 4, "--zero-stage 2 --moe-expert-parallel-size 4 --moe-overlap-chunks 3"),
+    ("modern", 4, f"--zero-stage 3 --tensor-model-parallel-size 4 {EP2} --moe-overlap-chunks 3"),  # 8 or 6
+]
+for further in (EXPERT_LAYOUTS, PRECISION_LAYOUTS):
+    QUICK += further[::4]
+    MATRIX += [row for row in further if row not in QUICK]
+LAYOUTS = QUICK + MATRIX
 FAST = [
+    ("pyramid", 4, f"--zero-stage 3 {TP2} {EP2} {ETP2} {ALLTOALL} --moe-overlap-chunks 2"),
+    ("latent", 4, f"--zero-stage 1 --moe-expert-parallel-size 4 {NODES2}"),
     ("pyramid", 2, "--zero-stage 1 --moe-expert-parallel-size 2"),
     ("pyramid", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4"),
     ("modern", 4, "--zero-stage 2 --moe-expert-parallel-size 4"),

@@ -1,6 +1,6 @@
 """Negative controls: with one ingredient left out, a parity test must turn red. A check that cannot fail proves nothing.
 
-Each fault is planted in the workers of one row of `test_parallel_equals_single.QUICK`, and the test of that row is called: it must
+Each fault is planted in the workers of one row of `test_parallel_equals_single.LAYOUTS`, and the test of that row is called: it must
 fail. The table also names the quantity that sees the fault, and by how much at least, so that no fault is found by luck.
 """
 
@@ -333,6 +333,92 @@ def replicas_start_apart():
         yield
 
 
+# ---------------------------------------------------------------- experts that are cut, and ways that have several legs
+
+
+@contextmanager
+def expert_gradients_multiplied_by_etp():
+    """Parts are summed by an all-reduce whose backward sums once more."""
+    from megatron_moe.moe.dispatch.slices import Slices
+
+    original = Slices.sum
+
+    def summed(self, *args):
+        y = original(self, *args)
+        return y * self.size - y.detach() * (self.size - 1)
+
+    with mock.patch.object(Slices, "sum", summed):
+        yield
+
+
+@contextmanager
+def output_bias_of_every_slice():
+    """Each slice adds the whole bias."""
+    from megatron_moe.moe.experts import Experts
+
+    with mock.patch.object(Experts, "cut_into"):
+        yield
+
+
+@contextmanager
+def parts_of_results_not_summed():
+    """What the slice here has computed passes for the result."""
+    from megatron_moe.moe.dispatch.slices import Slices
+
+    def own_part(self, rows, rows_S=None):
+        sizes = [len(rows) // self.size] * self.size if rows_S is None else rows_S
+        return rows.split(sizes)[self.rank]
+
+    with mock.patch.object(Slices, "sum", own_part):
+        yield
+
+
+@contextmanager
+def capacity_of_one_slice():
+    """The gathered tokens of one slice bound the room for those of all."""
+    from megatron_moe.moe.dispatch import allgather
+
+    original = allgather.most_rows
+    with mock.patch.object(allgather, "most_rows", lambda rows, *rest: original(rows, *rest) // 2):
+        yield
+
+
+@contextmanager
+def rows_sent_to_other_nodes():
+    """Between the two legs rows stay as they came: by neighbour, where they should be by node."""
+    from megatron_moe.moe.dispatch.alltoall import Leg, Traffic
+
+    with mock.patch.object(Traffic, "leg", lambda self, part, send, receive: Leg(self.group, send, receive)):
+        yield
+
+
+@contextmanager
+def parts_in_another_order():
+    """The last part of the tokens travels by the plan of the first."""
+    from megatron_moe.moe.dispatch.overlap import OverlappedDispatcher
+
+    original = OverlappedDispatcher.plan
+
+    def plan(self, *args):
+        made = original(self, *args)
+        return dataclasses.replace(made, parts=made.parts[::-1])
+
+    with mock.patch.object(OverlappedDispatcher, "plan", plan):
+        yield
+
+
+@contextmanager
+def each_part_is_a_forward_of_its_own():
+    """FSDP ends the experts' backward behind the first part that it sees, and what comes after is lost or too late."""
+    from megatron_moe.moe.dispatch.overlap import OverlappedDispatcher
+
+    def through(self, experts, x, ids, weights, plan):
+        return self._pipeline(weights, plan, lambda *args: experts(*args) * 1.0, x)
+
+    with mock.patch.object(OverlappedDispatcher, "through", through):
+        yield
+
+
 # ---------------------------------------------------------------- what routing policies must know
 
 
@@ -537,6 +623,12 @@ LATENT = "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-si
 LOSSES_EP2 = f"--zero-stage 2 {EP2}"
 LOSSES_TP4 = "--zero-stage 1 --tensor-model-parallel-size 4 --moe-expert-parallel-size 4"
 NOISY = "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"
+CUT = [  # by an all-gather, by an all-to-all, padded, with a capacity
+    ("pyramid", 2, f"--zero-stage 3 {rows.ETP2}"),
+    ("pyramid", 4, f"--zero-stage 3 {EP2} {rows.ETP2} {rows.ALLTOALL}"),
+    ("dropping", 2, f"--zero-stage 1 {rows.ETP2} {rows.PADDED}"),
+    ("dropping", 4, f"--zero-stage 2 {EP2} {rows.ETP2} {rows.ALLGATHER}"),
+]
 
 PLANTED = [  # fault, the row that turns red, the quantity that sees it, its error at least
     (fsdp_averages, ("pyramid", 2, f"--zero-stage 1 {EP2}"), "gradient layers.1.mlp.fc1.weight", 0.4),
@@ -569,6 +661,15 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
     (padded_rows_by_rank, ("dropping", 2, f"--zero-stage 1 {EP2} {rows.PADDED}"), "loss 0", 1e-6),
     (modules_drawn_by_local_number, ("modules", 4, f"--zero-stage 1 {EP2} --moe-token-dispatcher allgather"), "loss 0", 1e-6),
     (modules_without_gate_weight, ("modules", 2, f"--zero-stage 0 {TP2}"), "gradient layers.3.moe.experts.stack.scale", 1e-3),
+    (expert_gradients_multiplied_by_etp, CUT[0], "gradient layers.3.moe.experts.w1", 0.9),
+    (expert_gradients_multiplied_by_etp, CUT[1], "gradient layers.3.moe.experts.w1", 0.9),
+    (output_bias_of_every_slice, CUT[1], "gradient layers.3.moe.experts.b2", 0.9),
+    (parts_of_results_not_summed, CUT[0], "loss 0", 1e-6),
+    (parts_of_results_not_summed, CUT[1], "loss 0", 1e-6),
+    (parts_of_results_not_summed, CUT[2], "loss 0", 1e-6),
+    (capacity_of_one_slice, CUT[3], "loss 0", 1e-6),
+    (rows_sent_to_other_nodes, ("dropping", 4, f"--zero-stage 1 --moe-expert-parallel-size 4 {rows.NODES2}"), "loss 0", 1e-6),
+    (parts_in_another_order, ("dropping", 4, "--zero-stage 2 --moe-expert-parallel-size 4 --moe-overlap-chunks 3"), "loss 0", 1e-6),
     (replay_draws_anew, ("noisy", 4, NOISY), "gradient layers.1.mlp.fc1.weight", 0.05),
     (routing_recomputed, ("pyramid", 4, EP4_RECOMPUTED), "routing 3 in step 0", 0.5),
     (replicas_start_apart, ("pyramid", 2, "--zero-stage 0"), "loss 0", 1e-3),
@@ -604,7 +705,7 @@ def layout_with(fault, model: str, flags: str):
 
 @pytest.mark.parametrize(("fault", "row", "seen_in", "at_least"), PLANTED, ids=[f"{fault.__name__}-{row[2]}" for fault, row, *_ in PLANTED])
 def test_planted_fault_turns_a_parity_test_red(fault, row, seen_in, at_least, monkeypatch):
-    assert row in rows.QUICK, "the fault must be planted in a test that runs"
+    assert row in rows.LAYOUTS, "the fault must be planted in a test that runs"
     monkeypatch.setattr(rows, "run_distributed", lambda layout, world, *args: run_distributed(layout_with, world, fault, *args))
     seen, errors = {}, parity.errors
     monkeypatch.setattr(parity, "errors", lambda found, expected: seen.update(errors(found, expected)) or seen)

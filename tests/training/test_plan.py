@@ -184,6 +184,9 @@ WORLDS = [  # ranks and flags: the pyramid of runs.SMALL has 2 and 4 experts, so
     (4, "--zero-stage 2 --moe-expert-parallel-size 2 --bf16 --num-experts 1 2 2"),
     (4, "--zero-stage 3 --moe-expert-parallel-size 4 --tensor-model-parallel-size 2 --bf16"),
     (4, "--zero-stage 3 --hidden-size 36 --num-experts 1 2 6 --moe-expert-parallel-size 2 --params-dtype float64"),
+    (4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --enable-expert-tensor-parallelism --bf16"),
+    (4, "--zero-stage 1 --tensor-model-parallel-size 2 --expert-tensor-parallel-size 4"),
+    (4, "--zero-stage 0 --moe-expert-parallel-size 4 --moe-token-dispatcher hierarchical --moe-node-size 2"),
 ]
 VOCAB = 60
 
