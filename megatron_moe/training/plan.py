@@ -8,7 +8,7 @@ ranks more - and for the last rank, the emptiest.
 
 Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one such object:
 
-    world_size, degrees     tp pp cp dp etp ep (each distinct degree) zero_stage
+    world_size, degrees     tp pp cp dp etp ep (each distinct degree) zero_stage replicas (of what ZeRO shards)
     precision               what matrices are computed in
     layers                  one per layer: layer (from 1), experts (1: dense), experts_per_rank, expert_parallel,
                             expert_data_parallel, mlp (dense, standard or residual), width (of an expert, or of the dense MLP);
@@ -21,7 +21,8 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
     teacher                 of distillation, null without: layers (their experts), parameters (total, active), flops_per_token (forward
                             alone), stop_iters, stop_tokens, per_rank: fullest and emptiest: rank, dense_parameters,
                             expert_parameters, bytes (parameters, gathered). It comes on top of per_rank
-    groups                  tp dp pp cp: number, size, stride, ranks; ep and edp the same for each degree. Above 128 ranks
+    groups                  tp dp pp cp: number, size, stride, ranks; ep and edp the same for each degree. With hybrid
+                            sharding shard and replicate, and for each degree expert_shard and expert_replicate. Above 128 ranks
                             `ranks` has the first and the last group only; the others follow by stride
     batch                   micro_batch_size, global_batch_size, micro_batches_per_step (of a rank), tokens_per_step; sizes: from_step,
                             sequences, length of each phase of a ramp-up or curriculum, the last of them without an end
@@ -42,6 +43,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -188,7 +190,7 @@ def _degrees(run: RunConfig, world_size: int) -> dict[str, Any]:
     return {
         "tp": p.tensor_model_parallel_size, "pp": p.pipeline_model_parallel_size, "cp": p.context_parallel_size,
         "dp": run.data_parallel_size(world_size), "etp": p.expert_tensor_parallel_size, "ep": run.expert_degrees(),
-        "zero_stage": p.zero_stage,
+        "zero_stage": p.zero_stage, "replicas": p.num_distributed_optimizer_instances,
     }  # fmt: skip
 
 
@@ -251,7 +253,6 @@ def layout_unknown(run: RunConfig) -> str | None:
     p = run.parallel
     reasons = {
         "--pipeline-model-parallel-size": p.pipeline_model_parallel_size > 1,
-        "--context-parallel-size": p.context_parallel_size > 1,
         "--expert-tensor-parallel-size": p.expert_tensor_parallel_size > 1,
         "--enable-expert-tensor-parallelism": p.enable_expert_tensor_parallelism,
     }
@@ -308,13 +309,24 @@ def _groups(run: RunConfig, world_size: int) -> dict[str, Any]:
     dense = dense_groups(world_size, tp, pp, cp)
     table: dict[str, Any] = {axis: _group_table(dense[axis], world_size) for axis in ("tp", "dp", "pp", "cp")}
     table |= {"ep": {}, "edp": {}}
+    replicas = p.num_distributed_optimizer_instances
+    if replicas > 1:
+        data_ranks = dense_groups(world_size, tp, pp)["dp"]  # those of dp and cp together
+        table |= _hybrid_tables(data_ranks, replicas, world_size) | {"expert_shard": {}, "expert_replicate": {}}
     for degree in run.expert_degrees():
         ep, edp = expert_groups(
             world_size, degree, tp=tp, pp=pp, etp=p.expert_tensor_parallel_size, expert_tensor_parallel=p.enable_expert_tensor_parallelism
         )
         table["ep"][str(degree)] = _group_table(ep, world_size)
         table["edp"][str(degree)] = _group_table(edp, world_size)
+        if replicas > 1:
+            for name, groups in _hybrid_tables(edp, math.gcd(replicas, len(edp[0])), world_size).items():
+                table[f"expert_{name}"][str(degree)] = groups
     return table
+
+
+def _hybrid_tables(pools: Groups, replicas: int, world_size: int) -> dict[str, Any]:
+    return {name: _group_table(groups, world_size) for name, groups in zip(("shard", "replicate"), hybrid_groups(pools, replicas))}
 
 
 def _group_table(groups: Groups, world_size: int) -> dict[str, Any]:
