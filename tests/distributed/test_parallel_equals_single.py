@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 from distributed_pool import run_distributed
 
-from distributed import parity
+from distributed import parity, sequence_layouts
 
 pytestmark = pytest.mark.distributed
 
 PADDED = "--moe-pad-expert-input-to-capacity"
 LAYOUTS = [  # model, world size, flags
+    *sequence_layouts.LAYOUTS,
     *(("pyramid", 1, f"--zero-stage {z}") for z in (0, 3)),
     *(("pyramid", 2, f"--zero-stage {z}") for z in (0, 1, 2, 3)),
     *(("pyramid", 2, f"--zero-stage {z} --moe-expert-parallel-size 2") for z in (0, 1, 2, 3)),
@@ -61,6 +62,7 @@ LAYOUTS = [  # model, world size, flags
     ("losses", 4, "--zero-stage 1 --tensor-model-parallel-size 4 --moe-expert-parallel-size 4"),  # slices end within a sequence
 ]
 FAST = [
+    *sequence_layouts.FAST,
     ("pyramid", 2, "--zero-stage 1 --moe-expert-parallel-size 2"),
     ("pyramid", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4"),
     ("modern", 4, "--zero-stage 2 --moe-expert-parallel-size 4"),
@@ -78,4 +80,4 @@ def test_layout_equals_one_process_in_float64(model, world, flags):
 @pytest.mark.parametrize(("model", "world", "flags"), FAST, ids=lambda v: str(v).replace("--", "").replace(" ", "_"))
 def test_layout_equals_one_process_in_float32_with_fast_kernels(model, world, flags):
     found = run_distributed(parity.layout, world, model, f"{parity.FP32} {flags}")[0]
-    parity.check(found, parity.reference(model, parity.FP32), 1e-5)
+    parity.check(found, parity.expected(model, world, flags, parity.FP32), 1e-5)
