@@ -187,6 +187,12 @@ class VocabParallelProjection:
         hidden = hidden.redistribute(placements=[Replicate()])  # its gradient is summed over ranks
         return torch.nn.functional.linear(hidden, weight_VD).to_local()
 
+    def gather(self, logits_Tv: Tensor) -> Tensor:
+        """The columns of all ranks, [T, V]. No gradient: for those who write."""
+        columns = [torch.empty_like(logits_Tv) for _ in range(self.mesh.size())]
+        dist.all_gather(columns, logits_Tv.contiguous(), group=self.mesh.get_group())
+        return torch.cat(columns, dim=1)
+
 
 class VocabParallelLosses:
     """Cross-entropy from logits whose columns are spread over the group (Megatron-LM, arXiv 1909.08053, section 3)."""
