@@ -8,7 +8,8 @@ ranks more - and for the last rank, the emptiest.
 
 Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one such object:
 
-    world_size, degrees     tp pp cp dp etp ep (each distinct degree) zero_stage replicas (of what ZeRO shards)
+    world_size, degrees     tp pp cp dp etp ep (each distinct degree) zero_stage, and
+                            replicas of what ZeRO shards where there are several
     precision               what matrices are computed in
     layers                  one per layer: layer (from 1), experts (1: dense), experts_per_rank, expert_parallel,
                             expert_data_parallel, mlp (dense, standard or residual), width (of an expert, or of the dense MLP);
@@ -56,7 +57,7 @@ from megatron_moe.config.run import GROUPS, RunConfig
 from megatron_moe.config.training import DECAY_LENGTHS, RUN_LENGTHS, WARMUP_LENGTHS
 from megatron_moe.data.loader import data_problems, prefixes_of, training_sizes
 from megatron_moe.model.flops import ParameterCounts, flops_per_token, parameter_counts
-from megatron_moe.mpu.groups import Groups, dense_groups, expert_groups
+from megatron_moe.mpu.groups import Groups, dense_groups, expert_groups, hybrid_groups
 from megatron_moe.optimizer.schedule import build_schedule
 from megatron_moe.parallel.apply import build_parallel_mesh, build_sharded_model
 from megatron_moe.parallel.footprint import Footprint, footprint
@@ -190,8 +191,8 @@ def _degrees(run: RunConfig, world_size: int) -> dict[str, Any]:
     return {
         "tp": p.tensor_model_parallel_size, "pp": p.pipeline_model_parallel_size, "cp": p.context_parallel_size,
         "dp": run.data_parallel_size(world_size), "etp": p.expert_tensor_parallel_size, "ep": run.expert_degrees(),
-        "zero_stage": p.zero_stage, "replicas": p.num_distributed_optimizer_instances,
-    }  # fmt: skip
+        "zero_stage": p.zero_stage,
+    } | ({"replicas": p.num_distributed_optimizer_instances} if p.num_distributed_optimizer_instances > 1 else {})  # fmt: skip
 
 
 def _precision(run: RunConfig) -> str:

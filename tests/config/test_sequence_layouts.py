@@ -7,7 +7,7 @@ import pytest
 from megatron_moe.arguments import parse_args
 from megatron_moe.config.flags import ConfigError
 
-TINY = "--preset tiny --mock-data --train-iters 2"  # 128 tokens, 4 heads
+TINY = "--preset tiny --mock-data --train-iters 2 --micro-batch-size 1 --global-batch-size 24"  # 128 tokens, 4 heads
 CP2, SP = "--context-parallel-size 2", "--sequence-parallel"
 
 

@@ -662,7 +662,12 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
     (chunks_that_are_neighbours, BALANCED_CP2, "loss 0", 1e-6),
     (key_gradients_of_own_queries, CP2, "gradient layers.1.attn.k_proj.weight", 0.05),
     (queries_taken_for_the_first, CP2, "loss 0", 1e-6),
-    (shared_heads_of_one_rank, ("pyramid", 4, "--zero-stage 1 --tensor-model-parallel-size 4"), "gradient layers.1.attn.v_proj.weight", 0.05),
+    (
+        shared_heads_of_one_rank,
+        ("pyramid", 4, "--zero-stage 1 --tensor-model-parallel-size 4"),
+        "gradient layers.1.attn.v_proj.weight",
+        0.05,
+    ),
     (replicas_not_summed, HYBRID, "gradient layers.1.mlp.fc1.weight", 0.1),
 ]
 

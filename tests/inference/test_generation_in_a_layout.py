@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from distributed import parity
 from distributed_pool import run_distributed
 
-from distributed import parity
 from megatron_moe.config.sampling import SamplingConfig
 from megatron_moe.inference.generate import generate
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model

@@ -68,7 +68,7 @@ def test_meshes_and_getters_have_the_groups_of_the_tables(tp, cp, replicas, degr
 
 
 def plan_of(words: str, world: int) -> dict:
-    parsed = parse_args(f"--preset tiny --mock-data --train-iters 2 {words}".split())
+    parsed = parse_args(f"--preset tiny --mock-data --train-iters 2 --micro-batch-size 1 --global-batch-size 8 {words}".split())
     return json.loads(as_json(build_plan(parsed.run, world, parsed.given)))
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from distributed_pool import run_distributed
-from training import runs
 
 from megatron_moe.metrics.reader import read_records
+from training import runs
 
 pytestmark = pytest.mark.distributed
 
