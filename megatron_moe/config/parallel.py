@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -18,19 +19,23 @@ class ParallelConfig:
         1, "tensor-parallel degree (TP): ranks that share each layer's matrices", names=("model-parallel-size",), minimum=1
     )
     pipeline_model_parallel_size: int = flag(1, "pipeline-parallel degree (PP)", minimum=1, not_yet="pipeline parallelism")
-    context_parallel_size: int = flag(1, "context-parallel degree (CP)", minimum=1, not_yet="context parallelism")
+    context_parallel_size: int = flag(
+        1, "context-parallel degree (CP): ranks that share each sequence; every one gathers the keys and values of all of it", minimum=1
+    )
     expert_tensor_parallel_size: int = flag(
         1, "expert-tensor-parallel degree (ETP): ranks that share each expert, cut along its inner width; need not be TP. At 1, "
         "tensor-parallel ranks are further data ranks for the experts", minimum=1)  # fmt: skip
     enable_expert_tensor_parallelism: bool = flag(False, "share each expert among the tensor-parallel ranks: ETP is TP")
-    sequence_parallel: bool = flag(False, "shard activations between the tensor-parallel regions", not_yet="sequence parallelism")
+    sequence_parallel: bool = flag(
+        False, "keep a part of each sequence on every tensor-parallel rank between attention and MLP: smaller activations, as much traffic"
+    )
     zero_stage: int = flag(
         1, "ZeRO stage through FSDP2: 0 replicas; 1 shard optimizer state and keep whole gradients until the last microbatch; "
         "2 reduce-scatter each microbatch; 3 gather parameters again in the backward", minimum=0, maximum=3)  # fmt: skip
     num_distributed_optimizer_instances: int = flag(
         1, "hybrid sharding (HSDP): ZeRO shards parameters, gradients and optimizer state over each of so many equal parts of the "
         "data ranks - say, nodes - and the parts are replicas; ZeRO 0 is all replicas without it", minimum=1,
-        names=("data-parallel-replicate-degree",), not_yet="hybrid sharding",
+        names=("data-parallel-replicate-degree",),
     )  # fmt: skip
     distributed_backend: Literal["auto", "nccl", "gloo"] = flag("auto", "collectives: nccl on CUDA, gloo elsewhere")
     distributed_timeout_minutes: float = flag(10.0, "a collective that takes longer ends the run", above=0)
@@ -43,11 +48,21 @@ class ParallelConfig:
         if self.enable_expert_tensor_parallelism and etp not in (1, tp):
             yield (f"--enable-expert-tensor-parallelism makes the expert-tensor-parallel degree that of --tensor-model-parallel-size ({tp}), "
                    f"and --expert-tensor-parallel-size is {etp}; drop one of them")  # fmt: skip
+        if self.zero_stage == 0 and self.num_distributed_optimizer_instances > 1:
+            yield (f"--num-distributed-optimizer-instances ({self.num_distributed_optimizer_instances}) replicates what ZeRO shards, and "
+                   f"--zero-stage 0 shards nothing; use --zero-stage 1, 2 or 3, or leave it out")  # fmt: skip
 
     @property
     def etp(self) -> int:
         """Ranks that share each expert."""
         return self.tensor_model_parallel_size if self.enable_expert_tensor_parallelism else self.expert_tensor_parallel_size
+
+    @property
+    def sequence_unit(self) -> int:
+        """What the length of a sequence must be a multiple of: two chunks for each context-parallel rank, and equal runs of what a rank
+        has for each tensor-parallel rank under sequence parallelism."""
+        cp, tp = self.context_parallel_size, self.tensor_model_parallel_size if self.sequence_parallel else 1
+        return math.lcm(2 * cp if cp > 1 else 1, cp * tp)
 
     @property
     def model_parallel_size(self) -> int:

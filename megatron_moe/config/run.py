@@ -108,9 +108,10 @@ class RunConfig:
         if m.num_attention_heads % tp:
             yield (f"--num-attention-heads ({m.num_attention_heads}) must be divisible by --tensor-model-parallel-size ({tp}); "
                    f"use TP {_one_of(m.num_attention_heads)}")  # fmt: skip
-        elif m.key_value_heads % tp:
-            yield (f"--num-key-value-heads ({m.key_value_heads}) must be divisible by --tensor-model-parallel-size ({tp}); "
-                   f"use TP {_one_of(m.key_value_heads)}")  # fmt: skip
+        elif m.key_value_heads % tp and tp % m.key_value_heads:
+            legal = [n for n in divisors(m.num_attention_heads) if m.key_value_heads % n == 0 or n % m.key_value_heads == 0]
+            yield (f"--num-key-value-heads ({m.key_value_heads}) must be divisible by --tensor-model-parallel-size ({tp}) or divide it; "
+                   f"use TP {', '.join(map(str, legal))}")  # fmt: skip
         if m.ffn_size % tp:
             yield f"the MLP width ({m.ffn_size}) must be divisible by --tensor-model-parallel-size ({tp}); change --ffn-hidden-size"
         shared = self.moe.moe_shared_expert_intermediate_size
@@ -124,6 +125,7 @@ class RunConfig:
         if self.moe.has_experts and width % etp:
             yield (f"the width of the experts ({width}) must be divisible by the expert-tensor-parallel degree ({etp}); use ETP "
                    f"{_one_of(width)} or change --moe-ffn-hidden-size")  # fmt: skip
+        yield from self._length_problems()
         try:
             self.moe.experts_per_layer(m.num_layers)
         except ValueError as error:
@@ -143,6 +145,23 @@ class RunConfig:
             yield "--compile makes graphs of one sequence length and --curriculum-learning has many; leave one of them out"
         if self.data.data_order == "megatron" and t.seed >= 2**32:
             yield f"--data-order megatron takes a --seed below {2**32}, not {t.seed}: that is all that Megatron's generator can be given"
+
+    def _length_problems(self) -> Iterator[str]:
+        """Sequences are cut into equal parts, the short ones of a curriculum too."""
+        p, c, unit = self.parallel, self.curriculum, self.parallel.sequence_unit
+        lengths = {"--seq-length": [self.training.seq_length]}
+        if c.curriculum_learning and c.curriculum_schedule_type == "fixed_discrete":
+            lengths["--curriculum-difficulty"] = list(c.curriculum_difficulty or ())
+        elif c.curriculum_learning:
+            names = ("curriculum_min_difficulty", "curriculum_max_difficulty", "curriculum_difficulty_step")
+            lengths |= {f"--{name.replace('_', '-')}": [getattr(c, name)] for name in names if getattr(c, name)}
+        parts = [f"2 x --context-parallel-size ({p.context_parallel_size})"] if p.context_parallel_size > 1 else []
+        if p.sequence_parallel and p.tensor_model_parallel_size > 1:
+            parts.append(f"--tensor-model-parallel-size ({p.tensor_model_parallel_size}) of --sequence-parallel")
+        for option, wrong in ((o, n) for o, values in lengths.items() for n in values if n % unit):
+            below = wrong // unit * unit
+            yield (f"{option} ({wrong}) must be divisible by {unit}, which {' and '.join(parts)} ask for; use "
+                   f"{f'{below} or ' if below else ''}{below + unit}")  # fmt: skip
 
     def _teacher_problems(self, own: list[str]) -> Iterator[str]:
         """What is wrong with the teacher and is not wrong with the student already."""
@@ -277,6 +296,10 @@ class RunConfig:
                    f"{unit}; use {f'{below} or ' if below else ''}{below + unit}")  # fmt: skip
         else:
             yield from self._ramp_problems(batch, micro * dp, f"--micro-batch-size ({micro}) x data-parallel size ({dp}) = {micro * dp}")
+        replicas, data_ranks = p.num_distributed_optimizer_instances, dp * p.context_parallel_size
+        if data_ranks % replicas:
+            yield (f"--num-distributed-optimizer-instances ({replicas}) must divide the {data_ranks} data ranks (data-parallel size {dp} x "
+                   f"--context-parallel-size {p.context_parallel_size}); use one of {_one_of(data_ranks)}")  # fmt: skip
         try:
             degrees = self.expert_degrees()
         except ValueError:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
-from megatron_moe.model.attention import Context
+from megatron_moe.model.attention import Context, all_are_here
 from megatron_moe.model.block import Block
 from megatron_moe.model.loss import chunked_token_losses, columns_at_a_time, token_divergences, token_losses
 from megatron_moe.model.norm import build_norm
@@ -26,6 +26,7 @@ from megatron_moe.utils.random import Purpose, dropout
 class GPT(nn.Module):
     """tokens [B, S] int64 -> losses or logits. `vocab_size` is the tokenizer's; rows beyond it are padding.
 
+    `locate` (context -> context) says where the tokens stand; context and sequence parallelism, under which a rank has a part, swap it.
     `project` (hidden, weight -> logits), `token_losses` (logits, labels, vocab_size -> losses), `chunked_losses` (hidden, weight,
     labels, vocab_size, chunk -> losses) and `token_divergences` (logits, those of a teacher, vocab_size, temperature -> losses) are
     swapped by tensor parallelism, under which the logits are this rank's columns only. `loss_chunk_size`: of how many columns of the
@@ -44,6 +45,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(i, n, config, moe, expert_factory) for i, n in enumerate(experts, start=1)})
         self.norm: nn.Module | None = build_norm(config)
         self.head = None if config.is_tied else nn.Linear(D, rows, bias=False)
+        self.locate: Callable[[Context], Context] = all_are_here
         self.project: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.token_losses: Callable[[Tensor, Tensor, int], Tensor] = token_losses
         self.chunked_losses: Callable[[Tensor, Tensor, Tensor, int, int], Tensor] = chunked_token_losses
@@ -60,7 +62,7 @@ class GPT(nn.Module):
         keys_BS: Tensor | None = None,
     ) -> Tensor:
         """x: tokens, or the hidden states of the stage before. Returns losses [B, S] with labels, else logits [B, S, V]."""
-        context = Context(positions_BS, segments_BS, keys_BS, x if self.embedding is not None else None)
+        context = self.locate(Context(positions_BS, segments_BS, keys_BS, x if self.embedding is not None else None))
         h_BSD = self.embed(x, context) if self.embedding is not None else x
         for block in self.layers.values():
             h_BSD = block(h_BSD, context)
@@ -78,10 +80,10 @@ class GPT(nn.Module):
         return self.token_losses(self.logits(h_BSD), labels_BS, self.vocab_size)
 
     def embed(self, tokens_BS: Tensor, context: Context) -> Tensor:
-        h_BSD = self.embedding(tokens_BS)
+        h_BSD, here = self.embedding(tokens_BS), context.of_stream
         if self.position_embedding is not None:
-            h_BSD = h_BSD + self.position_embedding(context.positions_BS)
-        return dropout(h_BSD, self.config.hidden_dropout, context.keys_BS, Purpose.EMBEDDING_DROPOUT)
+            h_BSD = h_BSD + self.position_embedding(here.positions_BS)
+        return dropout(h_BSD, self.config.hidden_dropout, here.keys_BS, Purpose.EMBEDDING_DROPOUT)
 
     @property
     def output_weight(self) -> Tensor:

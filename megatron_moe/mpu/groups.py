@@ -84,6 +84,17 @@ def _expert_pools(world: int, pp: int, etp: int) -> Groups:
     return [list(range(first + number, first + stage, etp)) for first in range(0, world, stage) for number in range(etp)]
 
 
+def hybrid_groups(pools: Groups, replicas: int) -> tuple[Groups, Groups]:
+    """(shard groups, replicate groups) of hybrid sharding: each pool of data ranks in `replicas` equal parts of ranks that follow each
+    other, and the ranks that have the same place in all parts. Two replicas of [0,1,2,3]: shard [0,1] [2,3], replicate [0,2] [1,3]."""
+    shard, replicate = [], []
+    for pool in pools:
+        size = len(pool) // replicas
+        shard += [pool[i : i + size] for i in range(0, len(pool), size)]
+        replicate += [pool[i::size] for i in range(size)]
+    return shard, replicate
+
+
 def _data_parallel_size(world: int, tp: int, pp: int, cp: int) -> int:
     flags = {
         "--tensor-model-parallel-size": tp, "--pipeline-model-parallel-size": pp, "--context-parallel-size": cp,

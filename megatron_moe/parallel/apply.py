@@ -12,9 +12,11 @@ from megatron_moe.moe.layer import moe_layers
 from megatron_moe.moe.module_experts import ExpertFactory
 from megatron_moe.mpu.mesh import ParallelMesh, build_mesh
 from megatron_moe.parallel.compile import apply_compile
+from megatron_moe.parallel.context import apply_context_parallel
 from megatron_moe.parallel.expert import apply_expert_parallel, share_counts
 from megatron_moe.parallel.offload import apply_activation_offload, is_offloaded, materialise
 from megatron_moe.parallel.recompute import apply_recompute
+from megatron_moe.parallel.sequence import apply_sequence_parallel
 from megatron_moe.parallel.tensor import apply_tensor_parallel
 from megatron_moe.parallel.zero import apply_zero
 
@@ -27,8 +29,12 @@ def parallelize(model: GPT, mesh: ParallelMesh, config: RunConfig) -> None:
     is_split = mesh.stage_ranks > 1 or half is not None or on_host
     if is_split:
         apply_expert_parallel(model, mesh, config.moe.moe_token_dispatcher)  # edits parameters by name: before anything wraps them
+    if mesh.size("cp") > 1:
+        apply_context_parallel(model, mesh.group("cp"))
     if mesh.size("tp") > 1:
-        apply_tensor_parallel(model, mesh.dense["tp"])
+        apply_tensor_parallel(model, mesh.dense["tp"], config.parallel.sequence_parallel)
+        if config.parallel.sequence_parallel:
+            apply_sequence_parallel(model, mesh.dense["tp"])  # after context parallelism: it cuts what that leaves
     share_counts(model, mesh)
     apply_recompute(model, config.training.recomputed_modules)  # inside the FSDP units: it needs their parameters gathered
     if config.training.compile:

@@ -103,6 +103,8 @@ def sync_gradients(model: nn.Module, zero_stage: int, is_last_microbatch: bool) 
     if not isinstance(model, FSDPModule):
         return
     model.set_requires_gradient_sync(is_last_microbatch or zero_stage >= 2)
+    if zero_stage >= 2:  # hybrid sharding: within each part after every microbatch, between the replicas once
+        model.set_requires_all_reduce(is_last_microbatch)
     model.set_reshard_after_backward(is_last_microbatch or zero_stage == 3)
     model.set_is_last_backward(is_last_microbatch)
 

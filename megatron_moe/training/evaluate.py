@@ -11,6 +11,7 @@ from megatron_moe.data.batch import Batch
 from megatron_moe.model.gpt import GPT
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.mpu.mesh import ParallelMesh
+from megatron_moe.parallel.context import part_of
 from megatron_moe.parallel.zero import reshard
 
 
@@ -29,7 +30,7 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     try:
         for batch in batches:
-            batch = batch.to(device)
+            batch, _ = part_of(batch.to(device), None, mesh)
             losses_BS = model(batch.tokens, batch.position_ids, batch.labels, batch.segment_ids)
             sums += torch.stack([(losses_BS * batch.loss_mask).sum().double(), batch.loss_mask.sum().double()])
             if interrupted():
@@ -39,5 +40,5 @@ def evaluate(
         reshard(model)
         for moe in moe_layers(model):
             moe.stats.reset()
-    total, tokens = mesh.sum(sums, "dp").tolist()
+    total, tokens = mesh.sum(sums, "dp", "cp").tolist()
     return Evaluation(total / max(tokens, 1.0), int(tokens))

@@ -8,7 +8,8 @@ ranks more - and for the last rank, the emptiest.
 
 Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one such object:
 
-    world_size, degrees     tp pp cp dp etp ep (each distinct degree) zero_stage
+    world_size, degrees     tp pp cp dp etp ep (each distinct degree) zero_stage, and
+                            replicas of what ZeRO shards where there are several
     precision               what matrices are computed in
     layers                  one per layer: layer (from 1), experts (1: dense), experts_per_rank, expert_parallel,
                             expert_data_parallel, dispatcher (null: dense), mlp (dense, standard or residual), width (of an
@@ -24,7 +25,8 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
     teacher                 of distillation, null without: layers (their experts), parameters (total, active), flops_per_token (forward
                             alone), stop_iters, stop_tokens, per_rank: fullest and emptiest: rank, dense_parameters,
                             expert_parameters, bytes (parameters, gathered). It comes on top of per_rank
-    groups                  tp dp pp cp etp: number, size, stride, ranks; ep and edp the same for each degree. Above 128 ranks
+    groups                  tp dp pp cp etp: number, size, stride, ranks; ep and edp the same for each degree. With hybrid
+                            sharding shard and replicate, and for each degree expert_shard and expert_replicate. Above 128 ranks
                             `ranks` has the first and the last group only; the others follow by stride
     batch                   micro_batch_size, global_batch_size, micro_batches_per_step (of a rank), tokens_per_step; sizes: from_step,
                             sequences, length of each phase of a ramp-up or curriculum, the last of them without an end
@@ -44,6 +46,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -61,7 +64,7 @@ from megatron_moe.data.loader import data_problems, prefixes_of, training_sizes
 from megatron_moe.model.flops import ParameterCounts, flops_per_token, parameter_counts
 from megatron_moe.model.loss import columns_at_a_time
 from megatron_moe.moe.dispatch import choose
-from megatron_moe.mpu.groups import Groups, dense_groups, expert_groups, expert_tensor_groups
+from megatron_moe.mpu.groups import Groups, dense_groups, expert_groups, expert_tensor_groups, hybrid_groups
 from megatron_moe.optimizer.schedule import build_schedule
 from megatron_moe.parallel.apply import build_parallel_mesh, build_sharded_model
 from megatron_moe.parallel.expert import capacity_factor_of
@@ -198,7 +201,7 @@ def _degrees(run: RunConfig, world_size: int) -> dict[str, Any]:
         "tp": p.tensor_model_parallel_size, "pp": p.pipeline_model_parallel_size, "cp": p.context_parallel_size,
         "dp": run.data_parallel_size(world_size), "etp": p.etp, "ep": run.expert_degrees(),
         "zero_stage": p.zero_stage,
-    }  # fmt: skip
+    } | ({"replicas": p.num_distributed_optimizer_instances} if p.num_distributed_optimizer_instances > 1 else {})  # fmt: skip
 
 
 def _precision(run: RunConfig) -> str:
@@ -274,7 +277,6 @@ def layout_unknown(run: RunConfig) -> str | None:
     p = run.parallel
     reasons = {
         "--pipeline-model-parallel-size": p.pipeline_model_parallel_size > 1,
-        "--context-parallel-size": p.context_parallel_size > 1,
     }
     named = [flag for flag, is_used in reasons.items() if is_used]
     return f"{' and '.join(named)} would change what a rank holds, and is not built yet" if named else None
@@ -342,11 +344,22 @@ def _groups(run: RunConfig, world_size: int) -> dict[str, Any]:
     dense = dense_groups(world_size, tp, pp, cp)
     table: dict[str, Any] = {axis: _group_table(dense[axis], world_size) for axis in ("tp", "dp", "pp", "cp")}
     table |= {"etp": _group_table(expert_tensor_groups(world_size, p.etp, pp), world_size), "ep": {}, "edp": {}}
+    replicas = p.num_distributed_optimizer_instances
+    if replicas > 1:
+        data_ranks = dense_groups(world_size, tp, pp)["dp"]  # those of dp and cp together
+        table |= _hybrid_tables(data_ranks, replicas, world_size) | {"expert_shard": {}, "expert_replicate": {}}
     for degree in run.expert_degrees():
         ep, edp = expert_groups(world_size, degree, tp=tp, pp=pp, etp=p.etp)
         table["ep"][str(degree)] = _group_table(ep, world_size)
         table["edp"][str(degree)] = _group_table(edp, world_size)
+        if replicas > 1:
+            for name, groups in _hybrid_tables(edp, math.gcd(replicas, len(edp[0])), world_size).items():
+                table[f"expert_{name}"][str(degree)] = groups
     return table
+
+
+def _hybrid_tables(pools: Groups, replicas: int, world_size: int) -> dict[str, Any]:
+    return {name: _group_table(groups, world_size) for name, groups in zip(("shard", "replicate"), hybrid_groups(pools, replicas))}
 
 
 def _group_table(groups: Groups, world_size: int) -> dict[str, Any]:

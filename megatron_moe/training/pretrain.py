@@ -360,10 +360,7 @@ def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model
     assert built == counts.total, f"parameters: built {built}, counted {counts.total}"
     experts = [n for n in c.moe.experts_per_layer(c.model.num_layers) if n > 1]
     logger.info("%s parameters, %s active per token; %.3g FLOPs per step", f"{counts.total:,}", f"{counts.active:,}", flops)
-    logger.info(
-        "%d rank(s) on %s: dp %d, tp %d, ZeRO %d, %s", world.size, world.device.type, mesh.size("dp"), mesh.size("tp"), mesh.zero_stage,
-        ", ".join(f"ep {ep}" + f" x etp {c.parallel.etp}" * (c.parallel.etp > 1) for ep in sorted(mesh.experts)) or "no experts",
-    )  # fmt: skip
+    logger.info("%d rank(s) on %s: %s", world.size, world.device.type, kind_of_layout(c, mesh))
     if c.distillation.is_on:
         teacher = parameter_counts(c.teacher().model, c.teacher().moe, prepared.vocab_size)
         logger.info("teacher: %s parameters, %s active per token", f"{teacher.total:,}", f"{teacher.active:,}")
@@ -380,9 +377,22 @@ def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model
         ))  # fmt: skip
     tracker.event(
         "start", parameters=counts.total, active_parameters=counts.active, flops_per_step=flops, world_size=world.size,
-        data_parallel=mesh.size("dp"), tensor_parallel=mesh.size("tp"), expert_parallel=sorted(mesh.experts),
+        data_parallel=mesh.size("dp"), tensor_parallel=mesh.size("tp"), context_parallel=mesh.size("cp"), expert_parallel=sorted(mesh.experts),
         zero_stage=mesh.zero_stage, experts=experts, train_iterations=total, global_batch_size=batch,
     )  # fmt: skip
+
+
+def kind_of_layout(c: RunConfig, mesh: mpu.ParallelMesh) -> str:
+    """As the log names it: `dp 2, tp 2 with sequence parallelism, cp 2, ZeRO 1 in 2 replicas, ep 4`."""
+    words = [f"dp {mesh.size('dp')}", f"tp {mesh.size('tp')}"]
+    if c.parallel.sequence_parallel and mesh.size("tp") > 1:
+        words[-1] += " with sequence parallelism"
+    if mesh.size("cp") > 1:
+        words.append(f"cp {mesh.size('cp')}")
+    replicas = c.parallel.num_distributed_optimizer_instances
+    words.append(f"ZeRO {mesh.zero_stage}" + (f" in {replicas} replicas" if replicas > 1 else ""))
+    etp = f" x etp {c.parallel.etp}" if c.parallel.etp > 1 else ""
+    return ", ".join(words + ([f"ep {ep}{etp}" for ep in sorted(mesh.experts)] or ["no experts"]))
 
 
 def kind_of_experts(c: RunConfig) -> str:

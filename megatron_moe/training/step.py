@@ -18,6 +18,7 @@ from megatron_moe.optimizer.clip import clip_gradients, gradient_factor, gradien
 from megatron_moe.optimizer.groups import set_rates
 from megatron_moe.optimizer.half_adam import HalfAdamW
 from megatron_moe.optimizer.loss_scale import LossScale, update_weights
+from megatron_moe.parallel.context import part_of
 from megatron_moe.parallel.zero import sync_gradients
 from megatron_moe.training.distillation import Distillation
 from megatron_moe.utils.random import token_keys
@@ -34,7 +35,8 @@ class StepResult:
 
 
 def count_loss_tokens(microbatches: Sequence[Batch], mesh: ParallelMesh) -> Tensor:
-    """Unmasked tokens of the whole global batch: the one divisor of the step, known before its first forward."""
+    """Unmasked tokens of the whole global batch: the one divisor of the step, known before its first forward. (Context-parallel
+    ranks hold the same sequences until `forward_backward` cuts them.)"""
     count = torch.stack([b.loss_mask.sum(dtype=torch.float64) for b in microbatches]).sum()
     return mesh.sum(count, "dp").clamp_min(1.0)
 
@@ -49,7 +51,7 @@ def forward_backward(
     distillation: Distillation | None = None,
     loss_scale: Tensor | None = None,
 ) -> Tensor:
-    """Gradients of sum(token losses) / divisor; returns this rank's share of that sum.
+    """Gradients of sum(token losses) / divisor; returns this rank's share of that sum. Micro-batches are of whole sequences.
 
     One rule for every parameter: gradients are summed over microbatches and ranks, and divided once, here. `divisor` is an
     argument because another front door divides by something else. Token randomness is a function of (seed, iteration, sample).
@@ -67,7 +69,7 @@ def forward_backward(
     for i, batch in enumerate(microbatches):
         sync_gradients(model, mesh.zero_stage, i == len(microbatches) - 1)
         keys_BS = token_keys(seed, iteration, batch.sample_ids, batch.tokens.shape[1])
-        loss, lm_loss = objective(model, batch, keys_BS, divisor)
+        loss, lm_loss = objective(model, *part_of(batch, keys_BS, mesh), divisor)
         (loss if loss_scale is None else loss * loss_scale).backward()
         total += lm_loss
     return total
@@ -98,7 +100,7 @@ def train_step(
     lm_loss = forward_backward(model, microbatches, count_loss_tokens(microbatches, mesh), mesh, seed, iteration, distillation, scale)
     kd_loss = distillation.divergence if distillation is not None else None
     for loss in (lm_loss,) if kd_loss is None else (lm_loss, kd_loss):
-        mesh.sum(loss, "dp")
+        mesh.sum(loss, "dp", "cp")
     parameters = list(model.parameters())
     norm, found_inf = gradient_norm(parameters, mesh.stage_ranks), None
     if loss_scale is not None:  # the norm is one number of the whole world, and so is what follows from it

@@ -240,7 +240,7 @@ def test_report_exits_with_code_2_and_one_message(capsys):
         (["--global-batch-size", "10"], 2, ["(10)", "(4)", "(2) = 8", "use 8 or 16"]),
         (["--global-batch-size", "8"], 4, ["= 16; use 16"]),
         (["--num-attention-heads", "6", "--hidden-size", "96", "--tensor-model-parallel-size", "4", "--global-batch-size", "4"], 4, ["(6)", "(4)", "TP 1, 2, 3, 6"]),
-        (["--num-key-value-heads", "1", "--tensor-model-parallel-size", "2"], 2, ["--num-key-value-heads (1)", "TP 1"]),
+        (["--num-attention-heads", "6", "--num-key-value-heads", "3", "--hidden-size", "96", "--tensor-model-parallel-size", "2"], 2, ["--num-key-value-heads (3)", "TP 1, 3, 6"]),
         (["--num-key-value-heads", "3"], 1, ["--num-key-value-heads (3)", "1, 2, 4"]),
         (["--hidden-size", "130"], 1, ["(130)", "(4)", "--kv-channels"]),
         (["--seq-length", "256"], 1, ["(256)", "(128)", "raise the latter"]),

@@ -17,7 +17,7 @@ SETTINGS = """
     num-experts mlp-type topk expert-interval moe-expert-parallel-size disable-moe-token-dropping moe-train-capacity-factor
     moe-eval-capacity-factor moe-min-capacity moe-loss-coeff disable-moe-top2-2nd-expert-sampling deepspeed_config deepscale_config
     zero-stage deepspeed-activation-checkpointing checkpoint-activations recompute-activations recompute-granularity adam-beta1 adam-beta2
-    adam-eps tensor-model-parallel-size model-parallel-size init-method-std lr-decay-tokens lr-decay-samples lr-decay-iters
+    adam-eps tensor-model-parallel-size model-parallel-size sequence-parallel init-method-std lr-decay-tokens lr-decay-samples lr-decay-iters
     lr-warmup-tokens lr-warmup-fraction lr-warmup-iters lr-warmup-samples micro-batch-size exit-duration-in-mins exit-interval
     exit-signal-handler global-batch-size num-layers hidden-size ffn-hidden-size kv-channels num-attention-heads num-key-value-heads
     seq-length max-position-embeddings train-tokens train-iters train-samples lr min-lr lr-decay-style split log-interval eval-interval
@@ -49,7 +49,7 @@ WITHOUT_MEANING = """
 """
 
 NOT_BUILT = """
-    pipeline-model-parallel-size sequence-parallel num-experts-switch inference skip-train
+    pipeline-model-parallel-size num-experts-switch inference skip-train
     load-tag universal-checkpoint ds-sequence-parallel-size force-ds-sequence-parallel
     ds-sequence-parallel-fpdt ds-sequence-parallel-fpdt-chunk-size ds-sequence-parallel-fpdt-offloading random-ltd
     data-efficiency-curriculum-learning return-data-index train-idx-path train-desc-path train-doc-idx-path
@@ -143,7 +143,6 @@ def test_a_value_that_asks_for_nothing_is_not_refused(words):
         "--ds-sequence-parallel-size",
         "--rotary-percent 0.5",
         "--wandb-project x --wandb-exp-name y",
-        "--sequence-parallel --tensor-model-parallel-size 2",
     ],
 )
 def test_a_value_that_asks_for_something_unbuilt_is_refused_by_every_flag(words):

@@ -40,6 +40,8 @@ from megatron_moe.training.step import count_loss_tokens, forward_backward, move
 from megatron_moe.utils.random import token_keys
 
 VOCAB, SEQUENCES, LENGTH, STEPS = 60, 8, 15, 4  # 15 tokens: not divisible by any tensor-parallel degree
+DIVISIBLE = "--seq-length 16"  # for layouts that cut every sequence into equal parts
+DOCUMENTS = "--reset-attention-mask --reset-position-ids"  # a sequence is of several documents
 SEED, CLIP = 7, 0.5
 
 COMMON = (
@@ -73,6 +75,7 @@ MODELS = {
     "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0.05 --disable-moe-top2-2nd-expert-sampling "
     "--moe-router-normalize chosen --moe-router-topk-scaling-factor 2.5 --disable-moe-token-dropping",
     "drawn": "--num-experts 1 4 4 --topk 1 --moe-noisy-gate-policy RSample --moe-train-capacity-factor 0.8 --moe-min-capacity 1",
+    "balanced": "--num-experts 1 4 4 --topk 2 --moe-router-policy balanced --moe-seq-loss-coeff 0.4",
     "hash": "--num-experts 1 4 8 --topk 2 --moe-router-policy hash --moe-router-z-loss-coeff 0 --disable-moe-token-dropping",
     "zipf": "--num-experts 1 4 4 --topk 2 --moe-router-policy zipf --moe-noisy-gate-policy Jitter --disable-moe-token-dropping",
     # these two look at all tokens of a rank's micro-batch
@@ -119,25 +122,37 @@ def config(model: str, flags: str = "") -> RunConfig:
     return parse_args(f"{COMMON} {MODELS[model]} {flags}".split()).run
 
 
-def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def global_batch(step: int, length: int = LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B, S + 1], and a mask that leaves different numbers of tokens to every rank."""
     generator = torch.Generator().manual_seed(100 + step)
-    tokens = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
-    mask = (torch.rand(SEQUENCES, LENGTH, generator=generator) > 0.3).float()
+    tokens = torch.randint(VOCAB, (SEQUENCES, length + 1), generator=generator)
+    mask = (torch.rand(SEQUENCES, length, generator=generator) > 0.3).float()
     mask[0, :12] = 0
     return tokens, mask
 
 
-def microbatches(step: int, rank: int, ranks: int, size: int) -> list[Batch]:
+def microbatches(step: int, rank: int, ranks: int, size: int, c: RunConfig | None = None) -> list[Batch]:
     """Micro-batch m of rank r holds the samples (m * ranks + r) * size + [0, size), as the loader hands them out."""
-    tokens, mask = global_batch(step)
-    positions = torch.arange(LENGTH).expand(size, -1)
+    length, has_documents = (LENGTH, False) if c is None else (c.training.seq_length, c.data.reset_attention_mask)
+    tokens, mask = global_batch(step, length)
+    segments, positions = documents(tokens[:, :-1]) if has_documents else (None, torch.arange(length).expand(SEQUENCES, -1))
     out = []
     for m in range(SEQUENCES // (size * ranks)):
         first = (m * ranks + rank) * size
         s = slice(first, first + size)
-        out.append(Batch(tokens[s, :-1], tokens[s, 1:], mask[s], positions, None, torch.arange(first, first + size)))
+        numbers = None if segments is None else segments[s]
+        out.append(Batch(tokens[s, :-1], tokens[s, 1:], mask[s], positions[s], numbers, torch.arange(first, first + size)))
     return out
+
+
+def documents(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number of its document, and position within it, of every token: one in six ends a document."""
+    numbers, positions = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    for i in range(1, tokens.shape[1]):
+        ends = tokens[:, i - 1] % 6 == 0
+        numbers[:, i] = numbers[:, i - 1] + ends
+        positions[:, i] = torch.where(ends, 0, positions[:, i - 1] + 1)
+    return numbers, positions
 
 
 def learning_rate(step: int) -> float:
@@ -190,8 +205,8 @@ def taught(model: GPT, teacher: GPT, b: Batch, keys: torch.Tensor, divisor: torc
     """(objective, language-model loss, divergence) of one micro-batch, by the definition of each."""
     d = c.distillation
     with torch.no_grad():
-        softened = teacher(b.tokens, b.position_ids)[..., :VOCAB] / d.kd_temp
-    logits = model(b.tokens, b.position_ids, None, None, keys)[..., :VOCAB]
+        softened = teacher(b.tokens, b.position_ids, None, b.segment_ids)[..., :VOCAB] / d.kd_temp
+    logits = model(b.tokens, b.position_ids, None, b.segment_ids, keys)[..., :VOCAB]
     lm = F.cross_entropy(logits.flatten(0, 1), b.labels.flatten(), reduction="none").view_as(b.labels)
     kl = (softened.softmax(-1) * (softened.log_softmax(-1) - (logits / d.kd_temp).log_softmax(-1))).sum(-1)
     lm, kl = ((x * b.loss_mask).sum() / divisor for x in (lm, kl))
@@ -235,23 +250,34 @@ def know_other_ranks(model: GPT, batches: list[Batch], step: int, ranks: int) ->
         moe.reducer = CountsOfRounds(ranks)
     with torch.no_grad():
         for b in batches:
-            model(b.tokens, b.position_ids, b.labels, None, token_keys(SEED, step, b.sample_ids, LENGTH))
+            model(b.tokens, b.position_ids, b.labels, b.segment_ids, token_keys(SEED, step, b.sample_ids, b.tokens.shape[1]))
     for moe in layers:
         moe.reducer = CountsOfRounds(ranks, moe.reducer.seen)
         moe.begin_step(moe.loss_weight)
 
 
-def expected(model_name: str, world: int, flags: str) -> dict[str, torch.Tensor]:
-    """The reference of a layout in float64."""
-    c = config(model_name, f"{FP64} {flags}")
-    ranks = world // c.parallel.tensor_model_parallel_size if c.moe.moe_global_loss_coeff else 1
-    return reference(model_name, FP64, ranks)
+def expected(model_name: str, world: int, flags: str, precision: str = FP64) -> dict[str, torch.Tensor]:
+    """The reference of a layout."""
+    c = config(model_name, f"{precision} {flags}")
+    ranks = c.data_parallel_size(world) if c.moe.moe_global_loss_coeff else 1
+    return reference(model_name, " ".join([precision, *of_the_data(c)]), ranks)
+
+
+def of_the_data(c: RunConfig) -> list[str]:
+    """The flags of a layout that change the micro-batches, and so belong to the reference too."""
+    has_other = {
+        f"--seq-length {c.training.seq_length}": c.training.seq_length != LENGTH,
+        f"--micro-batch-size {c.training.micro_batch_size}": c.training.micro_batch_size != 2,
+        DOCUMENTS: c.data.reset_attention_mask,
+    }
+    return [flags for flags, is_other in has_other.items() if is_other]
 
 
 @functools.cache
 def reference(model_name: str, flags: str = FP64, ranks: int = 1) -> dict[str, torch.Tensor]:
     """One process, nothing but the model and torch's optimizer. `ranks`: see above."""
     c = config(model_name, flags)
+    length = c.training.seq_length
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if c.training.params_dtype == "float64" else torch.float32)
@@ -269,20 +295,20 @@ def reference(model_name: str, flags: str = FP64, ranks: int = 1) -> dict[str, t
     optimizer = plain_optimizer(model, c)
     out: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
-        divisor, total, divergence = global_batch(step)[1].sum(), 0.0, 0.0
-        batches = microbatches(step, 0, 1, c.training.micro_batch_size)
+        divisor, total, divergence = global_batch(step, length)[1].sum(), 0.0, 0.0
+        batches = microbatches(step, 0, 1, c.training.micro_batch_size, c)
         warmup = [(i + 1) / c.moe.moe_loss_warmup_iters for i in range(c.moe.moe_loss_warmup_iters)] + [1.0] * STEPS
         for moe in moe_layers(model):
-            moe.begin_step(warmup[step] / (SEQUENCES * LENGTH))
+            moe.begin_step(warmup[step] / (SEQUENCES * length))
         if c.moe.moe_global_loss_coeff:
             know_other_ranks(model, batches, step, ranks)
         for b in batches:
-            keys = token_keys(SEED, step, b.sample_ids, LENGTH)
+            keys = token_keys(SEED, step, b.sample_ids, length)
             if teacher:
                 loss, lm, kl = taught(model, teacher, b, keys, divisor, c)
                 divergence += kl.detach()
             else:
-                loss = lm = (model(b.tokens, b.position_ids, b.labels, None, keys) * b.loss_mask).sum() / divisor
+                loss = lm = (model(b.tokens, b.position_ids, b.labels, b.segment_ids, keys) * b.loss_mask).sum() / divisor
             loss.backward()
             total += lm.detach()
         if step == 0:
@@ -325,7 +351,7 @@ def layout(model_name: str, flags: str, scale: float | None = None) -> dict[str,
     loss_scale = LossScale(LossScaleConfig(loss_scale=scale)) if scale else None
     out: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
-        batches = microbatches(step, mesh.rank("dp"), mesh.size("dp"), c.training.micro_batch_size)
+        batches = microbatches(step, mesh.rank("dp"), mesh.size("dp"), c.training.micro_batch_size, c)
         if step == 0:
             out |= first_step(model, optimizer, batches, mesh, distillation, loss_scale)
         else:
@@ -355,7 +381,7 @@ def first_step(
     """`train_step` in its parts, to look at what it does not return."""
     scale = loss_scale.scale if loss_scale else None
     loss = forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, SEED, 0, distillation, scale)
-    dist.all_reduce(loss, group=mesh.group("dp"))
+    mesh.sum(loss, "dp", "cp")
     norm = gradient_norm(model.parameters(), mesh.stage_ranks)
     if loss_scale:
         norm, _ = loss_scale.unscaled(norm)

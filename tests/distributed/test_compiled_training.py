@@ -71,6 +71,12 @@ def compiled_layout(backend: str, model: str, flags: str) -> dict[str, torch.Ten
         ("pyramid", 2, f"{ETP} --zero-stage 3 --recompute-granularity full"),
         ("dropping", 2, f"{ETP} --zero-stage 0 --moe-token-dispatcher alltoall"),
         ("shared", 2, f"{TP} {EP} --zero-stage 2 --moe-overlap-chunks 3 --recompute-granularity full"),
+        ("noisy", 2, f"{TP} {EP} --sequence-parallel --recompute-granularity selective {parity.DIVISIBLE}"),
+        ("modern", 2, f"{TP} --sequence-parallel --recompute-granularity full {parity.DIVISIBLE}"),
+        ("losses", 2, f"--context-parallel-size 2 {EP} --recompute-granularity full {parity.DIVISIBLE}"),
+        ("noisy", 2, f"--context-parallel-size 2 --zero-stage 3 {parity.DIVISIBLE} {parity.DOCUMENTS}"),
+        ("shared", 4, f"{TP} --sequence-parallel --context-parallel-size 2 {parity.DIVISIBLE}"),
+        ("pyramid", 4, "--tensor-model-parallel-size 4 --zero-stage 3"),  # heads that are shared
     ],
     ids=lambda v: str(v).replace("--", "").replace(" ", "_"),
 )

@@ -33,7 +33,7 @@ def step(config: RunConfig, device: torch.device, expert_factory=None):
     mesh = build_parallel_mesh(config, device.type)
     model = build_parallel_model(config, parity.VOCAB, mesh, device, expert_factory)
     optimizer = build_optimizer(model, config.optimizer)
-    batches = [b.to(device) for b in parity.microbatches(0, mesh.rank("dp"), mesh.size("dp"), config.training.micro_batch_size)]
+    batches = [b.to(device) for b in parity.microbatches(0, mesh.rank("dp"), mesh.size("dp"), config.training.micro_batch_size, config)]
     forwards, distillation = len(batches) * len(moe_layers(model)), None
     if config.distillation.is_on:
         teacher = parity.fill_teacher(build_teacher(config, parity.VOCAB, mesh, device), config)
@@ -57,6 +57,8 @@ def waits(model: str, flags: str) -> tuple[list[str], int]:
         (1, "", 0),
         (2, f"{EP} --moe-token-dispatcher allgather --zero-stage 3", 0),
         (2, f"{EP} --moe-token-dispatcher allgather --tensor-model-parallel-size 2", 0),
+        (2, f"{EP} --moe-token-dispatcher allgather --tensor-model-parallel-size 2 --sequence-parallel {parity.DIVISIBLE}", 0),
+        (2, f"{EP} --moe-token-dispatcher allgather --context-parallel-size 2 {parity.DIVISIBLE} {parity.DOCUMENTS}", 0),
         (2, f"{EP} --moe-token-dispatcher alltoall", 1),
         (2, f"{EP} --moe-token-dispatcher alltoall --recompute-granularity full --bf16", 1),
         (2, f"{ETP}", 0),
@@ -70,6 +72,8 @@ def waits(model: str, flags: str) -> tuple[list[str], int]:
         "local",
         "allgather",
         "allgather under TP",
+        "under SP",
+        "under CP",
         "alltoall",
         "alltoall recomputed in bf16",
         "slices",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from distributed_pool import run_distributed
 
-from distributed import parity
+from distributed import parity, sequence_layouts
 from distributed.precision_rows import PRECISION_LAYOUTS
 
 pytestmark = pytest.mark.distributed
@@ -103,13 +103,14 @@ EXPERT_LAYOUTS = [
     ("dropping", 4, "--zero-stage 2 --moe-expert-parallel-size 4 --moe-overlap-chunks 3"),
     ("modern", 4, f"--zero-stage 3 --tensor-model-parallel-size 4 {EP2} --moe-overlap-chunks 3"),  # 8 or 6
 ]
-for further in (EXPERT_LAYOUTS, PRECISION_LAYOUTS):
+for further in (EXPERT_LAYOUTS, PRECISION_LAYOUTS, sequence_layouts.LAYOUTS):
     QUICK += further[::4]
     MATRIX += [row for row in further if row not in QUICK]
 LAYOUTS = QUICK + MATRIX
 FAST = [
     ("pyramid", 4, f"--zero-stage 3 {TP2} {EP2} {ETP2} {ALLTOALL} --moe-overlap-chunks 2"),
     ("latent", 4, f"--zero-stage 1 --moe-expert-parallel-size 4 {NODES2}"),
+    *sequence_layouts.FAST,
     ("pyramid", 2, "--zero-stage 1 --moe-expert-parallel-size 2"),
     ("pyramid", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4"),
     ("modern", 4, "--zero-stage 2 --moe-expert-parallel-size 4"),
@@ -130,4 +131,4 @@ def test_layout_equals_one_process_in_float64(model, world, flags):
 @pytest.mark.parametrize(("model", "world", "flags"), FAST, ids=lambda v: str(v).replace("--", "").replace(" ", "_"))
 def test_layout_equals_one_process_in_float32_with_fast_kernels(model, world, flags):
     found = run_distributed(parity.layout, world, model, f"{parity.FP32} {flags}")[0]
-    parity.check(found, parity.reference(model, parity.FP32), 1e-5)
+    parity.check(found, parity.expected(model, world, flags, parity.FP32), 1e-5)

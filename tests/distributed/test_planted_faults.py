@@ -85,6 +85,58 @@ def router_gradient_not_summed_over_tp():
 
 
 @contextmanager
+def norms_not_declared_partial():
+    """Under sequence parallelism every rank trains norms, coefficients and positions on its own run of the tokens."""
+
+    def plain(weight):
+        return weight.to_local() if isinstance(weight, DTensor) else weight
+
+    with mock.patch("megatron_moe.parallel.sequence.local_weight", plain):
+        yield
+
+
+@contextmanager
+def shared_heads_of_one_rank():
+    """The key/value heads that several ranks share learn from the queries of one of them."""
+
+    def plain(weight):
+        return weight.to_local() if isinstance(weight, DTensor) else weight
+
+    with mock.patch("megatron_moe.parallel.tensor.local_weight", plain):
+        yield
+
+
+@contextmanager
+def key_gradients_of_own_queries():
+    """The gradients of the gathered keys and values are cut, and not summed over the context-parallel ranks."""
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, group):
+            ctx.group, ctx.rows = group, x.shape[0]
+            out = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(out, x.contiguous(), group=group)
+            return torch.cat(out)
+
+        @staticmethod
+        def backward(ctx, grad):
+            first = dist.get_rank(ctx.group) * ctx.rows
+            return grad[first : first + ctx.rows], None
+
+    with mock.patch("megatron_moe.parallel.context.all_gather_rows", Gather.apply):
+        yield
+
+
+@contextmanager
+def replicas_not_summed():
+    """Hybrid sharding whose parts never hear of each other."""
+    from megatron_moe.mpu import mesh
+
+    with mock.patch.object(mesh, "_of_fsdp", lambda of, axis, zero_stage: of[f"{axis}_shard"]):
+        yield
+
+
+@contextmanager
 def gather_backward_sums():
     """The gradient of the gathered tokens reduce-scattered instead of sliced: TP times too large."""
     from megatron_moe.parallel import tensor
@@ -212,7 +264,7 @@ def sequences_counted_from_each_slice():
     from megatron_moe.moe.tokens import TokenInfo
 
     original = TokenInfo.of
-    with mock.patch.object(TokenInfo, "of", lambda self, *args: dataclasses.replace(original(self, *args), first=0)):
+    with mock.patch.object(TokenInfo, "of", lambda self, *args: dataclasses.replace(original(self, *args), places_T=None)):
         yield
 
 
@@ -241,6 +293,60 @@ def token_count_not_summed():
 
 
 # ---------------------------------------------------------------- what travels, what is replayed, what is the same
+
+
+@contextmanager
+def queries_taken_for_the_first():
+    """The mask of a chunk that begins somewhere in the sequence as if it began at its start."""
+    from megatron_moe.parallel import context
+
+    original = context.visible
+    with mock.patch.object(context, "visible", lambda *args: original(*args).tril()):
+        yield
+
+
+@contextmanager
+def keys_of_the_first_run():
+    """Under sequence parallelism every rank draws what the first one draws."""
+    from megatron_moe.parallel.sequence import RunOfTokens
+
+    original = RunOfTokens.__call__
+
+    def call(self, context):
+        self.rank = 0
+        return original(self, context)
+
+    with mock.patch.object(RunOfTokens, "__call__", call):
+        yield
+
+
+@contextmanager
+def chunks_that_are_neighbours():
+    """Places as if a context-parallel rank had one run of the sequence instead of two chunks."""
+    from megatron_moe.parallel.context import ZigzagPlaces
+
+    original = ZigzagPlaces.__init__
+
+    def init(self, group):
+        original(self, group)
+        self.chunks = 2 * dist.get_rank(group), 2 * dist.get_rank(group) + 1
+
+    with mock.patch.object(ZigzagPlaces, "__init__", init):
+        yield
+
+
+@contextmanager
+def tokens_counted_as_if_all_were_here():
+    """Each context-parallel rank takes its tokens for the first ones of the micro-batch."""
+    from megatron_moe.model.attention import Context
+
+    original = Context.token_info
+
+    def token_info(self, batch, length, most_tokens):
+        return dataclasses.replace(original(self, batch, length, most_tokens), places_T=None)
+
+    with mock.patch.object(Context, "token_info", token_info):
+        yield
 
 
 @contextmanager
@@ -443,9 +549,9 @@ def words_of_the_first_slice():
 
     original = TokenInfo.of
 
-    def of(self, part, most_tokens):
+    def of(self, part, *rest):
         ids_T = self.ids_T[: part.stop - part.start]
-        return dataclasses.replace(original(self, part, most_tokens), ids_T=ids_T)
+        return dataclasses.replace(original(self, part, *rest), ids_T=ids_T)
 
     with mock.patch.object(TokenInfo, "of", of):
         yield
@@ -629,6 +735,12 @@ CUT = [  # by an all-gather, by an all-to-all, padded, with a capacity
     ("dropping", 2, f"--zero-stage 1 {rows.ETP2} {rows.PADDED}"),
     ("dropping", 4, f"--zero-stage 2 {EP2} {rows.ETP2} {rows.ALLGATHER}"),
 ]
+SP2 = ("pyramid", 2, f"--zero-stage 1 {TP2} --sequence-parallel {parity.DIVISIBLE}")
+CP2 = ("pyramid", 2, f"--zero-stage 2 --context-parallel-size 2 {parity.DIVISIBLE}")
+LOSSES_CP2 = ("losses", 4, f"--zero-stage 2 --context-parallel-size 2 {EP2} {parity.DIVISIBLE}")
+NOISY_SP = ("noisy", 4, f"--zero-stage 3 {TP2} --sequence-parallel {EP2} --recompute-granularity selective {parity.DIVISIBLE}")
+BALANCED_CP2 = ("balanced", 2, f"--zero-stage 1 --context-parallel-size 2 {EP2} {parity.DIVISIBLE}")
+HYBRID = ("pyramid", 4, "--zero-stage 1 --num-distributed-optimizer-instances 2")
 
 PLANTED = [  # fault, the row that turns red, the quantity that sees it, its error at least
     (fsdp_averages, ("pyramid", 2, f"--zero-stage 1 {EP2}"), "gradient layers.1.mlp.fc1.weight", 0.4),
@@ -695,6 +807,22 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
         "gradient layers.1.mlp.fc1.weight",
         0.05,
     ),
+    (norms_not_declared_partial, SP2, "gradient layers.1.attn_norm.weight", 0.05),
+    (norms_not_declared_partial, SP2, "gradient layers.3.coefficient.weight", 0.05),
+    (gate_not_declared_partial, SP2, "gradient layers.3.moe.gate.weight", 0.05),
+    (keys_of_the_first_run, NOISY_SP, "loss 0", 1e-4),
+    (counts_not_shared, LOSSES_CP2, "gradient layers.3.moe.gate.weight", 1e-3),
+    (tokens_counted_as_if_all_were_here, LOSSES_CP2, "gradient layers.3.moe.gate.weight", 1e-3),
+    (chunks_that_are_neighbours, BALANCED_CP2, "loss 0", 1e-6),
+    (key_gradients_of_own_queries, CP2, "gradient layers.1.attn.k_proj.weight", 0.05),
+    (queries_taken_for_the_first, CP2, "loss 0", 1e-6),
+    (
+        shared_heads_of_one_rank,
+        ("pyramid", 4, "--zero-stage 1 --tensor-model-parallel-size 4"),
+        "gradient layers.1.attn.v_proj.weight",
+        0.05,
+    ),
+    (replicas_not_summed, HYBRID, "gradient layers.1.mlp.fc1.weight", 0.1),
 ]
 
 
