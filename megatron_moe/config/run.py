@@ -19,6 +19,14 @@ from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.output import CheckpointConfig, LoggingConfig
 from megatron_moe.config.pace import Consumed, Pace, RampUp
 from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.config.pipeline import (
+    Split,
+    layers_of_stages,
+    microbatch_problems,
+    microbatch_warnings,
+    pipeline_problems,
+    pipeline_warnings,
+)
 from megatron_moe.config.training import OptimizerConfig, TrainingConfig
 
 GROUPS: dict[str, type] = {
@@ -125,6 +133,7 @@ class RunConfig:
             yield f"--curriculum-min-difficulty ({shortest}) must not exceed the longest length ({longest})"
         if c.curriculum_learning and t.compile:
             yield "--compile makes graphs of one sequence length and --curriculum-learning has many; leave one of them out"
+        yield from pipeline_problems(self.parallel, m, t, self.distillation.is_on)
         if self.data.data_order == "megatron" and t.seed >= 2**32:
             yield f"--data-order megatron takes a --seed below {2**32}, not {t.seed}: that is all that Megatron's generator can be given"
 
@@ -161,6 +170,7 @@ class RunConfig:
         for name in self._idle():
             if getattr(self.parallel, name):
                 yield f"--{name.replace('_', '-')} has no effect with --tensor-model-parallel-size 1"
+        yield from pipeline_warnings(self.parallel)
         if self.checkpoint.save_interval and not self.checkpoint.save:
             yield f"--save-interval ({self.checkpoint.save_interval}) has no effect without --save DIR"
         yield from (f"{option} has no effect: it is a setting of --mos and --kd" for option in self.distillation.idle)
@@ -185,6 +195,10 @@ class RunConfig:
             yield f"--moe-loss-coeff ({self.moe.moe_loss_coeff:g}) has no effect with --moe-router-policy {policy}: {why}"
 
     # ------------------------------------------------------------ what a world size adds
+
+    def layers_of_stages(self) -> Split:
+        """The layers, from 1, of each pipeline stage; stage s is on pipeline rank s mod PP."""
+        return layers_of_stages(self.parallel, self.model.num_layers)
 
     def data_parallel_size(self, world_size: int) -> int:
         return world_size // self.parallel.model_parallel_size
@@ -226,15 +240,28 @@ class RunConfig:
             yield (f"--global-batch-size ({batch}) must be divisible by --micro-batch-size ({micro}) x data-parallel size ({dp}) = "
                    f"{unit}; use {f'{below} or ' if below else ''}{below + unit}")  # fmt: skip
         else:
-            yield from self._ramp_problems(batch, micro * dp, f"--micro-batch-size ({micro}) x data-parallel size ({dp}) = {micro * dp}")
+            what = f"--micro-batch-size ({micro}) x data-parallel size ({dp}) = {micro * dp}"
+            ramp_problems = list(self._ramp_problems(batch, micro * dp, what))
+            yield from ramp_problems
+            if not ramp_problems:
+                sizes = [phase.batch for phase in self.pace(world_size).phases]
+                yield from microbatch_problems(p, self.model.num_layers, sizes, micro * dp)
         try:
             degrees = self.expert_degrees()
         except ValueError:
             return  # said by problems()
+        stage = world_size // p.pipeline_model_parallel_size
         for ep in degrees:
-            if world_size % ep:
-                yield (f"the number of ranks ({world_size}) must be divisible by the expert-parallel degree ({ep}); set "
-                       f"--moe-expert-parallel-size to one of {_one_of(world_size)}")  # fmt: skip
+            if stage % ep:
+                of = "" if stage == world_size else " of a pipeline stage"
+                yield (f"the number of ranks{of} ({stage}) must be divisible by the expert-parallel degree ({ep}); set "
+                       f"--moe-expert-parallel-size to one of {_one_of(stage)}")  # fmt: skip
+
+    def world_warnings(self, world_size: int) -> Iterator[str]:
+        """What is allowed on so many ranks but probably not meant, of a run without `world_problems`."""
+        sizes = [phase.batch for phase in self.pace(world_size).phases]
+        unit = self.training.micro_batch_size * self.data_parallel_size(world_size)
+        yield from microbatch_warnings(self.parallel, sizes, unit)
 
     def _ramp_problems(self, batch: int, unit: int, what: str) -> Iterator[str]:
         """Every batch size of a ramp-up must split into micro-batches of all data ranks."""

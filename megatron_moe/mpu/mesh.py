@@ -31,6 +31,7 @@ class ParallelMesh:
     tokens: DeviceMesh
     dense: DeviceMesh
     experts: dict[int, DeviceMesh]  # by expert-parallel degree
+    stages: DeviceMesh | None  # pp x all ranks of a stage; None without a pipeline, where that is the world
     zero_stage: int
 
     @property
@@ -69,6 +70,11 @@ class ParallelMesh:
                 dist.all_reduce(x, group=self.group(axis))
         return x
 
+    @property
+    def stage_group(self) -> dist.ProcessGroup | None:
+        """All ranks of this pipeline stage; None is the world."""
+        return None if self.stages is None else self.stages.get_group("stage")
+
     def expert_group(self, ep: int) -> dist.ProcessGroup:
         return self.experts[ep]["ep"].get_group()
 
@@ -103,7 +109,8 @@ def build_mesh(
         split = _split(edp, zero_stage, math.gcd(replicas, edp))
         names = ("pp", "edp_replicate", "edp_shard", "ep", "etp")
         experts[ep] = init_device_mesh(device_type, (pp, *split, ep, etp), mesh_dim_names=names)
-    return ParallelMesh(tokens, dense, experts, zero_stage)
+    stages = init_device_mesh(device_type, (pp, world // pp), mesh_dim_names=("pp", "stage")) if pp > 1 else None
+    return ParallelMesh(tokens, dense, experts, stages, zero_stage)
 
 
 def _split(ranks: int, zero_stage: int, replicas: int) -> tuple[int, int]:

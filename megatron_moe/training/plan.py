@@ -13,6 +13,9 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
     layers                  one per layer: layer (from 1), experts (1: dense), experts_per_rank, expert_parallel,
                             expert_data_parallel, mlp (dense, standard or residual), width (of an expert, or of the dense MLP);
                             latent_width and shared_expert_width where there are such
+    pipeline                null without one: schedule, micro_batches (of the last size of a step), idle (share of a step, all stages
+                            taken as equal; an upper bound for zero-bubble), stages: stage, pipeline_rank, layers, parts (embedding,
+                            positions, tied_logits, norm, head), moe_layers (how many), parameters, flops_per_token
     vocabulary              size, padded, and whether it is known
     parameters              total, active (per token), by_part, active_by_part
     per_rank                fullest and emptiest: rank, dense_parameters, expert_parameters, bytes (parameters, gradients,
@@ -49,6 +52,7 @@ from typing import Any
 
 from megatron_moe.checkpoint.preflight import load_problems, teacher_problems
 from megatron_moe.config.flags import ConfigError, fields_of
+from megatron_moe.config.pipeline import stages_of_rank
 from megatron_moe.config.presets import GPT2_VOCAB_SIZE
 from megatron_moe.config.run import GROUPS, RunConfig
 from megatron_moe.config.training import DECAY_LENGTHS, RUN_LENGTHS, WARMUP_LENGTHS
@@ -60,6 +64,7 @@ from megatron_moe.parallel.apply import build_parallel_mesh, build_sharded_model
 from megatron_moe.parallel.footprint import Footprint, footprint
 from megatron_moe.tokenizers import Tokenizer, build_tokenizer
 from megatron_moe.training.preflight import schedule_problems, tokenizer_problems, vocab_size_of
+from megatron_moe.training.stages import idle_share, schedule_name, stages_of
 from megatron_moe.utils.compat import fake_process_group
 
 LISTED_RANKS = 128
@@ -88,6 +93,7 @@ def build_plan(
         "degrees": _degrees(run, world_size),
         "precision": _precision(run),
         "layers": list(_layers(run, world_size)),
+        "pipeline": _pipeline(run, world_size, here.vocab_size),
         "vocabulary": {
             "size": here.vocab_size, "padded": run.model.padded_vocab_size(here.vocab_size), "is_known": here.vocabulary_is_known,
         },
@@ -106,7 +112,7 @@ def build_plan(
         "missing_paths": [*missing, *here.missing],
         "not_built_yet": [*not_yet, *run.not_built_yet()],
         "before_training": list(run.missing_to_train()),
-        "warnings": list(warnings),
+        "warnings": [*warnings, *run.world_warnings(world_size)],
     }  # fmt: skip
 
 
@@ -210,6 +216,22 @@ def _layers(run: RunConfig, world_size: int) -> Iterator[dict[str, Any]]:
         } | {name: width for name, width in beside.items() if width and experts > 1}  # fmt: skip
 
 
+def _pipeline(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, Any] | None:
+    if run.parallel.pipeline_model_parallel_size == 1:
+        return None
+    microbatches = run.num_microbatches(world_size)
+    return {
+        "schedule": schedule_name(run), "micro_batches": microbatches, "idle": round(idle_share(run, microbatches), 4),
+        "stages": [
+            {
+                "stage": s.number, "pipeline_rank": s.rank, "layers": s.layers, "parts": s.parts, "moe_layers": s.moe_layers,
+                "parameters": s.parameters, "flops_per_token": s.flops_per_token,
+            }
+            for s in stages_of(run, vocab_size)
+        ],
+    }  # fmt: skip
+
+
 def _by_part(counts: ParameterCounts) -> tuple[dict[str, int], dict[str, int]]:
     """(all, active) parameters of each part; each sums to the whole."""
     layers = counts.per_layer
@@ -250,7 +272,6 @@ def layout_unknown(run: RunConfig) -> str | None:
     """Why it cannot be counted what a rank holds, None if it can: the layout of a feature that is not built is not known."""
     p = run.parallel
     reasons = {
-        "--pipeline-model-parallel-size": p.pipeline_model_parallel_size > 1,
         "--context-parallel-size": p.context_parallel_size > 1,
         "--expert-tensor-parallel-size": p.expert_tensor_parallel_size > 1,
         "--enable-expert-tensor-parallelism": p.enable_expert_tensor_parallelism,
@@ -260,9 +281,19 @@ def layout_unknown(run: RunConfig) -> str | None:
 
 
 def _per_rank(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, Any]:
-    first = rank_footprint(run, world_size, vocab_size, 0)
-    last = rank_footprint(run, world_size, vocab_size, world_size - 1)
-    return {"fullest": _footprint_of(0, first), "emptiest": _footprint_of(world_size - 1, last)}
+    """Within a stage the first rank is the fullest and the last one the emptiest; of stages alike one is counted."""
+    pp, split = run.parallel.pipeline_model_parallel_size, run.layers_of_stages()
+    experts, stage_ranks = run.moe.experts_per_layer(run.model.num_layers), world_size // pp
+    firsts: dict[Any, int] = {}
+    for rank in range(pp):
+        mine = stages_of_rank(rank, pp, len(split))
+        alike = (0 in mine, len(split) - 1 in mine, [experts[layer - 1] for s in mine for layer in split[s]])
+        firsts.setdefault(str(alike), rank * stage_ranks)
+    fullest = {rank: rank_footprint(run, world_size, vocab_size, rank) for rank in firsts.values()}
+    emptiest = {rank: rank_footprint(run, world_size, vocab_size, rank) for rank in (r + stage_ranks - 1 for r in firsts.values())}
+    first = max(fullest, key=lambda rank: fullest[rank].at_most)
+    last = min(emptiest, key=lambda rank: (emptiest[rank].at_most, -rank))
+    return {"fullest": _footprint_of(first, fullest[first]), "emptiest": _footprint_of(last, emptiest[last])}
 
 
 def rank_footprint(run: RunConfig, world_size: int, vocab_size: int, rank: int) -> Footprint:
@@ -271,9 +302,9 @@ def rank_footprint(run: RunConfig, world_size: int, vocab_size: int, rank: int) 
     with fake_process_group(rank, world_size):
         mesh = build_parallel_mesh(run, "cpu")
         model = build_sharded_model(run, vocab_size, mesh)
-        counts = parameter_counts(run.model, run.moe, vocab_size)
+        expected = sum(stage.parameters for stage in stages_of(run, vocab_size) if stage.rank == mesh.rank("pp"))
         built = sum(p.numel() for p in model.parameters())
-        assert built == counts.total, f"parameters: built {built}, counted {counts.total}"
+        assert built == expected, f"parameters: built {built}, counted {expected}"
         return footprint(model, run.optimizer, run.parallel.zero_stage, run.training.bf16)
 
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_moe.data.batch import Batch
 from megatron_moe.model.gpt import GPT
@@ -16,6 +17,7 @@ from megatron_moe.moe.layer import moe_layers
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
 from megatron_moe.optimizer.groups import set_rates
+from megatron_moe.parallel.pipeline import PipelinedGPT
 from megatron_moe.parallel.zero import sync_gradients
 from megatron_moe.training.distillation import Distillation
 from megatron_moe.utils.random import token_keys
@@ -37,7 +39,7 @@ def count_loss_tokens(microbatches: Sequence[Batch], mesh: ParallelMesh) -> Tens
 
 
 def forward_backward(
-    model: GPT,
+    model: GPT | PipelinedGPT,
     microbatches: Sequence[Batch],
     divisor: Tensor,
     mesh: ParallelMesh,
@@ -58,6 +60,9 @@ def forward_backward(
     tokens_in_step = sum(b.tokens.numel() for b in microbatches) * mesh.size("dp")
     for moe in moe_layers(model):
         moe.begin_step(min((iteration + 1) / (moe.config.moe_loss_warmup_iters or 1), 1.0) / tokens_in_step)
+    if isinstance(model, PipelinedGPT):
+        keys = [token_keys(seed, iteration, b.sample_ids, b.tokens.shape[1]) for b in microbatches]
+        return model.forward_backward(microbatches, keys, partial(share_of_step, divisor=divisor))
     total = torch.zeros((), dtype=torch.float64, device=divisor.device)
     for i, batch in enumerate(microbatches):
         sync_gradients(model, mesh.zero_stage, i == len(microbatches) - 1)
@@ -71,12 +76,16 @@ def forward_backward(
 def language_model_loss(model: GPT, batch: Batch, keys_BS: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor]:
     """(what is differentiated, the language-model loss alone), which without a teacher are the same."""
     losses_BS = model(batch.tokens, batch.position_ids, batch.labels, batch.segment_ids, keys_BS)
-    loss = (losses_BS * batch.loss_mask).sum() / divisor.to(losses_BS.dtype)
+    loss = share_of_step(losses_BS, batch.loss_mask, divisor)
     return loss, loss.detach()
 
 
+def share_of_step(losses_BS: Tensor, mask_BS: Tensor, divisor: Tensor) -> Tensor:
+    return (losses_BS * mask_BS).sum() / divisor.to(losses_BS.dtype)
+
+
 def train_step(
-    model: GPT,
+    model: GPT | PipelinedGPT,
     optimizer: torch.optim.Optimizer,
     microbatches: Sequence[Batch],
     mesh: ParallelMesh,
@@ -91,24 +100,29 @@ def train_step(
     lm_loss = forward_backward(model, microbatches, count_loss_tokens(microbatches, mesh), mesh, seed, iteration, distillation)
     kd_loss = distillation.divergence if distillation is not None else None
     for loss in (lm_loss,) if kd_loss is None else (lm_loss, kd_loss):
-        mesh.sum(loss, "dp")
+        mesh.sum(loss, "dp", "pp")
     parameters = list(model.parameters())
-    norm = gradient_norm(parameters, mesh.stage_ranks)
+    norm = gradient_norm(counted_parameters(model), mesh.stage_ranks)
     if clip_grad > 0:
         clip_gradients(parameters, norm, clip_grad)
     set_rates(optimizer, learning_rate, weight_decay)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    move_expert_biases(model)
+    move_expert_biases(model, mesh)
     return StepResult(lm_loss, norm, kd_loss)
 
 
-def move_expert_biases(model: GPT) -> None:
-    """One reduction for all layers that balance by a bias: after the step, by what its tokens chose."""
+def counted_parameters(model: GPT | PipelinedGPT) -> Iterator[nn.Parameter]:
+    """Parameters of this rank, a tied embedding on one of its two stages only."""
+    return model.counted_parameters() if isinstance(model, PipelinedGPT) else model.parameters()
+
+
+def move_expert_biases(model: GPT | PipelinedGPT, mesh: ParallelMesh) -> None:
+    """One reduction for all layers here that balance by a bias: after the step, by what its tokens chose."""
     layers = [moe for moe in moe_layers(model) if moe.gate.expert_bias is not None]
     if not layers:
         return
     counts = torch.cat([moe.stats.counts_E for moe in layers])
-    dist.all_reduce(counts)
+    dist.all_reduce(counts, group=mesh.stage_group)
     for moe, counts_E in zip(layers, counts.split([moe.num_experts for moe in layers])):
         moe.gate.move_bias(counts_E, moe.config.moe_router_bias_update_rate)

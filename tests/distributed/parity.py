@@ -32,7 +32,7 @@ from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
 from megatron_moe.optimizer.groups import build_optimizer
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
 from megatron_moe.training.distillation import Distillation, build_teacher
-from megatron_moe.training.step import count_loss_tokens, forward_backward, move_expert_biases, train_step
+from megatron_moe.training.step import count_loss_tokens, counted_parameters, forward_backward, move_expert_biases, train_step
 from megatron_moe.utils.random import token_keys
 
 VOCAB, SEQUENCES, LENGTH, STEPS = 60, 8, 15, 4  # 15 tokens: not divisible by any tensor-parallel degree
@@ -85,6 +85,11 @@ MODELS = {
     # every auxiliary loss at once, in a warm-up: micro-batch and z from the common flags, sequence, global batch
     "losses": "--num-experts 1 4 8 --topk 2 --disable-moe-token-dropping --moe-seq-loss-coeff 0.4 --moe-global-loss-coeff 0.3 "
     "--moe-loss-warmup-iters 3",
+    # four layers, for pipelines of up to four stages
+    "deep": "--num-layers 4 --num-experts 1 2 4 8 --mlp-type residual --topk 2 --num-key-value-heads 2 --disable-moe-token-dropping",
+    # experts in the later half alone: early stages have none
+    "late": "--num-layers 4 --num-experts 1 1 4 8 --topk 2 --swiglu --untie-embeddings-and-output-weights --position-embedding-type rope "
+    "--disable-moe-token-dropping --moe-seq-loss-coeff 0.4",
 }
 
 
@@ -224,7 +229,7 @@ def know_other_ranks(model: GPT, batches: list[Batch], step: int, ranks: int) ->
 def expected(model_name: str, world: int, flags: str) -> dict[str, torch.Tensor]:
     """The reference of a layout in float64."""
     c = config(model_name, f"{FP64} {flags}")
-    ranks = world // c.parallel.tensor_model_parallel_size if c.moe.moe_global_loss_coeff else 1
+    ranks = world // c.parallel.model_parallel_size if c.moe.moe_global_loss_coeff else 1
     return reference(model_name, FP64, ranks)
 
 
@@ -313,16 +318,27 @@ def layout(model_name: str, flags: str) -> dict[str, torch.Tensor] | None:
             if done.kd_loss is not None:
                 out[f"divergence {step}"] = done.kd_loss
         if step <= 1:
-            out |= routing(model, step)
+            out |= routing(model, step, mesh.stage_group)
     out |= {f"weight {n}": whole(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    out = of_all_stages(out, mesh)
     return out if dist.get_rank() == 0 else None
 
 
-def routing(model: GPT, step: int) -> dict[str, torch.Tensor]:
+def of_all_stages(out: dict[str, torch.Tensor], mesh: ParallelMesh) -> dict[str, torch.Tensor]:
+    """What each stage knows of its own layers, together. What two of them have - losses, norms, tied weights - is right on both, or NaN."""
+    parts: list[dict[str, torch.Tensor]] = [{}] * mesh.size("pp")
+    dist.all_gather_object(parts, out, group=mesh.group("pp"))
+    together: dict[str, torch.Tensor] = {}
+    for name, value in (item for part in parts for item in part.items()):
+        together[name] = value if torch.equal(together.get(name, value), value) else value * math.nan
+    return together
+
+
+def routing(model: GPT, step: int, stage: dist.ProcessGroup | None = None) -> dict[str, torch.Tensor]:
     """Statistics of the step behind, of all ranks together."""
     out = {f"routing {m.layer} in step {step}": m.stats.vector(torch.device("cpu")).clone() for m in moe_layers(model)}
     for vector in out.values() if dist.is_initialized() else ():
-        dist.all_reduce(vector)
+        dist.all_reduce(vector, group=stage)
     return out
 
 
@@ -331,23 +347,24 @@ def first_step(
 ) -> dict[str, torch.Tensor]:
     """`train_step` in its parts, to look at what it does not return."""
     loss = forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, SEED, 0, distillation)
-    dist.all_reduce(loss, group=mesh.group("dp"))
-    norm = gradient_norm(model.parameters(), mesh.stage_ranks)
-    out = {"loss 0": loss, "norm 0": norm, "ones": norm_of_ones(model, mesh.stage_ranks)}
+    mesh.sum(loss, "dp", "pp")
+    norm = gradient_norm(counted_parameters(model), mesh.stage_ranks)
+    out = {"loss 0": loss, "norm 0": norm, "ones": norm_of_ones(model, mesh)}
     out |= {f"gradient {n}": whole(p.grad) for n, p in model.named_parameters()}
     clip_gradients(model.parameters(), norm, CLIP)
     optimizer.step()
     optimizer.zero_grad()
-    move_expert_biases(model)
+    move_expert_biases(model, mesh)
     return out
 
 
-def norm_of_ones(model: GPT, stage_ranks: int) -> torch.Tensor:
+def norm_of_ones(model: GPT, mesh: ParallelMesh) -> torch.Tensor:
     """The gradient norm if every element of every gradient were 1, over sqrt(number of parameters): must be 1."""
     kept = [p.grad for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    norm = gradient_norm(model.parameters(), stage_ranks) / sum(p.numel() for p in model.parameters()) ** 0.5
+    counted = torch.tensor(float(sum(p.numel() for p in counted_parameters(model))), dtype=torch.float64)
+    norm = gradient_norm(counted_parameters(model), mesh.stage_ranks) / mesh.sum(counted, "pp").sqrt()
     for p, grad in zip(model.parameters(), kept):
         p.grad = grad
     return norm

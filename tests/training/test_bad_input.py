@@ -65,7 +65,11 @@ def trained(tmp_path_factory, text):
         (f"{TINY} --mock-data --num-attention-heads 4 --tensor-model-parallel-size 8", 8, ["--num-attention-heads (4)", "TP 1, 2, 4"]),
         (f"{TINY} --mock-data --seq-length 4096", 1, ["--seq-length (4096)", "--max-position-embeddings (128)"]),
         (f"{TINY} --mock-data --global-batch-size 6", 1, ["--global-batch-size (6)", "use 4 or 8"]),
-        (f"{TINY} --mock-data --pipeline-model-parallel-size 2", 2, ["--pipeline-model-parallel-size must be 1, not 2"]),
+        (
+            f"{TINY} --mock-data --pipeline-model-parallel-size 5",
+            5,
+            ["--pipeline-model-parallel-size (5) needs a layer for each stage", "use PP 4"],
+        ),
         (f"{TINY} --mock-data --fp16", 1, ["--fp16", "not built yet"]),
         (f"{TINY} --mock-data --lr-warmup-iters 9", 1, ["warm-up (9 iterations)", "(2 iterations)"]),
         (f"{TINY}", 1, ["data is missing", "--mock-data"]),
