@@ -38,6 +38,7 @@ LEFTOVERS: dict[str, tuple[int | str, str]] = {
     "no-scatter-gather-tensors-in-pipeline": (0, "what pipeline stages exchange is torch's choice"),
     "use-ring-exchange-p2p": (0, "what pipeline stages exchange is torch's choice"),
     "overlap-p2p-communication": (0, "what pipeline stages exchange is torch's choice"),
+    "enable-zbh1-exact-semantics": (0, "a step is always exact: weights move when the gradient norm of all stages is known"),
     "empty-unused-memory-level": (1, "torch manages the memory"),
     "lazy-mpu-init": (1, "torchrun has set up the ranks"),
     "use-mcore-models": (0, "there is one model"),
@@ -106,10 +107,7 @@ LEFTOVERS: dict[str, tuple[int | str, str]] = {
 
 # Flags of features that are planned: parsed, and refused when used to train.
 NOT_YET: dict[str, tuple[int | str, str]] = {
-    "num-layers-per-virtual-pipeline-stage": (1, "pipeline parallelism"),
-    "standalone-embedding-stage": (0, "pipeline parallelism"),
-    "enable-zbh1-pipeline": (0, "zero-bubble pipeline schedules"),
-    "enable-zbh1-exact-semantics": (0, "zero-bubble pipeline schedules"),
+    "standalone-embedding-stage": (0, "a pipeline stage of the embedding alone"),
     "ds-sequence-parallel-size": (1, "DeepSpeed's sequence parallelism (Ulysses; --context-parallel-size cuts sequences too)"),
     "random-ltd": (0, "random layer-token dropping"),
     "data-efficiency-curriculum-learning": (0, "curriculum learning"),

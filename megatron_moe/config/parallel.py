@@ -18,7 +18,21 @@ class ParallelConfig:
     tensor_model_parallel_size: int = flag(
         1, "tensor-parallel degree (TP): ranks that share each layer's matrices", names=("model-parallel-size",), minimum=1
     )
-    pipeline_model_parallel_size: int = flag(1, "pipeline-parallel degree (PP)", minimum=1, not_yet="pipeline parallelism")
+    pipeline_model_parallel_size: int = flag(1, "pipeline-parallel degree (PP): ranks that hold the layers one after the other", minimum=1)
+    pipeline_schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zero-bubble"] = flag(
+        "auto", "order of the micro-batches on a pipeline stage. 1f1b: one forward, one backward; gpipe: all forwards first; interleaved: "
+        "1f1b over several stages per rank; zero-bubble: the backward of the weights fills the gaps (ZB1P, arXiv 2401.10241), not with "
+        "ZeRO 3. auto: interleaved with virtual stages, else 1f1b"
+    )  # fmt: skip
+    enable_zbh1_pipeline: bool = flag(False, "--pipeline-schedule zero-bubble, as Megatron-DeepSpeed spells it")
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
+        None, "layers of a stage where each rank holds several: stage s is on rank s mod PP (interleaved schedules)", minimum=1
+    )
+    decoder_first_pipeline_num_layers: int | None = flag(
+        None, "layers of the first pipeline stage, which has the embedding too; the rest is spread evenly, and where that does not divide "
+        "the stages in the middle take one more, then the first, never the last", minimum=1
+    )  # fmt: skip
+    decoder_last_pipeline_num_layers: int | None = flag(None, "layers of the last pipeline stage, which has the logits too", minimum=1)
     context_parallel_size: int = flag(
         1, "context-parallel degree (CP): ranks that share each sequence; every one gathers the keys and values of all of it", minimum=1
     )

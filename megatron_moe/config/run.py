@@ -21,6 +21,14 @@ from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.output import CheckpointConfig, LoggingConfig
 from megatron_moe.config.pace import Consumed, Pace, RampUp
 from megatron_moe.config.parallel import ParallelConfig, split_over_nodes
+from megatron_moe.config.pipeline import (
+    Split,
+    layers_of_stages,
+    microbatch_problems,
+    microbatch_warnings,
+    pipeline_problems,
+    pipeline_warnings,
+)
 from megatron_moe.config.precision import LossScaleConfig
 from megatron_moe.config.training import OptimizerConfig, TrainingConfig
 
@@ -143,6 +151,7 @@ class RunConfig:
             yield "--fp16-master-weights-and-grads has an AdamW of its own, and --adam-kernel apex asks for another; drop one"
         if c.curriculum_learning and t.compile:
             yield "--compile makes graphs of one sequence length and --curriculum-learning has many; leave one of them out"
+        yield from pipeline_problems(self.parallel, m, t, self.distillation.is_on)
         if self.data.data_order == "megatron" and t.seed >= 2**32:
             yield f"--data-order megatron takes a --seed below {2**32}, not {t.seed}: that is all that Megatron's generator can be given"
 
@@ -199,6 +208,7 @@ class RunConfig:
             if getattr(self.parallel, name):
                 yield f"--{name.replace('_', '-')} has no effect with --tensor-model-parallel-size 1"
         yield from self._precision_warnings(given)
+        yield from pipeline_warnings(self.parallel)
         if self.checkpoint.save_interval and not self.checkpoint.save:
             yield f"--save-interval ({self.checkpoint.save_interval}) has no effect without --save DIR"
         yield from self._expert_layout_warnings()
@@ -255,6 +265,10 @@ class RunConfig:
 
     # ------------------------------------------------------------ what a world size adds
 
+    def layers_of_stages(self) -> Split:
+        """The layers, from 1, of each pipeline stage; stage s is on pipeline rank s mod PP."""
+        return layers_of_stages(self.parallel, self.model.num_layers)
+
     def data_parallel_size(self, world_size: int) -> int:
         return world_size // self.parallel.model_parallel_size
 
@@ -295,7 +309,12 @@ class RunConfig:
             yield (f"--global-batch-size ({batch}) must be divisible by --micro-batch-size ({micro}) x data-parallel size ({dp}) = "
                    f"{unit}; use {f'{below} or ' if below else ''}{below + unit}")  # fmt: skip
         else:
-            yield from self._ramp_problems(batch, micro * dp, f"--micro-batch-size ({micro}) x data-parallel size ({dp}) = {micro * dp}")
+            what = f"--micro-batch-size ({micro}) x data-parallel size ({dp}) = {micro * dp}"
+            ramp_problems = list(self._ramp_problems(batch, micro * dp, what))
+            yield from ramp_problems
+            if not ramp_problems:
+                sizes = [phase.batch for phase in self.pace(world_size).phases]
+                yield from microbatch_problems(p, self.model.num_layers, sizes, micro * dp)
         replicas, data_ranks = p.num_distributed_optimizer_instances, dp * p.context_parallel_size
         if data_ranks % replicas:
             yield (f"--num-distributed-optimizer-instances ({replicas}) must divide the {data_ranks} data ranks (data-parallel size {dp} x "
@@ -329,6 +348,12 @@ class RunConfig:
         if self.moe.moe_token_dispatcher != "hierarchical":
             return None
         return self.moe.moe_node_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+    def world_warnings(self, world_size: int) -> Iterator[str]:
+        """What is allowed on so many ranks but probably not meant, of a run without `world_problems`."""
+        sizes = [phase.batch for phase in self.pace(world_size).phases]
+        unit = self.training.micro_batch_size * self.data_parallel_size(world_size)
+        yield from microbatch_warnings(self.parallel, sizes, unit)
 
     def _ramp_problems(self, batch: int, unit: int, what: str) -> Iterator[str]:
         """Every batch size of a ramp-up must split into micro-batches of all data ranks."""

@@ -8,7 +8,7 @@ parameter names never change.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class GPT(nn.Module):
         D, rows = config.hidden_size, config.padded_vocab_size(vocab_size)
         self.config, self.moe_config, self.vocab_size = config, moe, vocab_size
         self.embedding: nn.Embedding | None = nn.Embedding(rows, D)
+        self.embeds = True  # what comes in are tokens; a last stage may have the matrix for its logits alone
         learned = config.position_embedding_type == "learned_absolute"
         self.position_embedding = nn.Embedding(config.max_position_embeddings, D) if learned else None
         experts = moe.experts_per_layer(config.num_layers)
@@ -60,10 +61,12 @@ class GPT(nn.Module):
         labels_BS: Tensor | None = None,
         segments_BS: Tensor | None = None,
         keys_BS: Tensor | None = None,
+        tokens_BS: Tensor | None = None,
     ) -> Tensor:
-        """x: tokens, or the hidden states of the stage before. Returns losses [B, S] with labels, else logits [B, S, V]."""
-        context = self.locate(Context(positions_BS, segments_BS, keys_BS, x if self.embedding is not None else None))
-        h_BSD = self.embed(x, context) if self.embedding is not None else x
+        """x: tokens, or the hidden states of the stage before, which routers may want `tokens_BS` with. Returns losses [B, S] with
+        labels, else logits [B, S, V]; a stage that is not the last one its hidden states."""
+        context = self.locate(Context(positions_BS, segments_BS, keys_BS, x if self.embeds else tokens_BS))
+        h_BSD = self.embed(x, context) if self.embeds else x
         for block in self.layers.values():
             h_BSD = block(h_BSD, context)
         if self.norm is None:
@@ -78,6 +81,18 @@ class GPT(nn.Module):
         if chunk := columns_at_a_time(self.loss_chunk_size, labels_BS.numel(), columns):
             return self.chunked_losses(self.norm(h_BSD), self.output_weight, labels_BS, self.vocab_size, chunk)
         return self.token_losses(self.logits(h_BSD), labels_BS, self.vocab_size)
+
+    def keep_stage(self, layers: Collection[int], is_first: bool, is_last: bool) -> None:
+        """Become a pipeline stage: what other stages hold is gone, names stay. Tied logits need the embedding on the last one too."""
+        for name in [name for name in self.layers if int(name) not in layers]:
+            del self.layers[name]
+        self.embeds = is_first
+        if not is_first:
+            self.position_embedding = None
+            if not (is_last and self.head is None):
+                self.embedding = None
+        if not is_last:
+            self.norm = self.head = None
 
     def embed(self, tokens_BS: Tensor, context: Context) -> Tensor:
         h_BSD, here = self.embedding(tokens_BS), context.of_stream

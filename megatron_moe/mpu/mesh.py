@@ -36,6 +36,7 @@ class ParallelMesh:
     tokens: DeviceMesh
     dense: DeviceMesh
     experts: dict[int, DeviceMesh]  # by expert-parallel degree
+    stages: DeviceMesh | None  # pp x all ranks of a stage; None without a pipeline, where that is the world
     zero_stage: int
     nodes: dict[int, DeviceMesh] = field(default_factory=dict)  # by degree, where a group spans several nodes
 
@@ -74,6 +75,11 @@ class ParallelMesh:
             if self.size(axis) > 1:
                 dist.all_reduce(x, group=self.group(axis))
         return x
+
+    @property
+    def stage_group(self) -> dist.ProcessGroup | None:
+        """All ranks of this pipeline stage; None is the world."""
+        return None if self.stages is None else self.stages.get_group("stage")
 
     def expert_group(self, ep: int) -> dist.ProcessGroup:
         return self.experts[ep]["ep"].get_group()
@@ -126,7 +132,8 @@ def build_mesh(
         if min(across, within) > 1:
             names = ("pp", "edp", "across", "within", "etp")
             nodes[ep] = init_device_mesh(device_type, (pp, edp, across, within, etp), mesh_dim_names=names)
-    return ParallelMesh(tokens, dense, experts, zero_stage, nodes)
+    stages = init_device_mesh(device_type, (pp, world // pp), mesh_dim_names=("pp", "stage")) if pp > 1 else None
+    return ParallelMesh(tokens, dense, experts, stages, zero_stage, nodes)
 
 
 def _split(ranks: int, zero_stage: int, replicas: int) -> tuple[int, int]:

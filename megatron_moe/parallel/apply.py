@@ -15,6 +15,7 @@ from megatron_moe.parallel.compile import apply_compile
 from megatron_moe.parallel.context import apply_context_parallel
 from megatron_moe.parallel.expert import apply_expert_parallel, share_counts
 from megatron_moe.parallel.offload import apply_activation_offload, is_offloaded, materialise
+from megatron_moe.parallel.pipeline import PipelinedGPT, stages_here
 from megatron_moe.parallel.recompute import apply_recompute
 from megatron_moe.parallel.sequence import apply_sequence_parallel
 from megatron_moe.parallel.tensor import apply_tensor_parallel
@@ -55,8 +56,24 @@ def build_parallel_mesh(config: RunConfig, device_type: str) -> ParallelMesh:
     )  # fmt: skip
 
 
-def build_sharded_model(config: RunConfig, vocab_size: int, mesh: ParallelMesh, expert_factory: ExpertFactory | None = None) -> GPT:
-    """The parallel model of this rank without memory: its shards have shapes and no content."""
+def build_sharded_model(
+    config: RunConfig, vocab_size: int, mesh: ParallelMesh, expert_factory: ExpertFactory | None = None
+) -> GPT | PipelinedGPT:
+    """The parallel model of this rank without memory: its shards have shapes and no content. Under pipeline parallelism, the stages
+    that this rank holds: the others' layers never get memory."""
+    if mesh.size("pp") == 1:
+        model = build_plain_on_meta(config, vocab_size, expert_factory)
+        parallelize(model, mesh, config)
+        return model
+    split, stages = config.layers_of_stages(), {}
+    for number in stages_here(config, mesh):
+        stages[number] = build_plain_on_meta(config, vocab_size, expert_factory)
+        stages[number].keep_stage(split[number], is_first=number == 0, is_last=number == len(split) - 1)
+        parallelize(stages[number], mesh, config)
+    return PipelinedGPT(stages, len(split), mesh, config)
+
+
+def build_plain_on_meta(config: RunConfig, vocab_size: int, expert_factory: ExpertFactory | None) -> GPT:
     dtype = torch.float64 if config.training.params_dtype == "float64" else torch.float32
     model = build_on_meta(lambda: GPT(config.model, config.moe, vocab_size, expert_factory), dtype)
     if config.training.fp16_master_weights_and_grads:
@@ -64,13 +81,12 @@ def build_sharded_model(config: RunConfig, vocab_size: int, mesh: ParallelMesh, 
     model.loss_chunk_size = config.memory.cross_entropy_loss_chunk_size
     for moe in moe_layers(model):
         moe.experts.use_reference = config.training.moe_kernels == "reference"
-    parallelize(model, mesh, config)
     return model
 
 
 def build_parallel_model(
     config: RunConfig, vocab_size: int, mesh: ParallelMesh, device: torch.device, expert_factory: ExpertFactory | None = None
-) -> GPT:
+) -> GPT | PipelinedGPT:
     """The sharded model with its initial weights; no rank ever holds more than its shards and one whole matrix.
 
     `expert_factory`: experts of your own, see moe/module_experts.py.

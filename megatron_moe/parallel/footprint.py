@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from megatron_moe.config.training import OptimizerConfig
 from megatron_moe.model.gpt import GPT
 from megatron_moe.optimizer.groups import is_orthogonalised, owner_of
+from megatron_moe.parallel.pipeline import PipelinedGPT
 from megatron_moe.parallel.zero import gathered_dtype
 
 FSDP_AXES = {"dp_replicate", "dp_shard", "edp_replicate", "edp_shard"}
@@ -23,9 +24,10 @@ FSDP_AXES = {"dp_replicate", "dp_shard", "edp_replicate", "edp_shard"}
 class Footprint:
     """At rest: between two steps, when gradients are gone too. In bytes where it does not say parameters.
 
-    gradients: after the backward. whole_gradients: what stages 0 and 1 add up in when a step has several micro-batches.
-    gathered: copies in the compute type, beside the shards - of all parameters from forward to backward in stages 0 to 2; in
-    stage 3 of the largest block and of what lies outside of the blocks. One rank alone in float32 has neither of the last two.
+    gradients: after the backward. whole_gradients: what stages 0 and 1 add up in when a step has several micro-batches, and every
+    stage under pipeline parallelism. gathered: copies in the compute type, beside the shards - of all parameters from forward to
+    backward in stages 0 to 2; in stage 3 of the largest block and of what lies outside of the blocks, but under pipeline
+    parallelism, where torch keeps them from a backward to the next forward, of all. One rank alone in float32 has neither.
     """
 
     dense_parameters: int
@@ -36,8 +38,13 @@ class Footprint:
     optimizer: int
     gathered: int
 
+    @property
+    def at_most(self) -> int:
+        """Bytes of all of it, to compare ranks by."""
+        return self.parameters + self.gradients + self.whole_gradients + self.optimizer + self.gathered
 
-def footprint(model: GPT, optimizer: OptimizerConfig, zero_stage: int, half: torch.dtype | None) -> Footprint:
+
+def footprint(model: GPT | PipelinedGPT, optimizer: OptimizerConfig, zero_stage: int, half: torch.dtype | None) -> Footprint:
     """Of a model that `parallelize` has been applied to; without memory will do."""
     elements: Counter[str] = Counter()
     shards = whole = states = 0
@@ -50,9 +57,10 @@ def footprint(model: GPT, optimizer: OptimizerConfig, zero_stage: int, half: tor
         whole += whole_here * p.element_size()
         block = re.match(r"layers\.\d+|", name).group()
         gathered[block] += whole_here * gathered_dtype(name, p, half).itemsize
-    outside = gathered.pop("")
+    outside = gathered.pop("", 0)
     blocks = gathered.values()
-    is_wrapped = isinstance(model, FSDPModule)
+    is_wrapped = any(isinstance(module, FSDPModule) for module in model.modules())
+    frees_blocks = zero_stage == 3 and not isinstance(model, PipelinedGPT)  # there they stay from a backward to the next forward
     return Footprint(
         dense_parameters=elements["dense"],
         expert_parameters=elements["expert"],
@@ -60,7 +68,7 @@ def footprint(model: GPT, optimizer: OptimizerConfig, zero_stage: int, half: tor
         gradients=shards,  # of the type of the parameters, also when computing in 16 bits
         whole_gradients=whole if is_wrapped else 0,
         optimizer=states,
-        gathered=outside + (max(blocks) if zero_stage == 3 else sum(blocks)) if is_wrapped else 0,
+        gathered=outside + (max(blocks) if frees_blocks else sum(blocks)) if is_wrapped else 0,
     )
 
 

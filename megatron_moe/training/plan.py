@@ -15,12 +15,14 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
                             expert_data_parallel, dispatcher (null: dense), mlp (dense, standard or residual), width (of an
                             expert, or of the dense MLP); latent_width and shared_expert_width where there are such; dispatcher_why
                             where the dispatcher is not the one asked for by name
+    pipeline                null without one: schedule, micro_batches (of the last size of a step), idle (share of a step, all stages
+                            taken as equal; an upper bound for zero-bubble), stages: stage, pipeline_rank, layers, parts (embedding,
+                            positions, tied_logits, norm, head), moe_layers (how many), parameters, flops_per_token
     vocabulary              size, padded, and whether it is known
     parameters              total, active (per token), by_part, active_by_part
     per_rank                fullest and emptiest: rank, dense_parameters, expert_parameters, bytes (parameters, gradients,
                             whole_gradients, optimizer, gathered: see parallel/footprint.py);
                             on_host: which of these live on the host, where there is an accelerator (--cpu-optimizer)
-    per_rank_unknown        why per_rank is null
     loss                    columns (of the vocabulary on a rank), columns_at_a_time (whose logits are there together), logits_bytes
     teacher                 of distillation, null without: layers (their experts), parameters (total, active), flops_per_token (forward
                             alone), stop_iters, stop_tokens, per_rank: fullest and emptiest: rank, dense_parameters,
@@ -57,6 +59,7 @@ import torch
 from megatron_moe.checkpoint.preflight import load_problems, teacher_problems
 from megatron_moe.config.flags import ConfigError, fields_of
 from megatron_moe.config.parallel import split_over_nodes
+from megatron_moe.config.pipeline import stages_of_rank
 from megatron_moe.config.presets import GPT2_VOCAB_SIZE
 from megatron_moe.config.run import GROUPS, RunConfig
 from megatron_moe.config.training import DECAY_LENGTHS, RUN_LENGTHS, WARMUP_LENGTHS
@@ -71,6 +74,7 @@ from megatron_moe.parallel.expert import capacity_factor_of
 from megatron_moe.parallel.footprint import Footprint, footprint
 from megatron_moe.tokenizers import Tokenizer, build_tokenizer
 from megatron_moe.training.preflight import schedule_problems, tokenizer_problems, vocab_size_of
+from megatron_moe.training.stages import idle_share, schedule_name, stages_of
 from megatron_moe.utils.compat import fake_process_group
 
 LISTED_RANKS = 128
@@ -93,20 +97,19 @@ def build_plan(
     if problems:
         raise ConfigError(problems)
     total, active = _by_part(parameter_counts(run.model, run.moe, here.vocab_size))
-    unknown = layout_unknown(run)
     return {
         "world_size": world_size,
         "degrees": _degrees(run, world_size),
         "precision": _precision(run),
         "layers": list(_layers(run, world_size)),
+        "pipeline": _pipeline(run, world_size, here.vocab_size),
         "vocabulary": {
             "size": here.vocab_size, "padded": run.model.padded_vocab_size(here.vocab_size), "is_known": here.vocabulary_is_known,
         },
         "parameters": {"total": sum(total.values()), "active": sum(active.values()), "by_part": total, "active_by_part": active},
-        "per_rank": None if unknown else _per_rank(run, world_size, here.vocab_size),
-        "per_rank_unknown": unknown,
+        "per_rank": _per_rank(run, world_size, here.vocab_size),
         "loss": _loss(run, here.vocab_size),
-        "teacher": _teacher(run, world_size, here.vocab_size, unknown) if run.distillation.is_on else None,
+        "teacher": _teacher(run, world_size, here.vocab_size) if run.distillation.is_on else None,
         "groups": _groups(run, world_size),
         "batch": _batch(run, world_size),
         "length": _length(run, world_size),
@@ -118,7 +121,7 @@ def build_plan(
         "missing_paths": [*missing, *here.missing],
         "not_built_yet": [*not_yet, *run.not_built_yet()],
         "before_training": list(run.missing_to_train()),
-        "warnings": list(warnings),
+        "warnings": [*warnings, *run.world_warnings(world_size)],
     }  # fmt: skip
 
 
@@ -236,6 +239,22 @@ def _dispatcher(run: RunConfig, world_size: int, experts: int, ep: int) -> dict[
     return {"dispatcher": choice.name} | ({"dispatcher_why": choice.why} if choice.why else {})
 
 
+def _pipeline(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, Any] | None:
+    if run.parallel.pipeline_model_parallel_size == 1:
+        return None
+    microbatches = run.num_microbatches(world_size)
+    return {
+        "schedule": schedule_name(run), "micro_batches": microbatches, "idle": round(idle_share(run, microbatches), 4),
+        "stages": [
+            {
+                "stage": s.number, "pipeline_rank": s.rank, "layers": s.layers, "parts": s.parts, "moe_layers": s.moe_layers,
+                "parameters": s.parameters, "flops_per_token": s.flops_per_token,
+            }
+            for s in stages_of(run, vocab_size)
+        ],
+    }  # fmt: skip
+
+
 def _by_part(counts: ParameterCounts) -> tuple[dict[str, int], dict[str, int]]:
     """(all, active) parameters of each part; each sums to the whole."""
     layers = counts.per_layer
@@ -272,24 +291,21 @@ def _flops(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, float 
 # ---------------------------------------------------------------- ranks
 
 
-def layout_unknown(run: RunConfig) -> str | None:
-    """Why it cannot be counted what a rank holds, None if it can: the layout of a feature that is not built is not known."""
-    p = run.parallel
-    reasons = {
-        "--pipeline-model-parallel-size": p.pipeline_model_parallel_size > 1,
-    }
-    named = [flag for flag, is_used in reasons.items() if is_used]
-    return f"{' and '.join(named)} would change what a rank holds, and is not built yet" if named else None
-
-
 def _per_rank(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, Any]:
-    first = rank_footprint(run, world_size, vocab_size, 0)
-    last = rank_footprint(run, world_size, vocab_size, world_size - 1)
-    on_host = ["parameters", "gradients", "optimizer"] if run.memory.cpu_optimizer else []
-    return {
-        "fullest": _footprint_of(0, first) | {"on_host": on_host},
-        "emptiest": _footprint_of(world_size - 1, last) | {"on_host": on_host},
-    }
+    """Within a stage the first rank is the fullest and the last one the emptiest; of stages alike one is counted."""
+    pp, split = run.parallel.pipeline_model_parallel_size, run.layers_of_stages()
+    experts, stage_ranks = run.moe.experts_per_layer(run.model.num_layers), world_size // pp
+    firsts: dict[Any, int] = {}
+    for rank in range(pp):
+        mine = stages_of_rank(rank, pp, len(split))
+        alike = (0 in mine, len(split) - 1 in mine, [experts[layer - 1] for s in mine for layer in split[s]])
+        firsts.setdefault(str(alike), rank * stage_ranks)
+    fullest = {rank: rank_footprint(run, world_size, vocab_size, rank) for rank in firsts.values()}
+    emptiest = {rank: rank_footprint(run, world_size, vocab_size, rank) for rank in (r + stage_ranks - 1 for r in firsts.values())}
+    first = max(fullest, key=lambda rank: fullest[rank].at_most)
+    last = min(emptiest, key=lambda rank: (emptiest[rank].at_most, -rank))
+    on_host = {"on_host": ["parameters", "gradients", "optimizer"] if run.memory.cpu_optimizer else []}
+    return {"fullest": _footprint_of(first, fullest[first]) | on_host, "emptiest": _footprint_of(last, emptiest[last]) | on_host}
 
 
 def _loss(run: RunConfig, vocab_size: int) -> dict[str, int]:
@@ -306,18 +322,18 @@ def rank_footprint(run: RunConfig, world_size: int, vocab_size: int, rank: int) 
     with fake_process_group(rank, world_size):
         mesh = build_parallel_mesh(run, "cpu")
         model = build_sharded_model(run, vocab_size, mesh)
-        counts = parameter_counts(run.model, run.moe, vocab_size)
+        expected = sum(stage.parameters for stage in stages_of(run, vocab_size) if stage.rank == mesh.rank("pp"))
         built = sum(p.numel() for p in model.parameters())
-        assert built == counts.total, f"parameters: built {built}, counted {counts.total}"
+        assert built == expected, f"parameters: built {built}, counted {expected}"
         half = getattr(torch, run.training.half) if run.training.half else None
         return footprint(model, run.optimizer, run.parallel.zero_stage, half)
 
 
-def _teacher(run: RunConfig, world_size: int, vocab_size: int, unknown: str | None) -> dict[str, Any]:
+def _teacher(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, Any]:
     teacher = run.teacher()
     counts = parameter_counts(teacher.model, teacher.moe, vocab_size)
-    per_rank = None if unknown else _per_rank(teacher, world_size, vocab_size)
-    for rank in (per_rank or {}).values():  # it is not trained: no gradients, no optimizer
+    per_rank = _per_rank(teacher, world_size, vocab_size)
+    for rank in per_rank.values():  # it is not trained: no gradients, no optimizer
         rank["bytes"] = {name: rank["bytes"][name] for name in ("parameters", "gathered")}
     return {
         "layers": list(teacher.moe.experts_per_layer(teacher.model.num_layers)),

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_moe.data.batch import Batch
 from megatron_moe.model.gpt import GPT
@@ -19,6 +20,7 @@ from megatron_moe.optimizer.groups import set_rates
 from megatron_moe.optimizer.half_adam import HalfAdamW
 from megatron_moe.optimizer.loss_scale import LossScale, update_weights
 from megatron_moe.parallel.context import part_of
+from megatron_moe.parallel.pipeline import PipelinedGPT
 from megatron_moe.parallel.zero import sync_gradients
 from megatron_moe.training.distillation import Distillation
 from megatron_moe.utils.random import token_keys
@@ -42,7 +44,7 @@ def count_loss_tokens(microbatches: Sequence[Batch], mesh: ParallelMesh) -> Tens
 
 
 def forward_backward(
-    model: GPT,
+    model: GPT | PipelinedGPT,
     microbatches: Sequence[Batch],
     divisor: Tensor,
     mesh: ParallelMesh,
@@ -65,6 +67,11 @@ def forward_backward(
     tokens_in_step = sum(b.tokens.numel() for b in microbatches) * mesh.size("dp")
     for moe in moe_layers(model):
         moe.begin_step(min((iteration + 1) / (moe.config.moe_loss_warmup_iters or 1), 1.0) / tokens_in_step, loss_scale)
+    if isinstance(model, PipelinedGPT):
+        keys = [token_keys(seed, iteration, b.sample_ids, b.tokens.shape[1]) for b in microbatches]
+        parts, keys = zip(*(part_of(b, k, mesh) for b, k in zip(microbatches, keys)))
+        scale = 1.0 if loss_scale is None else loss_scale
+        return model.forward_backward(parts, keys, partial(share_of_step, divisor=divisor / scale)) / scale
     total = torch.zeros((), dtype=torch.float64, device=divisor.device)
     for i, batch in enumerate(microbatches):
         sync_gradients(model, mesh.zero_stage, i == len(microbatches) - 1)
@@ -78,12 +85,16 @@ def forward_backward(
 def language_model_loss(model: GPT, batch: Batch, keys_BS: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor]:
     """(what is differentiated, the language-model loss alone), which without a teacher are the same."""
     losses_BS = model(batch.tokens, batch.position_ids, batch.labels, batch.segment_ids, keys_BS)
-    loss = (losses_BS * batch.loss_mask).sum() / divisor.to(losses_BS.dtype)
+    loss = share_of_step(losses_BS, batch.loss_mask, divisor)
     return loss, loss.detach()
 
 
+def share_of_step(losses_BS: Tensor, mask_BS: Tensor, divisor: Tensor) -> Tensor:
+    return (losses_BS * mask_BS).sum() / divisor.to(losses_BS.dtype)
+
+
 def train_step(
-    model: GPT,
+    model: GPT | PipelinedGPT,
     optimizer: torch.optim.Optimizer,
     microbatches: Sequence[Batch],
     mesh: ParallelMesh,
@@ -100,9 +111,9 @@ def train_step(
     lm_loss = forward_backward(model, microbatches, count_loss_tokens(microbatches, mesh), mesh, seed, iteration, distillation, scale)
     kd_loss = distillation.divergence if distillation is not None else None
     for loss in (lm_loss,) if kd_loss is None else (lm_loss, kd_loss):
-        mesh.sum(loss, "dp", "cp")
+        mesh.sum(loss, "dp", "cp", "pp")
     parameters = list(model.parameters())
-    norm, found_inf = gradient_norm(parameters, mesh.stage_ranks), None
+    norm, found_inf = gradient_norm(counted_parameters(model), mesh.stage_ranks), None
     if loss_scale is not None:  # the norm is one number of the whole world, and so is what follows from it
         norm, found_inf = loss_scale.unscaled(norm)
     if isinstance(optimizer, HalfAdamW):
@@ -112,19 +123,24 @@ def train_step(
     set_rates(optimizer, learning_rate, weight_decay)
     update_weights(optimizer, found_inf)
     optimizer.zero_grad(set_to_none=True)
-    move_expert_biases(model, found_inf)
+    move_expert_biases(model, mesh, found_inf)
     if loss_scale is not None:
         loss_scale.update(found_inf)
     return StepResult(lm_loss, norm, kd_loss, found_inf)
 
 
-def move_expert_biases(model: GPT, found_inf: Tensor | None = None) -> None:
-    """One reduction for all layers that balance by a bias: after the step, by what its tokens chose. None moves in a skipped step."""
+def counted_parameters(model: GPT | PipelinedGPT) -> Iterator[nn.Parameter]:
+    """Parameters of this rank, a tied embedding on one of its two stages only."""
+    return model.counted_parameters() if isinstance(model, PipelinedGPT) else model.parameters()
+
+
+def move_expert_biases(model: GPT | PipelinedGPT, mesh: ParallelMesh, found_inf: Tensor | None = None) -> None:
+    """One reduction for all layers here that balance by a bias: after the step, by what its tokens chose. None moves in a skipped step."""
     layers = [moe for moe in moe_layers(model) if moe.gate.expert_bias is not None]
     if not layers:
         return
     counts = torch.cat([moe.stats.counts_E for moe in layers])
-    dist.all_reduce(counts)
+    dist.all_reduce(counts, group=mesh.stage_group)
     for moe, counts_E in zip(layers, counts.split([moe.num_experts for moe in layers])):
         rate = moe.config.moe_router_bias_update_rate
         moe.gate.move_bias(counts_E, rate if found_inf is None else rate * (1 - found_inf))

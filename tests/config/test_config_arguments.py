@@ -245,7 +245,7 @@ def test_report_exits_with_code_2_and_one_message(capsys):
         (["--hidden-size", "130"], 1, ["(130)", "(4)", "--kv-channels"]),
         (["--seq-length", "256"], 1, ["(256)", "(128)", "raise the latter"]),
         (["--tensor-model-parallel-size", "2", "--ffn-hidden-size", "33"], 2, ["(33)", "(2)"]),
-        (["--pipeline-model-parallel-size", "2"], 2, ["must be 1, not 2"]),
+        (["--pipeline-model-parallel-size", "8"], 8, ["(8) needs a layer for each stage", "--num-layers is 4", "use PP 4"]),
         (["--data-path", "x"], 1, ["--mock-data and a data path exclude each other"]),
         (["--split", "a,b"], 1, ["--split wants up to three numbers"]),
         (["--bf16", "--params-dtype", "float64"], 1, ["exclude each other"]),

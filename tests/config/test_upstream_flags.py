@@ -31,6 +31,7 @@ SETTINGS = """
     mos kd kd-alpha-ce kd-beta-ce kd-temp reset-iteration load-teacher num-layers-teacher num-experts-teacher hidden-size-teacher
     num-attention-heads-teacher rampup-batch-size start-weight-decay end-weight-decay weight-decay-incr-style
     fp16 hysteresis loss-scale initial-loss-scale min-loss-scale loss-scale-window cpu-optimizer
+    pipeline-model-parallel-size num-layers-per-virtual-pipeline-stage enable-zbh1-pipeline
 """
 
 WITHOUT_MEANING = """
@@ -45,16 +46,16 @@ WITHOUT_MEANING = """
     timing-log-level timing-log-option local_rank trust-remote-code use-flash-attn use-flash-attn-v1 use-flash-attn-v2
     use-flash-attn-triton no-masked-softmax-fusion no-bias-gelu-fusion no-bias-dropout-fusion no-gradient-accumulation-fusion
     no-persist-layer-norm use-distributed-optimizer DDP-impl attention-softmax-in-fp32 accumulate-allreduce-grads-in-fp32
-    no-query-key-layer-scaling use-cpu-initialization log-num-zeros-in-grad log-params-norm tensorboard-log-interval
+    no-query-key-layer-scaling use-cpu-initialization log-num-zeros-in-grad log-params-norm tensorboard-log-interval enable-zbh1-exact-semantics
 """
 
 NOT_BUILT = """
-    pipeline-model-parallel-size num-experts-switch inference skip-train
+    standalone-embedding-stage num-experts-switch inference skip-train
     load-tag universal-checkpoint ds-sequence-parallel-size force-ds-sequence-parallel
     ds-sequence-parallel-fpdt ds-sequence-parallel-fpdt-chunk-size ds-sequence-parallel-fpdt-offloading random-ltd
     data-efficiency-curriculum-learning return-data-index train-idx-path train-desc-path train-doc-idx-path
     train-sample-idx-path train-shuffle-idx-path wandb-project wandb-entity
-    wandb-exp-name wandb-save-dir profile profile_steps profile-ranks num-layers-per-virtual-pipeline-stage
+    wandb-exp-name wandb-save-dir profile profile_steps profile-ranks
 """
 
 

@@ -36,7 +36,7 @@ from megatron_moe.optimizer.half_adam import HalfAdamW
 from megatron_moe.optimizer.loss_scale import LossScale
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
 from megatron_moe.training.distillation import Distillation, build_teacher
-from megatron_moe.training.step import count_loss_tokens, forward_backward, move_expert_biases, train_step
+from megatron_moe.training.step import count_loss_tokens, counted_parameters, forward_backward, move_expert_biases, train_step
 from megatron_moe.utils.random import token_keys
 
 VOCAB, SEQUENCES, LENGTH, STEPS = 60, 8, 15, 4  # 15 tokens: not divisible by any tensor-parallel degree
@@ -100,6 +100,11 @@ MODELS = {
     # every auxiliary loss at once, in a warm-up: micro-batch and z from the common flags, sequence, global batch
     "losses": "--num-experts 1 4 8 --topk 2 --disable-moe-token-dropping --moe-seq-loss-coeff 0.4 --moe-global-loss-coeff 0.3 "
     "--moe-loss-warmup-iters 3",
+    # four layers, for pipelines of up to four stages
+    "deep": "--num-layers 4 --num-experts 1 2 4 8 --mlp-type residual --topk 2 --num-key-value-heads 2 --disable-moe-token-dropping",
+    # experts in the later half alone: early stages have none
+    "late": "--num-layers 4 --num-experts 1 1 4 8 --topk 2 --swiglu --untie-embeddings-and-output-weights --position-embedding-type rope "
+    "--disable-moe-token-dropping --moe-seq-loss-coeff 0.4",
 }
 
 
@@ -361,16 +366,27 @@ def layout(model_name: str, flags: str, scale: float | None = None) -> dict[str,
             if done.kd_loss is not None:
                 out[f"divergence {step}"] = done.kd_loss
         if step <= 1:
-            out |= routing(model, step)
+            out |= routing(model, step, mesh.stage_group)
     out |= {f"weight {n}": whole(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    out = of_all_stages(out, mesh)
     return out if dist.get_rank() == 0 else None
 
 
-def routing(model: GPT, step: int) -> dict[str, torch.Tensor]:
+def of_all_stages(out: dict[str, torch.Tensor], mesh: ParallelMesh) -> dict[str, torch.Tensor]:
+    """What each stage knows of its own layers, together. What two of them have - losses, norms, tied weights - is right on both, or NaN."""
+    parts: list[dict[str, torch.Tensor]] = [{}] * mesh.size("pp")
+    dist.all_gather_object(parts, out, group=mesh.group("pp"))
+    together: dict[str, torch.Tensor] = {}
+    for name, value in (item for part in parts for item in part.items()):
+        together[name] = value if torch.equal(together.get(name, value), value) else value * math.nan
+    return together
+
+
+def routing(model: GPT, step: int, stage: dist.ProcessGroup | None = None) -> dict[str, torch.Tensor]:
     """Statistics of the step behind, of all ranks together."""
     out = {f"routing {m.layer} in step {step}": m.stats.vector(torch.device("cpu")).clone() for m in moe_layers(model)}
     for vector in out.values() if dist.is_initialized() else ():
-        dist.all_reduce(vector)
+        dist.all_reduce(vector, group=stage)
     return out
 
 
@@ -381,11 +397,11 @@ def first_step(
     """`train_step` in its parts, to look at what it does not return."""
     scale = loss_scale.scale if loss_scale else None
     loss = forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, SEED, 0, distillation, scale)
-    mesh.sum(loss, "dp", "cp")
-    norm = gradient_norm(model.parameters(), mesh.stage_ranks)
+    mesh.sum(loss, "dp", "cp", "pp")
+    norm = gradient_norm(counted_parameters(model), mesh.stage_ranks)
     if loss_scale:
         norm, _ = loss_scale.unscaled(norm)
-    out = {"loss 0": loss, "norm 0": norm, "ones": norm_of_ones(model, mesh.stage_ranks)}
+    out = {"loss 0": loss, "norm 0": norm, "ones": norm_of_ones(model, mesh)}
     out |= {f"gradient {n}": whole(p.grad) / (scale or 1) for n, p in model.named_parameters()}
     if isinstance(optimizer, HalfAdamW):
         optimizer.gradient_factor = gradient_factor(norm, CLIP, scale)
@@ -393,16 +409,17 @@ def first_step(
         clip_gradients(model.parameters(), norm, CLIP, scale)
     optimizer.step()
     optimizer.zero_grad()
-    move_expert_biases(model)
+    move_expert_biases(model, mesh)
     return out
 
 
-def norm_of_ones(model: GPT, stage_ranks: int) -> torch.Tensor:
+def norm_of_ones(model: GPT, mesh: ParallelMesh) -> torch.Tensor:
     """The gradient norm if every element of every gradient were 1, over sqrt(number of parameters): must be 1."""
     kept = [p.grad for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    norm = gradient_norm(model.parameters(), stage_ranks) / sum(p.numel() for p in model.parameters()) ** 0.5
+    counted = torch.tensor(float(sum(p.numel() for p in counted_parameters(model))), dtype=torch.float64)
+    norm = gradient_norm(counted_parameters(model), mesh.stage_ranks) / mesh.sum(counted, "pp").sqrt()
     for p, grad in zip(model.parameters(), kept):
         p.grad = grad
     return norm

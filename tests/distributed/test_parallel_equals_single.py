@@ -11,6 +11,39 @@ from distributed.precision_rows import PRECISION_LAYOUTS
 pytestmark = pytest.mark.distributed
 
 PADDED = "--moe-pad-expert-input-to-capacity"
+PP2, PP4 = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4"
+INTERLEAVED = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"  # of four layers: two stages on each rank
+ZERO_BUBBLE = "--pipeline-schedule zero-bubble"
+EP2, TP2, RECOMPUTE = "--moe-expert-parallel-size 2", "--tensor-model-parallel-size 2", "--recompute-granularity full"
+PIPELINE_LAYOUTS = [
+    ("pyramid", 2, PP2),  # stages of one rank, without FSDP; layers 2 + 1, tied embeddings
+    ("deep", 2, INTERLEAVED),
+    ("deep", 2, f"{PP2} --enable-zbh1-pipeline"),
+    ("deep", 2, f"{INTERLEAVED} {ZERO_BUBBLE} --recompute-granularity full"),
+    ("deep", 2, f"{PP2} --pipeline-schedule gpipe --decoder-first-pipeline-num-layers 1"),
+    ("deep", 4, f"--zero-stage 1 {PP4}"),  # stages in the middle
+    ("pyramid", 4, f"--zero-stage 3 {PP2} {EP2}"),
+    ("deep", 4, f"--zero-stage 0 {PP2} {EP2}"),
+    ("deep", 4, f"--zero-stage 3 {INTERLEAVED} {EP2} {RECOMPUTE}"),
+    ("deep", 4, f"--zero-stage 0 {INTERLEAVED} {ZERO_BUBBLE} {EP2}"),
+    ("deep", 4, f"--zero-stage 2 {PP2} {ZERO_BUBBLE} {EP2} {RECOMPUTE}"),
+    ("deep", 4, f"--zero-stage 1 {INTERLEAVED} {ZERO_BUBBLE} {TP2} {EP2}"),
+    ("late", 4, f"--zero-stage 1 {PP2} {EP2}"),  # a stage without experts; untied
+    ("late", 4, f"--zero-stage 2 {INTERLEAVED} {ZERO_BUBBLE} {TP2}"),
+    ("modern", 4, f"--zero-stage 1 {PP2} {TP2} {EP2} --recompute-granularity selective"),
+    ("noisy", 4, f"--zero-stage 3 {PP2} {TP2} {EP2} {RECOMPUTE}"),
+    ("noisy", 4, f"--zero-stage 1 {PP2} {ZERO_BUBBLE} {EP2} {RECOMPUTE}"),
+    ("losses", 4, f"--zero-stage 2 {PP2} {EP2}"),
+    ("losses", 4, f"--zero-stage 1 {PP2} {ZERO_BUBBLE} {TP2} {EP2}"),
+    ("deepseek", 4, f"--zero-stage 1 {PP2} {EP2} {RECOMPUTE}"),  # a bias that moves by the counts of the stage
+    ("hash", 4, f"--zero-stage 1 {PP2} {TP2} {EP2}"),  # the words, on stages that embed none
+    ("dropping", 4, f"--zero-stage 1 {PP2} {EP2} {PADDED}"),
+    ("shared", 4, f"--zero-stage 2 {PP2} {ZERO_BUBBLE} {TP2}"),
+    ("modules", 4, f"--zero-stage 3 {PP2} {EP2} --moe-token-dispatcher allgather"),
+    ("deep", 8, f"--zero-stage 3 {PP2} {TP2} --moe-expert-parallel-size 4"),  # degrees 2 and 4
+    ("deep", 8, f"--zero-stage 2 {INTERLEAVED} --moe-expert-parallel-size 4 {RECOMPUTE}"),  # one micro-batch for four stages
+    ("deep", 8, f"--zero-stage 1 {PP4} {ZERO_BUBBLE} {EP2}"),
+]
 QUICK = [  # model, world size, flags: always
     *(("pyramid", 2, f"--zero-stage {z}") for z in (0, 1, 2, 3)),
     *(("pyramid", 2, f"--zero-stage {z} --moe-expert-parallel-size 2") for z in (1, 3)),
@@ -103,7 +136,7 @@ EXPERT_LAYOUTS = [
     ("dropping", 4, "--zero-stage 2 --moe-expert-parallel-size 4 --moe-overlap-chunks 3"),
     ("modern", 4, f"--zero-stage 3 --tensor-model-parallel-size 4 {EP2} --moe-overlap-chunks 3"),  # 8 or 6
 ]
-for further in (EXPERT_LAYOUTS, PRECISION_LAYOUTS, sequence_layouts.LAYOUTS):
+for further in (EXPERT_LAYOUTS, PRECISION_LAYOUTS, PIPELINE_LAYOUTS, sequence_layouts.LAYOUTS):
     QUICK += further[::4]
     MATRIX += [row for row in further if row not in QUICK]
 LAYOUTS = QUICK + MATRIX
@@ -116,6 +149,7 @@ FAST = [
     ("modern", 4, "--zero-stage 2 --moe-expert-parallel-size 4"),
     ("shared", 4, f"--zero-stage 2 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 {PADDED}"),
     ("latent", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4"),
+    ("deep", 4, f"--zero-stage 2 {INTERLEAVED} {EP2}"),
 ]
 
 

@@ -533,7 +533,7 @@ def bias_moved_by_the_counts_of_one_rank():
     """Each rank balances its own tokens: the biases, and soon the choices, drift apart."""
     from megatron_moe.training import step
 
-    def move(model):
+    def move(model, mesh):
         for moe in moe_layers(model):
             if moe.gate.expert_bias is not None:
                 moe.gate.move_bias(moe.stats.counts_E, moe.config.moe_router_bias_update_rate)
@@ -721,6 +721,78 @@ def gradient_of_the_last_hidden_states_from_own_columns():
         yield
 
 
+# ---------------------------------------------------------------- pipeline
+
+
+@contextmanager
+def pipeline_divides_by_its_microbatches():
+    """torch's default."""
+    from megatron_moe.parallel.pipeline import SCHEDULES
+
+    def scaled(kind):
+        return lambda of, n, loss_fn, scale_grads: kind(of, n, loss_fn=loss_fn)
+
+    with mock.patch.dict(SCHEDULES, {name: scaled(kind) for name, kind in SCHEDULES.items()}):
+        yield
+
+
+@contextmanager
+def tied_gradients_stay_apart():
+    """First and last stage each move the matrix by what they alone know."""
+    from megatron_moe.parallel.pipeline import PipelinedGPT
+
+    with mock.patch.object(PipelinedGPT, "_add_tied_gradients"):
+        yield
+
+
+@contextmanager
+def norm_counts_tied_weights_twice():
+    """Both stages have the gradient, and both add its squares."""
+    from megatron_moe.parallel.pipeline import PipelinedGPT
+
+    with mock.patch.object(PipelinedGPT, "counted_parameters", lambda self: self.parameters()):
+        yield
+
+
+def before_a_pipeline_runs(change):
+    """`change(model, keys)` gives the keys that its micro-batches get."""
+    from megatron_moe.parallel.pipeline import PipelinedGPT
+
+    original = PipelinedGPT.forward_backward
+    run = lambda self, batches, keys, share: original(self, batches, change(self, keys), share)  # noqa: E731
+    return mock.patch.object(PipelinedGPT, "forward_backward", run)
+
+
+@contextmanager
+def auxiliary_losses_on_the_last_stage_alone():
+    """Where the loss is."""
+
+    def change(model, keys):
+        for moe in moe_layers(model):
+            moe.loss_weight *= model.has_last
+        return keys
+
+    with before_a_pipeline_runs(change):
+        yield
+
+
+@contextmanager
+def keys_of_the_next_microbatch():
+    """Stages behind the first draw from the samples that are still to come."""
+    with before_a_pipeline_runs(lambda model, keys: keys if model.has_first else [*keys[1:], keys[0]]):
+        yield
+
+
+@contextmanager
+def shapes_found_out_by_running():
+    """torch runs the model on memory that nobody has written, to see what comes out."""
+    from megatron_moe.parallel import pipeline
+
+    original = pipeline.PipelineStage
+    with mock.patch.object(pipeline, "PipelineStage", lambda *args, input_args, output_args, **rest: original(*args, **rest)):
+        yield
+
+
 # ---------------------------------------------------------------- the table
 
 EP2, TP2 = "--moe-expert-parallel-size 2", "--tensor-model-parallel-size 2"
@@ -823,6 +895,14 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
         0.05,
     ),
     (replicas_not_summed, HYBRID, "gradient layers.1.mlp.fc1.weight", 0.1),
+    (pipeline_divides_by_its_microbatches, ("pyramid", 2, rows.PP2), "gradient layers.1.mlp.fc1.weight", 0.7),
+    (pipeline_divides_by_its_microbatches, ("deep", 2, rows.INTERLEAVED), "gradient layers.4.moe.gate.weight", 0.7),
+    (tied_gradients_stay_apart, ("pyramid", 2, rows.PP2), "gradient embedding.weight", 0.01),
+    (tied_gradients_stay_apart, ("pyramid", 4, f"--zero-stage 3 {rows.PP2} {EP2}"), "weight embedding.weight", 0.01),
+    (norm_counts_tied_weights_twice, ("pyramid", 2, rows.PP2), "norm 0", 1e-3),
+    (auxiliary_losses_on_the_last_stage_alone, ("pyramid", 2, rows.PP2), "gradient layers.2.moe.gate.weight", 0.01),
+    (keys_of_the_next_microbatch, ("noisy", 4, f"--zero-stage 3 {rows.PP2} {TP2} {EP2} {rows.RECOMPUTE}"), "loss 0", 1e-6),
+    (shapes_found_out_by_running, ("pyramid", 2, rows.PP2), "routing 3 in step 0", 0.1),
 ]
 
 

@@ -25,6 +25,7 @@ from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_mode
 from megatron_moe.parallel.zero import sync_gradients
 from megatron_moe.training.distillation import Distillation, build_teacher
 from megatron_moe.training.plan import as_json, build_plan, rank_footprint
+from megatron_moe.training.step import count_loss_tokens, forward_backward
 from training import runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,6 +240,51 @@ def test_a_rank_holds_what_the_plan_says(world, flags):
     assert planned[-1].parameters == min(p.parameters for p in planned), "the last rank is the emptiest"
 
 
+def hold_stage_here(flags: str) -> dict:
+    """The same of a rank of a pipeline, in a step of several micro-batches."""
+    run = parse_args(f"{runs.SMALL} {flags}".split()).run
+    mesh = build_parallel_mesh(run, "cpu")
+    model = build_parallel_model(run, VOCAB, mesh, torch.device("cpu"))
+    optimizer = build_optimizer(model, run.optimizer)
+    elements = {name: local(p).numel() for name, p in model.named_parameters()}
+    found = {
+        "expert_parameters": sum(n for name, n in elements.items() if ".experts." in name),
+        "dense_parameters": sum(n for name, n in elements.items() if ".experts." not in name),
+        "parameters": size(model.parameters()),
+    }
+    seen, blocks = [], list(model.layers.values())
+    blocks[0].register_forward_pre_hook(lambda *_: seen.append(size(model.parameters())))  # what a backward has left
+    blocks[-1].register_forward_hook(lambda *_: seen.append(size(model.parameters())))
+    tokens = torch.arange(16).repeat(2, 1)
+    batches = [Batch(tokens, tokens, torch.ones(2, 16), tokens, None, tokens[:, 0]) for _ in range(4)]
+    forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, 1, 0)
+    found |= {"gathered": max(seen), "gradients": size(p.grad for p in model.parameters())}
+    optimizer.step()
+    found["optimizer"] = size(t for state in optimizer.state.values() for name, t in state.items() if name != "step")
+    dist.barrier()
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("world", "flags"),
+    [
+        (4, "--pipeline-model-parallel-size 2 --zero-stage 1 --moe-expert-parallel-size 2"),
+        (4, "--pipeline-model-parallel-size 2 --zero-stage 3 --moe-expert-parallel-size 2 --bf16"),
+        (
+            4,
+            "--pipeline-model-parallel-size 2 --num-layers 4 --num-experts 1 1 2 8 --num-layers-per-virtual-pipeline-stage 1 --zero-stage 2",
+        ),
+    ],
+)
+def test_a_rank_of_a_stage_holds_what_the_plan_says(world, flags):
+    found = run_distributed(hold_stage_here, world, flags)
+    run = parse_args(f"{runs.SMALL} {flags}".split()).run
+    for rank, here in enumerate(found):
+        plan = rank_footprint(run, world, VOCAB, rank)
+        assert here == {name: getattr(plan, name) for name in here}, f"rank {rank}"
+
+
 def test_stage_3_gathers_the_largest_block_and_what_lies_outside():
     """tests/distributed counts the same on running ranks."""
     run = parse_args(f"{runs.SMALL} --zero-stage 3 --bf16".split()).run
@@ -328,13 +374,52 @@ def test_sizes_of_a_ramp_and_a_curriculum_are_listed_and_counted():
 
 
 def test_a_layout_that_is_not_built_is_said_and_not_guessed():
-    plan = plan_of(f"{TINY} --pipeline-model-parallel-size 2", 4)
+    plan = plan_of(f"{TINY} --context-parallel-size 2", 4)
     assert plan["per_rank"] is None
-    assert "--pipeline-model-parallel-size would change what a rank holds" in plan["per_rank_unknown"]
+    assert "--context-parallel-size would change what a rank holds" in plan["per_rank_unknown"]
+    assert plan["groups"]["cp"]["size"] == 2
+    assert plan["not_built_yet"] == ["--context-parallel-size must be 1, not 2: context parallelism is not built yet; leave the flag out"]
+
+
+# ---------------------------------------------------------------- pipelines
+
+
+def test_stages_are_listed_and_add_up_to_the_model():
+    words = f"{TINY} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 32"
+    plan = plan_of(words, 4)
+    pipeline, tied = plan["pipeline"], plan["vocabulary"]["padded"] * 128
+    assert (pipeline["schedule"], pipeline["micro_batches"], pipeline["idle"]) == ("interleaved", 4, round(0.5 / 4.5, 4))
+    assert [(s["layers"], s["pipeline_rank"]) for s in pipeline["stages"]] == [([1], 0), ([2], 1), ([3], 0), ([4], 1)]
+    assert [s["parts"] for s in pipeline["stages"]] == [["embedding", "positions"], [], [], ["norm", "tied_logits"]]
+    assert sum(s["parameters"] for s in pipeline["stages"]) == plan["parameters"]["total"] + tied
+    assert sum(s["flops_per_token"] for s in pipeline["stages"]) == plan["flops"]["per_token"]
+    assert [s["moe_layers"] for s in pipeline["stages"]] == [int(layer["experts"] > 1) for layer in plan["layers"]]
     assert plan["groups"]["pp"] == {"number": 2, "size": 2, "stride": 2, "ranks": [[0, 2], [1, 3]]}
-    assert plan["not_built_yet"] == [
-        "--pipeline-model-parallel-size must be 1, not 2: pipeline parallelism is not built yet; leave the flag out"
-    ]
+    assert plan["per_rank_unknown"] is None and plan["not_built_yet"] == []
+    assert plan_of(TINY)["pipeline"] is None
+
+
+def test_of_all_stages_the_fullest_and_the_emptiest_rank_are_shown():
+    """The last stage has most experts, the first one none; within a stage nothing is cut unevenly here."""
+    words = f"{runs.SMALL} --num-layers 4 --num-experts 1 1 4 16 --vocab-size 64 --mock-data --pipeline-model-parallel-size 4"
+    per_rank = plan_of(words, 8)["per_rank"]
+    assert (per_rank["fullest"]["rank"], per_rank["emptiest"]["rank"]) == (6, 3)
+    assert per_rank["emptiest"]["expert_parameters"] == 0 < per_rank["fullest"]["expert_parameters"]
+
+
+def test_a_short_step_and_what_zero_does_not_save_are_warned_of():
+    told = plan_of(f"{TINY} --pipeline-model-parallel-size 4 --zero-stage 3 --global-batch-size 8", 4)["warnings"]
+    assert any("2 micro-batch(es) per step are fewer than the 4 pipeline ranks" in w for w in told)
+    assert any("--zero-stage 3 saves less memory" in w and "parameters stay gathered" in w for w in told)
+
+
+def test_a_known_command_is_planned_in_stages():
+    """The published 52-billion model in four stages of 16 ranks each."""
+    words = "--preset gpt-1.3b-moe-128 --pipeline-model-parallel-size 4 --moe-expert-parallel-size 16 --global-batch-size 512"
+    plan = plan_of(f"{words} --micro-batch-size 4", 64)
+    assert [s["layers"] for s in plan["pipeline"]["stages"]] == [list(range(first, first + 6)) for first in (1, 7, 13, 19)]
+    whole = plan_of("--preset gpt-1.3b-moe-128 --moe-expert-parallel-size 64", 64)["per_rank"]["fullest"]["expert_parameters"]
+    assert plan["per_rank"]["fullest"]["expert_parameters"] == whole  # a quarter of the layers, four times the experts
 
 
 # ---------------------------------------------------------------- groups, time, data
