@@ -25,7 +25,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from megatron_moe.config.training import OptimizerConfig
-from megatron_moe.utils.compat import all_to_all_rows
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Keller Jordan's: the steepest slope at zero
 EPS = 1e-7
@@ -168,7 +167,7 @@ def _deal_out(x_krc: Tensor, cut: Cut) -> Tensor:
     me, share = dist.get_rank(cut.group), _parts(len(x_krc), len(cut.parts))
     shapes = [_with_length(x_krc, share[me], cut.dim, part) for part in cut.parts]
     each = x_krc[0].numel() if len(x_krc) else 0
-    came = all_to_all_rows(x_krc.reshape(-1), [shape.numel() for shape in shapes], [n * each for n in share], cut.group)
+    came = _exchange(x_krc.reshape(-1), [shape.numel() for shape in shapes], [n * each for n in share], cut.group)
     return torch.cat([x.view(shape) for x, shape in zip(came.split([shape.numel() for shape in shapes]), shapes)], cut.dim)
 
 
@@ -178,8 +177,15 @@ def _return(x_kRC: Tensor, cut: Cut, count: int) -> Tensor:
     shape = _with_length(x_kRC, count, cut.dim, cut.parts[me])
     sent = [part.reshape(-1) for part in x_kRC.split(cut.parts, cut.dim)]
     each = shape[1] * shape[2]
-    came = all_to_all_rows(torch.cat(sent), [n * each for n in share], [len(part) for part in sent], cut.group)
+    came = _exchange(torch.cat(sent), [n * each for n in share], [len(part) for part in sent], cut.group)
     return came.view(shape)
+
+
+def _exchange(x_N: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Elements in runs of these lengths, one for each rank of the group."""
+    came_N = x_N.new_empty(sum(receive))
+    dist.all_to_all_single(came_N, x_N.contiguous(), receive, send, group=group)
+    return came_N
 
 
 def _with_length(x: Tensor, count: int, dim: int, length: int) -> torch.Size:

@@ -373,14 +373,6 @@ def test_sizes_of_a_ramp_and_a_curriculum_are_listed_and_counted():
     assert plain["flops"]["whole_run"] == plain["flops"]["per_token"] * plain["length"]["tokens"]
 
 
-def test_a_layout_that_is_not_built_is_said_and_not_guessed():
-    plan = plan_of(f"{TINY} --context-parallel-size 2", 4)
-    assert plan["per_rank"] is None
-    assert "--context-parallel-size would change what a rank holds" in plan["per_rank_unknown"]
-    assert plan["groups"]["cp"]["size"] == 2
-    assert plan["not_built_yet"] == ["--context-parallel-size must be 1, not 2: context parallelism is not built yet; leave the flag out"]
-
-
 # ---------------------------------------------------------------- pipelines
 
 
