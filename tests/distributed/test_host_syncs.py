@@ -124,7 +124,7 @@ def waits_with(fault: str) -> list[str]:
     faults = {
         "item in the forward": mock.patch.object(layer, "count_assignments", lambda *a: original(*map(reading, a[:1]), *a[1:])),
         "truth in the backward": mock.patch.object(layer.AttachLoss, "backward", staticmethod(lambda ctx, g: (g, g.new_ones(()) if bool(g.isfinite().all()) else None))),
-        "mask in the clip": mock.patch("megatron_moe.training.step.clip_gradients", lambda grads, norm, limit: norm[None][norm[None] > limit]),
+        "mask in the clip": mock.patch("megatron_moe.training.step.clip_gradients", lambda grads, norm, limit, scale: norm[None][norm[None] > limit]),
     }  # fmt: skip
     with faults[fault]:
         return waits("pyramid", "")[0]

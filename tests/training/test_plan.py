@@ -299,10 +299,10 @@ def test_the_plan_says_how_many_logits_there_are_at_a_time():
     large = f"{TINY} --vocab-size 128000 --max-position-embeddings 4096 --seq-length 4096 --micro-batch-size 2 --bf16"
     whole = plan_of(f"{large} --cross-entropy-loss-chunk-size 0")["loss"]
     assert whole == {"columns": 128000, "columns_at_a_time": 128000, "logits_bytes": 2 * 8192 * 128000}
-    assert plan_of(large)["loss"] == {"columns": 128000, "columns_at_a_time": 2048, "logits_bytes": 2 * 8192 * 2048}
+    assert plan_of(large)["loss"] == {"columns": 128000, "columns_at_a_time": 1024, "logits_bytes": 2 * 8192 * 1024}
     assert plan_of(f"{large} --cross-entropy-loss-chunk-size 500")["loss"]["columns_at_a_time"] == 500
     split = plan_of(f"{large} --tensor-model-parallel-size 2", 2)["loss"]
-    assert (split["columns"], split["columns_at_a_time"]) == (64000, 2048)
+    assert (split["columns"], split["columns_at_a_time"]) == (64000, 1024)
 
 
 def test_the_plan_says_what_lives_on_the_host():
