@@ -48,10 +48,10 @@ def test_metrics_are_equal_across_layouts(text, tmp_path):
     layouts = {
         "one": (1, ""),
         "cp2": (2, CP2),
-        "tp2 sp": (2, f"{TP2_SP} {EP2}"),
-        "cp2 tp2 sp": (4, f"--zero-stage 3 {CP2} {TP2_SP} {EP4}"),
+        "tp2_sp": (2, f"{TP2_SP} {EP2}"),
+        "cp2_tp2_sp": (4, f"--zero-stage 3 {CP2} {TP2_SP} {EP4}"),
         "hybrid": (4, f"--zero-stage 2 {CP2} {EP2} {HYBRID}"),
-        "shared heads": (4, "--tensor-model-parallel-size 4"),
+        "shared_heads": (4, "--tensor-model-parallel-size 4"),
     }
     for name, (world, words) in layouts.items():
         train(world, tmp_path / name, text, f"{flags} {words}")
