@@ -70,6 +70,7 @@ def places(world_flags: str) -> tuple[list[int], list[int]]:
         seen.append((info.places(logits).tolist(), info.ids_T.tolist()))
         return policy(logits, info, *rest)
 
+    look.keeps_capacity = policy.keeps_capacity
     moe.policy = look
     model(part.tokens, part.position_ids, part.labels)
     return seen[0]
