@@ -21,13 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import (
-    Schedule1F1B,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-)
 from torch.distributed.tensor import DTensor
 
 from megatron_moe.config.pipeline import fits_rounds, schedule_of, stages_of_rank
@@ -37,11 +30,11 @@ from megatron_moe.model.gpt import GPT
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.parallel.zero import reshard
 
-SCHEDULES: dict[str, type] = {
-    "gpipe": ScheduleGPipe,
-    "1f1b": Schedule1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
-    "zero-bubble": ScheduleInterleavedZeroBubble,
+SCHEDULES = {  # names in torch.distributed.pipelining, which is imported with the first schedule: it takes seconds, for torch's compiler
+    "gpipe": "ScheduleGPipe",
+    "1f1b": "Schedule1F1B",
+    "interleaved": "ScheduleInterleaved1F1B",
+    "zero-bubble": "ScheduleInterleavedZeroBubble",
 }
 ShareOfStep = Callable[[Tensor, Tensor], Tensor]  # (losses, loss mask) of a micro-batch -> what is differentiated
 
@@ -142,20 +135,25 @@ class PipelinedGPT(nn.Module):
 
     def _build(self, kind: str, n: int, like: Batch, loss_fn: ShareOfStep | None) -> Any:
         """Local: torch's stages talk to each other in the first step."""
-        stages = [self._stage(number, part, like, is_trained=loss_fn is not None) for number, part in self.stages.items()]
+        from torch.distributed import pipelining
+
+        stages = [
+            pipelining.PipelineStage(
+                part, number, self.num_stages, like.tokens.device, group=self.mesh.group("pp"),
+                **self._examples(number, like, is_trained=loss_fn is not None),
+            )
+            for number, part in self.stages.items()
+        ]  # fmt: skip
         of = stages[0] if kind in ("gpipe", "1f1b") else stages
         # scale_grads would divide all gradients by n; the loss carries the one division
-        return SCHEDULES[kind](of, n, loss_fn=loss_fn, scale_grads=False)
+        return getattr(pipelining, SCHEDULES[kind])(of, n, loss_fn=loss_fn, scale_grads=False)
 
-    def _stage(self, number: int, part: GPT, like: Batch, is_trained: bool) -> PipelineStage:
-        """Examples of what comes in and goes out; requires_grad tells torch which gradients travel."""
+    def _examples(self, number: int, like: Batch, is_trained: bool) -> dict[str, Tensor]:
+        """Of what comes into a stage and goes out; requires_grad tells torch which gradients travel."""
         kind = {"device": "meta", "requires_grad": is_trained}
         tokens, stream = torch.empty_like(like.tokens, device="meta"), torch.empty(self.stream_shape(like), dtype=self.dtype, **kind)
         losses = torch.empty(like.tokens.shape, dtype=torch.promote_types(self.dtype, torch.float32), **kind)
-        return PipelineStage(
-            part, number, self.num_stages, like.tokens.device, group=self.mesh.group("pp"),
-            input_args=tokens if number == 0 else stream, output_args=losses if number == self.num_stages - 1 else stream,
-        )  # fmt: skip
+        return {"input_args": tokens if number == 0 else stream, "output_args": losses if number == self.num_stages - 1 else stream}
 
     def stream_shape(self, like: Batch) -> tuple[int, int, int]:
         """Of the hidden states that this rank hands on, for a micro-batch of this shape."""
