@@ -58,7 +58,7 @@ class PipelinedGPT(nn.Module):
         self.kind = schedule_of(config.parallel, config.model.num_layers)
         self.dtype = stream_dtype(config)
         self._share: ShareOfStep | None = None  # of the step under way
-        self._schedule: tuple[Any, Any] = (None, None)  # what it was made for, and it
+        self._schedules: dict[tuple[bool, int, torch.Size], Any] = {}  # by what they were made for, see `_schedule`
 
     # ------------------------------------------------------------ a model like any other
 
@@ -94,7 +94,10 @@ class PipelinedGPT(nn.Module):
         self._share = share
         losses: list[Tensor] = []
         target = {"target": torch.cat([b.loss_mask for b in microbatches]), "losses": losses} if self.has_last else {}
-        self._walk(self._training_schedule(len(microbatches), microbatches[0]), microbatches, keys, **target)
+        n = len(microbatches)
+        # fewer micro-batches than stages never get to alternate: then 1f1b is gpipe, and torch wants it called so
+        kind = "gpipe" if self.kind == "1f1b" and n < self.num_stages else self.kind
+        self._walk(self._schedule(kind, n, microbatches[0], is_trained=True), microbatches, keys, **target)
         if self.is_tied:
             self._add_tied_gradients()
         total = torch.zeros((), dtype=torch.float64, device=microbatches[0].tokens.device)
@@ -109,7 +112,7 @@ class PipelinedGPT(nn.Module):
             n = len(microbatches)
             while several and not fits_rounds(n, self.mesh.size("pp")):
                 n -= 1
-            schedule = self._build("interleaved" if several else "gpipe", n, microbatches[0], None)
+            schedule = self._schedule("interleaved" if several else "gpipe", n, microbatches[0], is_trained=False)
             parts.append(self._walk(schedule, microbatches[:n], ()))
             microbatches = microbatches[n:]
         for stage in self.stages.values():
@@ -125,13 +128,15 @@ class PipelinedGPT(nn.Module):
         given = {name: torch.cat(list(parts)) for name, parts in beside.items() if len(parts) and parts[0] is not None}
         return schedule.step(*([tokens] if self.has_first else []), tokens_BS=tokens, **given, **target)
 
-    def _training_schedule(self, n: int, like: Batch) -> Any:
-        made_for = (n, like.tokens.shape)
-        if self._schedule[0] != made_for:
-            # fewer micro-batches than stages never get to alternate: then 1f1b is gpipe, and torch wants it called so
-            kind = "gpipe" if self.kind == "1f1b" and n < self.num_stages else self.kind
-            self._schedule = (made_for, self._build(kind, n, like, lambda losses_BS, mask_BS: self._share(losses_BS, mask_BS)))
-        return self._schedule[1]
+    def _schedule(self, kind: str, n: int, like: Batch, is_trained: bool) -> Any:
+        """One is kept, with its buffers: for training, or a few of an evaluation, whose last micro-batches are fewer."""
+        made_for = (is_trained, n, like.tokens.shape)
+        if made_for not in self._schedules:
+            if is_trained or any(was_trained for was_trained, *_ in self._schedules):
+                self._schedules.clear()
+            loss_fn = (lambda losses_BS, mask_BS: self._share(losses_BS, mask_BS)) if is_trained else None
+            self._schedules[made_for] = self._build(kind, n, like, loss_fn)
+        return self._schedules[made_for]
 
     def _build(self, kind: str, n: int, like: Batch, loss_fn: ShareOfStep | None) -> Any:
         """Local: torch's stages talk to each other in the first step."""

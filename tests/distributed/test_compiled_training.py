@@ -60,6 +60,8 @@ def compiled_layout(backend: str, model: str, flags: str) -> dict[str, torch.Ten
         ("shared", 2, f"{EP} --zero-stage 3 --moe-pad-expert-input-to-capacity"),
         ("latent", 2, f"{TP} {EP} --recompute-granularity full"),
         ("modules", 2, f"{EP} --zero-stage 3"),
+        ("noisy", 2, "--pipeline-model-parallel-size 2 --recompute-granularity full"),
+        ("modern", 4, f"--pipeline-model-parallel-size 2 {EP} --zero-stage 3"),
     ],
     ids=lambda v: str(v).replace("--", "").replace(" ", "_"),
 )
