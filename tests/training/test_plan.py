@@ -252,13 +252,12 @@ def hold_stage_here(flags: str) -> dict:
         "dense_parameters": sum(n for name, n in elements.items() if ".experts." not in name),
         "parameters": size(model.parameters()),
     }
-    seen, blocks = [], list(model.layers.values())
-    blocks[0].register_forward_pre_hook(lambda *_: seen.append(size(model.parameters())))  # what a backward has left
-    blocks[-1].register_forward_hook(lambda *_: seen.append(size(model.parameters())))
+    seen = []
+    next(iter(model.layers.values())).register_forward_pre_hook(lambda *_: seen.append(size(model.parameters())))
     tokens = torch.arange(16).repeat(2, 1)
     batches = [Batch(tokens, tokens, torch.ones(2, 16), tokens, None, tokens[:, 0]) for _ in range(4)]
     forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, 1, 0)
-    found |= {"gathered": max(seen), "gradients": size(p.grad for p in model.parameters())}
+    found |= {"gathered": seen[-1], "gradients": size(p.grad for p in model.parameters())}
     optimizer.step()
     found["optimizer"] = size(t for state in optimizer.state.values() for name, t in state.items() if name != "step")
     dist.barrier()
