@@ -103,7 +103,9 @@ def test_model_code_knows_no_process_groups(package):
     """`moe/dispatch/` speaks over groups that it is handed."""
     files = sorted((PACKAGE / package).rglob("*.py"))
     assert [f.name for f in files if "mpu" in {package_of(m) for m, _ in imported_modules(f)}] == []
-    with_collectives = {f.relative_to(PACKAGE).as_posix() for f in files if any(m.startswith("torch.distributed") for m, _ in imported_modules(f))}
+    with_collectives = {
+        f.relative_to(PACKAGE).as_posix() for f in files if any(m.startswith("torch.distributed") for m, _ in imported_modules(f))
+    }
     # init.py reads where a shard lies (DTensor); the dispatchers are those that communicate
     assert {f for f in with_collectives if not f.startswith("moe/dispatch/")} <= {"model/init.py"}
 
