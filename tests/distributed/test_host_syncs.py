@@ -61,33 +61,29 @@ def waits(model: str, flags: str) -> tuple[list[str], int]:
         (2, f"{EP} --moe-token-dispatcher allgather --context-parallel-size 2 {parity.DIVISIBLE} {parity.DOCUMENTS}", 0),
         (2, f"{EP} --moe-token-dispatcher alltoall", 1),
         (2, f"{EP} --moe-token-dispatcher alltoall --recompute-granularity full --bf16", 1),
-        (2, f"{ETP}", 0),
-        (2, f"{ETP} --moe-token-dispatcher alltoall --moe-overlap-chunks 2 --bf16", 1),
-        (2, f"{EP} --moe-overlap-chunks 3 --recompute-granularity full --bf16", 1),
-        (4, f"{EP} {ETP} --moe-token-dispatcher alltoall --moe-overlap-chunks 2", 1),
-        (4, f"{NODES} --recompute-granularity full", 1),
-        (4, f"{NODES} --moe-overlap-chunks 2", 1),
     ],
-    ids=[
-        "local",
-        "allgather",
-        "allgather under TP",
-        "under SP",
-        "under CP",
-        "alltoall",
-        "alltoall recomputed in bf16",
-        "slices",
-        "slices, alltoall",
-        "parts",
-        "slices in parts",
-        "two stages",
-        "two stages in parts",
-    ],
+    ids=["local", "allgather", "allgather under TP", "under SP", "under CP", "alltoall", "alltoall recomputed in bf16"],
 )
 def test_a_step_waits_for_nothing_but_the_sizes_of_an_exchange(world, flags, per_forward, routing):
     for seen, forwards in run_distributed(waits, world, MODEL[routing], flags):
         assert len(seen) == per_forward * forwards, seen
         assert {re.sub(r"\d+", "", s) for s in seen} <= {"tolist in alltoall.py:"}
+
+
+@pytest.mark.parametrize("routing", ["dropless", "dropping"])
+@pytest.mark.parametrize(
+    ("world", "flags", "per_forward"),
+    [
+        (2, ETP, 0),
+        (2, f"{ETP} --moe-token-dispatcher alltoall --bf16", 1),
+        (2, f"{EP} --moe-overlap-chunks 3 --recompute-granularity full --bf16", 1),
+        (4, f"{EP} {ETP} --moe-token-dispatcher alltoall --moe-overlap-chunks 2", 1),
+        (4, f"{NODES} --moe-overlap-chunks 2 --recompute-granularity full", 1),
+    ],
+    ids=["slices", "slices and alltoall", "parts", "slices in parts", "two stages in parts"],
+)
+def test_slices_stages_and_parts_wait_no_more_than_an_exchange(world, flags, per_forward, routing):
+    test_a_step_waits_for_nothing_but_the_sizes_of_an_exchange(world, flags, per_forward, routing)
 
 
 @pytest.mark.parametrize("model", ["deepseek", "drawn", "hash", "zipf", "expert_choice", "sinkhorn"])
