@@ -42,9 +42,7 @@ def numbers(save) -> list[float]:
 
 def test_metrics_are_equal_across_layouts(text, tmp_path):
     """Dropout, losses over micro-batch and sequence; an evaluation before, between and at the end."""
-    flags = (
-        "--train-iters 5 --eval-interval 3 --attention-dropout 0.1 --moe-loss-coeff 0.1 --moe-seq-loss-coeff 0.1 --moe-router-z-loss-coeff 0.01"
-    )
+    flags = "--train-iters 5 --eval-interval 3 --attention-dropout 0.1 --moe-loss-coeff 0.1 --moe-seq-loss-coeff 0.1 --moe-router-z-loss-coeff 0.01"
     layouts = {
         "one": (1, ""),
         "cp2": (2, CP2),
