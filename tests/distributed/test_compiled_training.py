@@ -75,7 +75,6 @@ MORE_COMPILED = [  # with --full
     ("modern", 2, f"{TP} --sequence-parallel --recompute-granularity full {parity.DIVISIBLE}"),
     ("losses", 2, f"--context-parallel-size 2 {EP} --recompute-granularity full {parity.DIVISIBLE}"),
     ("noisy", 2, f"--context-parallel-size 2 --zero-stage 3 {parity.DIVISIBLE} {parity.DOCUMENTS}"),
-    ("shared", 4, f"{TP} --sequence-parallel --context-parallel-size 2 {parity.DIVISIBLE}"),
     ("pyramid", 4, "--tensor-model-parallel-size 4 --zero-stage 3"),  # heads that are shared
     ("noisy", 2, "--pipeline-model-parallel-size 2 --recompute-granularity full"),
     ("modern", 4, f"--pipeline-model-parallel-size 2 {EP} --zero-stage 3"),
