@@ -13,8 +13,8 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
     precision               what matrices are computed in
     layers                  one per layer: layer (from 1), experts (1: dense), experts_per_rank, expert_parallel,
                             expert_data_parallel, dispatcher (null: dense), mlp (dense, standard or residual), width (of an
-                            expert, or of the dense MLP); latent_width and shared_expert_width where there are such; dispatcher_why
-                            where the dispatcher is not the one asked for by name
+                            expert, or of the dense MLP); latent_width and shared_expert_width where there are such
+    dispatch_reasons        why a dispatcher that was not asked for by name was taken: a line for each distinct case
     pipeline                null without one: schedule, micro_batches (of the last size of a step), idle (share of a step, all stages
                             taken as equal; an upper bound for zero-bubble), stages: stage, pipeline_rank, layers, parts (embedding,
                             positions, tied_logits, norm, head), moe_layers (how many), parameters, flops_per_token
@@ -66,7 +66,7 @@ from megatron_moe.config.training import DECAY_LENGTHS, RUN_LENGTHS, WARMUP_LENG
 from megatron_moe.data.loader import data_problems, prefixes_of, training_sizes
 from megatron_moe.model.flops import ParameterCounts, flops_per_token, parameter_counts
 from megatron_moe.model.loss import columns_at_a_time
-from megatron_moe.moe.dispatch import choose
+from megatron_moe.moe.dispatch.choose import Choice, choose
 from megatron_moe.mpu.groups import Groups, dense_groups, expert_groups, expert_tensor_groups, hybrid_groups
 from megatron_moe.optimizer.schedule import build_schedule
 from megatron_moe.parallel.apply import build_parallel_mesh, build_sharded_model
@@ -102,6 +102,7 @@ def build_plan(
         "degrees": _degrees(run, world_size),
         "precision": _precision(run),
         "layers": list(_layers(run, world_size)),
+        "dispatch_reasons": _dispatch_reasons(run, world_size),
         "pipeline": _pipeline(run, world_size, here.vocab_size),
         "vocabulary": {
             "size": here.vocab_size, "padded": run.model.padded_vocab_size(here.vocab_size), "is_known": here.vocabulary_is_known,
@@ -219,24 +220,28 @@ def _layers(run: RunConfig, world_size: int) -> Iterator[dict[str, Any]]:
         yield {
             "layer": layer, "experts": experts, "experts_per_rank": experts // ep, "expert_parallel": ep,
             "expert_data_parallel": stage // (ep * etp) if experts > 1 else None,
-            "dispatcher": None,
+            "dispatcher": _dispatcher(run, world_size, experts).name if experts > 1 else None,
             "mlp": run.moe.mlp_type if experts > 1 else "dense",
             "width": run.moe.expert_ffn_size(run.model.ffn_size) if experts > 1 else run.model.ffn_size,
-        } | (_dispatcher(run, world_size, experts, ep) if experts > 1 else {}) | {
-            name: width for name, width in beside.items() if width and experts > 1
-        }  # fmt: skip
+        } | {name: width for name, width in beside.items() if width and experts > 1}  # fmt: skip
 
 
-def _dispatcher(run: RunConfig, world_size: int, experts: int, ep: int) -> dict[str, str]:
-    """Of a layer, as parallel/expert.py would build it."""
+def _dispatch_reasons(run: RunConfig, world_size: int) -> list[str]:
+    """Of dispatchers that nobody asked for by name: a line for each distinct case."""
+    experts = [n for n in run.moe.experts_per_layer(run.model.num_layers) if n > 1]
+    return list(dict.fromkeys(why for n in experts if (why := _dispatcher(run, world_size, n).why)))
+
+
+def _dispatcher(run: RunConfig, world_size: int, experts: int) -> Choice:
+    """Of a layer with so many experts, as parallel/expert.py would build it."""
+    ep = run.moe.expert_parallel_degree(experts)
     node_size = run.node_size(world_size)
     across, within = (1, ep) if node_size is None else split_over_nodes(ep, run.parallel.etp, node_size)
     c = run.moe
-    choice = choose(
+    return choose(
         c.moe_token_dispatcher, experts, c.topk, ep, run.parallel.etp, capacity_factor_of(c), c.moe_pad_expert_input_to_capacity,
         c.moe_overlap_chunks, across if within > 1 else 1,
     )  # fmt: skip
-    return {"dispatcher": choice.name} | ({"dispatcher_why": choice.why} if choice.why else {})
 
 
 def _pipeline(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, Any] | None:
@@ -489,7 +494,7 @@ def _vocabulary_note(run: RunConfig, here: Here) -> str:
 # ---------------------------------------------------------------- print
 
 
-def as_json(value: Any, indent: int = 0, width: int = 140) -> str:
+def as_json(value: Any, indent: int = 0, width: int = 170) -> str:
     """JSON that a person can read: what fits on a line stays on one, and lists of numbers fill theirs."""
     line = json.dumps(value)
     if len(line) + indent <= width or not isinstance(value, dict | list | tuple):
