@@ -97,10 +97,18 @@ def microbatch_problems(p: ParallelConfig, num_layers: int, batches: Iterable[in
                    f"{rounds(n, pp)} rounds of the same size; use a multiple of {pp * unit} sequences, the nearest that fit are {near}")  # fmt: skip
 
 
-def microbatch_warnings(p: ParallelConfig, batches: Iterable[int], unit: int) -> Iterator[str]:
+def idle_share(p: ParallelConfig, num_layers: int, microbatches: int) -> float:
+    """Of a step, as long as all stages take the same time: forwards and backwards of PP - 1 stages are waited for, and stages are
+    shorter where a rank has several. Zero-bubble fills a part of it."""
+    pp = p.pipeline_model_parallel_size
+    waited = (pp - 1) * pp / num_stages(p, num_layers)
+    return waited / (waited + microbatches)
+
+
+def microbatch_warnings(p: ParallelConfig, num_layers: int, batches: Iterable[int], unit: int) -> Iterator[str]:
     pp, fewest = p.pipeline_model_parallel_size, min(batches) // unit
     if 0 < fewest < pp:
-        idle = (pp - 1) / (pp - 1 + fewest)
+        idle = idle_share(p, num_layers, fewest)
         yield (f"{fewest} micro-batch(es) per step are fewer than the {pp} pipeline ranks, which are idle {idle:.0%} of a step; raise "
                f"--global-batch-size or --gradient-accumulation-steps")  # fmt: skip
 

@@ -353,7 +353,7 @@ class RunConfig:
         """What is allowed on so many ranks but probably not meant, of a run without `world_problems`."""
         sizes = [phase.batch for phase in self.pace(world_size).phases]
         unit = self.training.micro_batch_size * self.data_parallel_size(world_size)
-        yield from microbatch_warnings(self.parallel, sizes, unit)
+        yield from microbatch_warnings(self.parallel, self.model.num_layers, sizes, unit)
 
     def _ramp_problems(self, batch: int, unit: int, what: str) -> Iterator[str]:
         """Every batch size of a ramp-up must split into micro-batches of all data ranks."""

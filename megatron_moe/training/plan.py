@@ -74,7 +74,7 @@ from megatron_moe.parallel.expert import capacity_factor_of
 from megatron_moe.parallel.footprint import Footprint, footprint
 from megatron_moe.tokenizers import Tokenizer, build_tokenizer
 from megatron_moe.training.preflight import schedule_problems, tokenizer_problems, vocab_size_of
-from megatron_moe.training.stages import idle_share, schedule_name, stages_of
+from megatron_moe.training.stages import idle_of, schedule_name, stages_of
 from megatron_moe.utils.compat import fake_process_group
 
 LISTED_RANKS = 128
@@ -249,7 +249,7 @@ def _pipeline(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, Any
         return None
     microbatches = run.num_microbatches(world_size)
     return {
-        "schedule": schedule_name(run), "micro_batches": microbatches, "idle": round(idle_share(run, microbatches), 4),
+        "schedule": schedule_name(run), "micro_batches": microbatches, "idle": round(idle_of(run, microbatches), 4),
         "stages": [
             {
                 "stage": s.number, "pipeline_rank": s.rank, "layers": s.layers, "parts": s.parts, "moe_layers": s.moe_layers,

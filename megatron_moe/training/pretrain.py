@@ -44,7 +44,7 @@ from megatron_moe.training.distributed import World, end_distributed, explain_lo
 from megatron_moe.training.evaluate import evaluate
 from megatron_moe.training.preflight import Prepared
 from megatron_moe.training.signals import Stopper
-from megatron_moe.training.stages import idle_share, layer_ranges, schedule_name, stages_of
+from megatron_moe.training.stages import idle_of, layer_ranges, schedule_name, stages_of
 from megatron_moe.training.step import StepResult, train_step
 from megatron_moe.training.watchdog import Watchdog
 from megatron_moe.utils.logging import logger, setup_logging
@@ -406,7 +406,7 @@ def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model
         logger.warning(warning)
     if len(stages) > 1:
         logger.info(
-            "%s schedule, about %.0f%% of a step idle; %s", schedule_name(c), 100 * idle_share(c, c.num_microbatches(world.size)),
+            "%s schedule, about %.0f%% of a step idle; %s", schedule_name(c), 100 * idle_of(c, c.num_microbatches(world.size)),
             ", ".join(f"stage {s.number} on pipeline rank {s.rank}: layers {layer_ranges(s.layers)}" for s in stages),
         )  # fmt: skip
     for layer, (count, dispatcher) in sorted(dispatchers(model, mesh).items()):

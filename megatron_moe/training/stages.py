@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_moe.config.pipeline import rank_of_stage, schedule_of
+from megatron_moe.config.pipeline import idle_share, rank_of_stage, schedule_of
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.flops import layer_flops, logit_flops, parameter_counts
 
@@ -47,12 +47,8 @@ def stages_of(run: RunConfig, vocab_size: int) -> list[Stage]:
     return stages
 
 
-def idle_share(run: RunConfig, microbatches: int) -> float:
-    """Of a step, as long as all stages take the same time: (PP - 1) forwards and backwards of a stage are waited for. Zero-bubble
-    fills a part of it."""
-    per_rank = len(run.layers_of_stages()) // run.parallel.pipeline_model_parallel_size
-    waited = (run.parallel.pipeline_model_parallel_size - 1) / per_rank
-    return waited / (waited + microbatches)
+def idle_of(run: RunConfig, microbatches: int) -> float:
+    return idle_share(run.parallel, run.model.num_layers, microbatches)
 
 
 def schedule_name(run: RunConfig) -> str:
