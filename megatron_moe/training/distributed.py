@@ -72,9 +72,9 @@ def in_turn(world: World, work: Callable[[], Any]) -> Any:
     return result
 
 
-def explain_lost_rank(error: RuntimeError, rank: int, timeout_minutes: float) -> str | None:
+def explain_lost_rank(error: Exception, rank: int, timeout_minutes: float) -> str | None:
     """What an error of the backend means when another rank hangs or is gone; None for any other error."""
-    text = str(error).lower()
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
     if any(sign in text for sign in ("timed out waiting", "watchdog caught collective operation timeout")):
         return (
             f"rank {rank} waited for another rank longer than --distributed-timeout-minutes {timeout_minutes:g}. Each rank has printed "
