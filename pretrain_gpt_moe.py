@@ -66,9 +66,16 @@ def verify(parsed: Parsed, world_size: int) -> None:
     command, ranks = parsed.command, world_size
     if world_size == 1:
         ranks = command.verify_world_size
-    problems = [*map(str, parsed.missing), *parsed.not_yet, *parsed.run.not_built_yet(), *(parsed.run.world_problems(ranks) if ranks else ())]
+    problems = [
+        *map(str, parsed.missing),
+        *parsed.not_yet,
+        *parsed.run.not_built_yet(),
+        *(parsed.run.world_problems(ranks) if ranks else ()),
+    ]
     if world_size > 1 and command.verify_world_size:
-        problems.append(f"--verify-world-size ({command.verify_world_size}) is for one process, and this is one of {world_size}; leave it out")
+        problems.append(
+            f"--verify-world-size ({command.verify_world_size}) is for one process, and this is one of {world_size}; leave it out"
+        )
     if problems:
         raise ConfigError(problems)
     from megatron_moe.training.verify.folded import verify_folded

@@ -24,6 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -172,10 +173,8 @@ def _within(seconds: float, work: Callable[[], str]) -> str | None:
     result: list[str] = []
 
     def attempt() -> None:
-        try:
+        with suppress(RuntimeError):
             result.append(work())
-        except RuntimeError:
-            pass
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()

@@ -443,7 +443,8 @@ def _checks(run: RunConfig, world_size: int) -> dict[str, Any]:
         "replicas_interval": run.training.check_replicas_interval,
         "timeout_minutes": run.parallel.distributed_timeout_minutes,
         "verify_parallelism": [
-            {"processes": s.world_size, "folded": list(s.folded), "changed": list(s.changed), "not_compared": list(s.not_compared)} for s in layouts
+            {"processes": s.world_size, "folded": list(s.folded), "changed": list(s.changed), "not_compared": list(s.not_compared)}
+            for s in layouts
         ],
     }
 

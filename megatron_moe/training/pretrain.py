@@ -40,7 +40,7 @@ from megatron_moe.training.distributed import World, end_distributed, explain_lo
 from megatron_moe.training.evaluate import evaluate
 from megatron_moe.training.last_words import LastWords, open_store
 from megatron_moe.training.preflight import Prepared
-from megatron_moe.training.replicas import ReplicaDrift, ReplicaWatch
+from megatron_moe.training.replicas import ReplicaDriftError, ReplicaWatch
 from megatron_moe.training.signals import Stopper
 from megatron_moe.training.step import StepResult, train_step
 from megatron_moe.training.verify.ranks import verify_or_exit
@@ -48,7 +48,7 @@ from megatron_moe.training.watchdog import Watchdog
 from megatron_moe.utils.logging import logger, setup_logging
 
 EXIT_MARKER = "exit.json"
-AGREED = (FloatingPointError, ReplicaDrift, CheckpointError)  # all ranks raise these together: there is no rank to look for
+AGREED = (FloatingPointError, ReplicaDriftError, CheckpointError)  # all ranks raise these together: there is no rank to look for
 
 
 @dataclass
@@ -341,7 +341,7 @@ def stop_if_drifted(run: Run) -> None:
         parameters=[d.name for d in drifts], ranks=[list(map(list, d.ranks)) for d in drifts],
     )  # fmt: skip
     run.tracker.event("stop", iteration=i, reason="replicas have drifted")
-    raise ReplicaDrift(
+    raise ReplicaDriftError(
         f"iteration {i}: {drifts[0]}{more}. They were equal at the last check, {run.config.training.check_replicas_interval} steps ago or at "
         f"the start; resume from a checkpoint before that, and look at the memory of those ranks"
     )

@@ -42,7 +42,7 @@ class Drift:
         return f"{self.name} on {', on '.join(others)} is not that of {first}"
 
 
-class ReplicaDrift(RuntimeError):
+class ReplicaDriftError(RuntimeError):
     """Replicas that are none any more."""
 
 

@@ -10,15 +10,15 @@ import torch.distributed as dist
 from distributed_pool import run_distributed
 from host_syncs import HostSyncs
 from torch.utils._python_dispatch import TorchDispatchMode
+from training import runs
 
 from distributed import parity
 from megatron_moe.metrics.reader import read_records
 from megatron_moe.optimizer.groups import build_optimizer
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
 from megatron_moe.training import pretrain
-from megatron_moe.training.replicas import Drift, ReplicaDrift, ReplicaWatch, bits_hash
+from megatron_moe.training.replicas import Drift, ReplicaDriftError, ReplicaWatch, bits_hash
 from megatron_moe.training.step import train_step
-from training import runs
 
 pytestmark = pytest.mark.distributed
 
@@ -158,7 +158,7 @@ def run_with_a_flip(save: str, interval: int) -> str:
     pretrain.train_step = train_step_and_flip
     try:
         runs.train_here(f"--mock-data --train-iters 10 --save {save} --save-interval 1 --zero-stage 0 --check-replicas-interval {interval}")
-    except ReplicaDrift as error:
+    except ReplicaDriftError as error:
         return str(error)
     finally:
         pretrain.train_step = original

@@ -209,14 +209,14 @@ def verify(flags: str, fault=nullcontext) -> Verdict:
 
 @pytest.mark.parametrize(("world", "flags"), HONEST, ids=lambda v: str(v).replace("--", "").replace(" ", "_")[:100])
 def test_a_right_layout_passes(world, flags):
-    for verdict in run_distributed(verify, world, flags):
+    for verdict in run_distributed(verify, world, flags, timeout=280):
         assert verdict.is_equal, "\n".join(report(verdict))
         assert {row.quantity for row in verdict.rows} >= {"loss", "routing", "gradient norm", "gradient", "weight"}
 
 
 @pytest.mark.parametrize(("fault", "world", "flags", "named"), FAULTS, ids=[row[0].__name__ for row in FAULTS])
 def test_a_wrong_layout_is_refused_and_the_first_wrong_thing_is_named(fault, world, flags, named):
-    verdicts = run_distributed(verify, world, flags, fault)
+    verdicts = run_distributed(verify, world, flags, fault, timeout=280)
     assert not any(v.is_equal for v in verdicts), "no rank may go on to train"
     assert re.match(named, str(verdicts[0].first)), "\n".join(report(verdicts[0]))
     assert ranks.conclusion(verdicts[0]).startswith("MISMATCH: ")

@@ -136,7 +136,11 @@ TIMEOUT = "--distributed-timeout-minutes 0.1"
 
 def faulty(fault: str, scratch, flags: str = "", ranks: int = 2):
     return launches.start(
-        f"{launches.TINY} --train-iters 100 --save {scratch}/run {flags}", ranks=ranks, scratch=scratch, program=launches.FAULTY, FAULT=fault
+        f"{launches.TINY} --train-iters 100 --save {scratch}/run {flags}",
+        ranks=ranks,
+        scratch=scratch,
+        program=launches.FAULTY,
+        FAULT=fault,
     )
 
 

@@ -39,7 +39,12 @@ def test_one_process_proves_the_command_for_sixty_four_gpus(tmp_path):
                   "bfloat16 -> float64", "the layout: step 2 of 2", "the layout trains the model that one device trains"):  # fmt: skip
         assert words in done.stderr, done.stderr
     table = [line for line in done.stderr.splitlines() if " 1e-10 " in line]
-    assert {word for line in table for word in ("loss", "routing", "gradient", "weight") if f"  {word} " in line} == {"loss", "routing", "gradient", "weight"}
+    assert {word for line in table for word in ("loss", "routing", "gradient", "weight") if f"  {word} " in line} == {
+        "loss",
+        "routing",
+        "gradient",
+        "weight",
+    }
     assert os.listdir(tmp_path) == [], "nothing is written"
 
 

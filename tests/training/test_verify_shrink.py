@@ -92,7 +92,9 @@ def test_what_tensor_parallelism_makes_incomparable_is_named(flags, word):
 
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_every_upstream_command_has_a_small_model(name):
-    run = parse_args(["--dry-run", *shlex.split(ALL[name].flags)] if isinstance(ALL[name].flags, str) else ["--dry-run", *ALL[name].flags]).run
+    run = parse_args(
+        ["--dry-run", *shlex.split(ALL[name].flags)] if isinstance(ALL[name].flags, str) else ["--dry-run", *ALL[name].flags]
+    ).run
     for small in fold(run, max(ALL[name].ranks, 64)):
         assert small.world_size <= MOST_PROCESSES
 
@@ -115,7 +117,9 @@ def test_every_preset_has_a_small_model(name):
     ]), max_size=4, unique=True),
 )  # fmt: skip
 def test_whatever_is_valid_has_a_small_model(tp, dp, ep, experts, k, kv, flags):
-    words = f"{BASE} --tensor-model-parallel-size {tp} --moe-expert-parallel-size {ep} --num-experts {' '.join(map(str, experts))} --topk {k} "
+    words = (
+        f"{BASE} --tensor-model-parallel-size {tp} --moe-expert-parallel-size {ep} --num-experts {' '.join(map(str, experts))} --topk {k} "
+    )
     words += ("" if kv is None else f"--num-key-value-heads {kv} ") + " ".join(flags)
     world = tp * dp
     try:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megatron_moe.training.replicas import Drift
@@ -69,7 +68,7 @@ class Verdict:
 
 def compare(found: Trace, expected: Trace, drifts: Sequence[Drift]) -> Verdict:
     errors = {key: _error(found.values.get(key), value) for key, value in expected.values.items()}
-    errors |= {key: math.inf for key in found.values.keys() - expected.values.keys()}
+    errors |= dict.fromkeys(found.values.keys() - expected.values.keys(), math.inf)
     place = {key: i for i, key in enumerate(expected.values)}  # the order of the model
     differing = [key for key, error in errors.items() if not error < LIMIT]
 
@@ -121,7 +120,9 @@ def report(verdict: Verdict) -> list[str]:
     """The table, and below it what differs."""
     head = ("quantity", "compared", "differ", "largest error", "limit", "where")
     body = [(r.quantity, str(r.compared), str(r.differing), f"{r.error:.1e}", f"{LIMIT:.0e}", r.worst) for r in verdict.rows]
-    body.append(("replicas", "all", str(len(verdict.drifts)), "bit by bit", "0", str(verdict.drifts[0]) if verdict.drifts else "equal on all ranks"))
+    body.append(
+        ("replicas", "all", str(len(verdict.drifts)), "bit by bit", "0", str(verdict.drifts[0]) if verdict.drifts else "equal on all ranks")
+    )
     widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
     out = ["  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip() for row in [head, *body]]
     if verdict.first is not None:

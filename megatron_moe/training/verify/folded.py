@@ -31,7 +31,7 @@ START_SECONDS, DEADLINE_SECONDS = 120.0, 900.0  # of one collective; of one layo
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 
 
-class VerificationFailed(RuntimeError):
+class VerificationError(RuntimeError):
     """The layout did not come to a verdict: what its processes said."""
 
 
@@ -43,7 +43,7 @@ def verify_folded(run: RunConfig, world_size: int | None) -> int:
         started = time.monotonic()
         try:
             verdict = run_processes(small)
-        except VerificationFailed as error:
+        except VerificationError as error:
             tell(f"MISMATCH: the layout does not run where one device does.\n{error}")
             code = EXIT_CODE
             continue
@@ -97,9 +97,9 @@ def _answer(pipes: list, processes: list) -> Verdict:
     if failures:
         lost = ("closed by peer", "reset by peer")
         rank, text = min(failures.items(), key=lambda failure: any(word in failure[1] for word in lost))
-        raise VerificationFailed(f"rank {rank}: {text}")
+        raise VerificationError(f"rank {rank}: {text}")
     if missing := [str(rank) for rank in range(len(pipes)) if rank not in answers]:
-        raise VerificationFailed(f"no answer from rank {', '.join(missing)} within {DEADLINE_SECONDS:g} s")
+        raise VerificationError(f"no answer from rank {', '.join(missing)} within {DEADLINE_SECONDS:g} s")
     return answers[0]
 
 

@@ -93,7 +93,9 @@ def train_reference(run: RunConfig, vocab_size: int, data_ranks: int, device: to
     """Two steps. `data_ranks`: how many ranks the layout reads with; the micro-batches are the same, one after the other."""
     trace, micro = Trace(), run.training.micro_batch_size
     model = fill(build(run, vocab_size, device), run, run.training.seed)
-    teacher = fill(build(run.teacher(), vocab_size, device), run.teacher(), run.training.seed + 1).eval() if run.distillation.is_on else None
+    teacher = (
+        fill(build(run.teacher(), vocab_size, device), run.teacher(), run.training.seed + 1).eval() if run.distillation.is_on else None
+    )
     optimizer = plain_optimizer(model, run)
     samples, batch_size = text(run, vocab_size), run.training.global_batch_size
     for step in range(STEPS):

@@ -107,7 +107,9 @@ def _folded(run: RunConfig, world_size: int | None, fixed: dict[str, int]) -> _L
     while dp * cp * tp % most or dp * cp % replicas:
         dp += 1
     # copies of the experts, and shards beside replicas: where the run has them and there is room
-    copies = {ep: world_size // (p.pipeline_model_parallel_size * ep * p.expert_tensor_parallel_size) if world_size else 2 for ep in experts}
+    copies = {
+        ep: world_size // (p.pipeline_model_parallel_size * ep * p.expert_tensor_parallel_size) if world_size else 2 for ep in experts
+    }
     has_copies = most > 1 and copies[max(experts)] > 1
     is_hybrid = replicas > 1 and (world_size is None or run.data_parallel_size(world_size) * p.context_parallel_size > replicas)
     wants_more = (has_data and has_copies and dp * cp * tp == most) or (is_hybrid and dp * cp == replicas)
@@ -120,7 +122,9 @@ def _folded(run: RunConfig, world_size: int | None, fixed: dict[str, int]) -> _L
     if was != dp:
         notes.append(f"data ranks {was} -> {dp}")
     for name in fixed:
-        notes.append(f"without {DEGREES[name]} here, which another layout below has: all axes at once are more than {MOST_PROCESSES} processes")
+        notes.append(
+            f"without {DEGREES[name]} here, which another layout below has: all axes at once are more than {MOST_PROCESSES} processes"
+        )
     parallel = dataclasses.replace(p, **degrees)
     expert_data = {ep: (copies[ep], size // (pp * new * etp)) for ep, new in experts.items()}
     return _Layout(parallel, size, experts, expert_data, notes)
@@ -147,14 +151,20 @@ def _small(run: RunConfig, world_size: int | None, layout: _Layout) -> Small:
     training = _training(run, world_size, layout, data_ranks, notes)
     model, vocab_size = _model(run, layout, layers, training.seq_length, data_ranks * cp, notes)
     unit = math.lcm(tp, etp)
-    widths = {"moe_ffn_hidden_size": _near(24, etp), "moe_shared_expert_intermediate_size": _near(24, unit), "moe_latent_size": _near(12, 4)}
+    widths = {
+        "moe_ffn_hidden_size": _near(24, etp),
+        "moe_shared_expert_intermediate_size": _near(24, unit),
+        "moe_latent_size": _near(12, 4),
+    }
     for name, size in widths.items():
         if (old := getattr(moe, name)) is not None and old > size:
             notes.size(name, old, size)
             moe = dataclasses.replace(moe, **{name: size})
     optimizer = dataclasses.replace(run.optimizer, adam_eps=max(run.optimizer.adam_eps, 1e-5))
     if optimizer.optimizer == "adam" and optimizer.adam_eps != run.optimizer.adam_eps:
-        notes.changed.append(f"--adam-eps {run.optimizer.adam_eps:g} -> 1e-05: a smaller one makes steps out of the rounding of gradients that are zero")
+        notes.changed.append(
+            f"--adam-eps {run.optimizer.adam_eps:g} -> 1e-05: a smaller one makes steps out of the rounding of gradients that are zero"
+        )
     d = run.data
     data = DataConfig(mock_data=True, reset_position_ids=d.reset_position_ids, reset_attention_mask=d.reset_attention_mask,
                       eod_mask_loss=d.eod_mask_loss)  # fmt: skip
@@ -202,7 +212,9 @@ def _training(run: RunConfig, world_size: int | None, layout: _Layout, data_rank
     steps = min(given, 2 * pp if pp > 1 else 2)
     notes.size("micro_batch_size", t.micro_batch_size, micro)
     notes.size("micro_batches of a step and rank", given, steps)
-    unit = math.lcm(2 * p.context_parallel_size if p.context_parallel_size > 1 else 1, p.tensor_model_parallel_size if p.sequence_parallel else 1)
+    unit = math.lcm(
+        2 * p.context_parallel_size if p.context_parallel_size > 1 else 1, p.tensor_model_parallel_size if p.sequence_parallel else 1
+    )
     length = min(t.seq_length, 15 if unit == 1 else _near(16, unit))  # odd where it may be: slices of unequal length
     notes.size("seq_length", t.seq_length, length)
     was = "float16" if t.fp16 else "bfloat16" if t.bf16 else t.params_dtype
@@ -270,7 +282,9 @@ def _experts(run: RunConfig, layout: _Layout, notes: _Notes) -> tuple[MoEConfig,
     ep = max(layout.expert_degrees.values(), default=1)
     kept = {n: layout.expert_degrees[old.expert_parallel_degree(n)] for n in _sizes(run)}
     k, sampling, order = _topk(run, kept, ep, notes)
-    groups, group_k = (2, 1 if all(_can_grow(run, n) or d >= 2 * k for n, d in kept.items()) else 2) if old.moe_router_num_groups else (None, None)
+    groups, group_k = (
+        (2, 1 if all(_can_grow(run, n) or d >= 2 * k for n, d in kept.items()) else 2) if old.moe_router_num_groups else (None, None)
+    )
     if group_k == 2 and k % 2:
         groups = group_k = None
         notes.not_compared.append("--moe-router-num-groups: no small number of experts has room for it")
@@ -355,13 +369,17 @@ def _same_under_every_split(moe: MoEConfig, notes: _Notes) -> MoEConfig:
     everything = float(max(moe.num_experts) / moe.topk)  # an expert has room for all tokens
     policy = moe.moe_router_policy
     if policy == "sinkhorn":
-        notes.not_compared.append("--moe-router-policy sinkhorn balances over the tokens that a rank routes, a slice under TP and CP; compared with topk")
+        notes.not_compared.append(
+            "--moe-router-policy sinkhorn balances over the tokens that a rank routes, a slice under TP and CP; compared with topk"
+        )
         moe = dataclasses.replace(
             moe, moe_router_policy="topk", moe_router_sinkhorn_iterations=MoEConfig.moe_router_sinkhorn_iterations,
             moe_router_normalize="none" if moe.moe_router_normalize == "auto" else moe.moe_router_normalize, moe_top2_2nd_expert_sampling=False,
         )  # fmt: skip
     if policy == "expert_choice":
-        notes.not_compared.append("which tokens experts choose is decided among those that a rank routes, a slice under TP and CP; here experts take all")
+        notes.not_compared.append(
+            "which tokens experts choose is decided among those that a rank routes, a slice under TP and CP; here experts take all"
+        )
         return dataclasses.replace(moe, moe_train_capacity_factor=everything)
     if moe.moe_token_dropping:
         notes.not_compared.append("who is dropped over capacity is decided among the tokens that a rank routes, a slice under TP and CP; here "
@@ -385,7 +403,9 @@ def _dispatch_as_now(moe: MoEConfig, run: RunConfig, layout: _Layout, notes: _No
         return moe
     kind = max(set(taken), key=taken.count)
     if len(set(taken)) > 1:
-        notes.not_compared.append(f"--moe-token-dispatcher auto takes both {' and '.join(sorted(set(taken)))}; compared with {kind} in all layers")
+        notes.not_compared.append(
+            f"--moe-token-dispatcher auto takes both {' and '.join(sorted(set(taken)))}; compared with {kind} in all layers"
+        )
     notes.changed.append(f"--moe-token-dispatcher auto -> {kind}, what it takes in this run")
     return dataclasses.replace(moe, moe_token_dispatcher=kind)
 
