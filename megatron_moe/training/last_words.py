@@ -142,7 +142,8 @@ class LastWords:
     def _words(self, error: BaseException | None = None, is_cause: bool = False) -> dict[str, Any]:
         """What this rank is doing; with an error, what it did when that came."""
         last = last_collective()
-        frames = traceback.extract_tb(error.__traceback__) if error else traceback.extract_stack(sys._current_frames()[self._watched])
+        has_trace = error is not None and error.__traceback__ is not None
+        frames = traceback.extract_tb(error.__traceback__) if has_trace else traceback.extract_stack(sys._current_frames()[self._watched])
         where, is_inside_torch = _place(frames)
         is_waiting = is_inside_torch if last is None else not last.is_completed
         if error is not None:
