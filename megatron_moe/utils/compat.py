@@ -88,13 +88,18 @@ def last_collective() -> Collective | None:
     if not entries:
         return None
     entries.sort(key=lambda e: (e.get("time_created_ns", 0), e.get("record_id", 0)))
-    entry = next((e for e in entries if e["state"] != "completed"), entries[-1])
+    entry = next((e for e in entries if not _has_ended(e)), entries[-1])
     group = entry.get("process_group") or ["?"]
     return Collective(
         name=entry.get("profiling_name", "?").rpartition(":")[2],
         number=entry.get("p2p_seq_id" if entry.get("is_p2p") else "collective_seq_id", 0),
         group=f"group {group[0]}" + (f" {group[1]}" if len(group) > 1 and group[1] not in ("", "undefined") else ""),
         sizes=f"{entry.get('input_sizes', '')} to {entry.get('output_sizes', '')}",
-        is_completed=entry["state"] == "completed",
+        is_completed=_has_ended(entry),
         sequence=entry.get("record_id", 0),
     )
+
+
+def _has_ended(entry: dict) -> bool:
+    """gloo never says completed: it takes what has ended off its list. NCCL also takes off what has timed out."""
+    return entry["state"] == "completed" or (entry.get("retired", False) and entry.get("profiling_name", "").startswith("gloo:"))

@@ -6,7 +6,6 @@ import os
 import re
 import threading
 import time
-from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -110,25 +109,6 @@ def test_one_process_and_ranks_that_met_in_a_file_have_no_store(monkeypatch):
     assert LastWords(0, 1, None).digest(ValueError("x")) == ""
 
 
-def test_the_last_collective_is_read_from_the_flight_recorder(tmp_path):
-    from distributed_pool import run_distributed
-
-    for text, sequence in run_distributed(_last_collective, 2):
-        assert re.match(r"all_reduce \(number \d+ of group 0.*\[3, 5\]", text), text
-        assert sequence > 0
-
-
-def _last_collective() -> tuple[str, int]:
-    import torch
-
-    from megatron_moe.utils.compat import last_collective
-
-    dist.all_reduce(torch.ones(3, 5))
-    last = last_collective()
-    assert last.is_completed
-    return str(last), last.sequence
-
-
 # ---------------------------------------------------------------- real runs
 
 TIMEOUT = "--distributed-timeout-minutes 0.1"
@@ -183,7 +163,3 @@ def test_a_rank_that_raises_is_named_with_what_it_raised(tmp_path):
         launches.clear(process)
     assert code == 1, text
     assert "rank 1: iteration 4, raised OSError: [Errno 5] Input/output error: '/data/shard_7.bin'; at faulty_run.py" in text, text
-
-
-def test_timeouts_are_short_enough_to_be_tested():
-    assert timedelta(seconds=last_words.GRACE_SECONDS + last_words.LOOK_SECONDS) < timedelta(seconds=5)
