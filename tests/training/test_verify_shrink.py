@@ -46,8 +46,14 @@ def test_a_pyramid_keeps_two_degrees():
     run = run_of(f"{BASE} --num-experts 8 16 32 64 --moe-expert-parallel-size 64")
     (small,) = fold(run, 64)
     degrees = [small.run.moe.expert_parallel_degree(n) for n in small.run.moe.num_experts]
-    assert degrees == [2, 4] and small.world_size == 4
+    assert degrees == [2, 4, 4] and small.run.moe.num_experts == (2, 4, 8) and small.world_size == 4
     assert {"EP 8 -> 2", "EP 16 -> 4", "EP 64 -> 4"} <= set(small.folded)
+
+
+def test_a_pyramid_of_one_degree_keeps_its_shape():
+    (small,) = fold(run_of(f"{BASE} --num-experts 16 32 64 16 --moe-expert-parallel-size 8"), 32)
+    first, second, third = small.run.moe.num_experts
+    assert first < second < third and small.run.expert_degrees() == [2]
 
 
 def test_degrees_stay_where_the_ranks_are_here():

@@ -281,35 +281,13 @@ def _experts(run: RunConfig, layout: _Layout, notes: _Notes) -> tuple[MoEConfig,
     old, interval = run.moe, min(run.moe.expert_interval, 2)
     ep = max(layout.expert_degrees.values(), default=1)
     kept = {n: layout.expert_degrees[old.expert_parallel_degree(n)] for n in _sizes(run)}
-    k, sampling, order = _topk(run, kept, ep, notes)
-    groups, group_k = (
-        (2, 1 if all(_can_grow(run, n) or d >= 2 * k for n, d in kept.items()) else 2) if old.moe_router_num_groups else (None, None)
-    )
-    if group_k == 2 and k % 2:
-        groups = group_k = None
-        notes.not_compared.append("--moe-router-num-groups: no small number of experts has room for it")
-
-    def small(n: int) -> int:
-        if n == 1:
-            return 1
-        degree = kept[n]
-        were, copies = layout.expert_data[old.expert_parallel_degree(n)]
-        divides = n // old.expert_parallel_degree(n) % were == 0  # else ZeRO shards another dim of the stacks
-        for here in range(1, 129):  # experts of a rank
-            size = degree * here
-            is_degree = (math.gcd(size, ep) if old.moe_pyramid_ep == "auto" else min(size, ep)) == degree and (
-                old.moe_pyramid_ep == "auto" or max(size, ep) % min(size, ep) == 0
-            )
-            has_groups = groups is None or (size % groups == 0 and group_k * (size // groups) >= k)
-            if size >= max(2, k) and is_degree and has_groups and (here % copies == 0) == (divides or copies == 1):
-                return size
-        return degree * max(1, -(-max(2, k) // degree))
-
-    slots, num_layers = _layers(run.moe.experts_per_layer(run.model.num_layers), run.moe.expert_interval, interval, small, layout)
+    k, sampling, order = _topk(run, kept, notes)
+    groups = _groups(run, kept, k, notes)
+    sizes = _small_sizes(run, layout, kept, ep, k, groups)
+    slots, num_layers = _layers(run, run, interval, sizes, layout)
     teacher: dict[str, Any] = {}
     if run.distillation.is_on:
-        t = run.teacher()
-        t_slots, t_layers = _layers(t.moe.experts_per_layer(t.model.num_layers), old.expert_interval, interval, small, layout)
+        t_slots, t_layers = _layers(run.teacher(), run, interval, sizes, layout)
         teacher = {"num_experts_teacher": t_slots, "num_layers_teacher": t_layers}
     notes.size("num_experts", old.num_experts, slots)
     notes.size("expert_interval", old.expert_interval, interval)
@@ -318,8 +296,8 @@ def _experts(run: RunConfig, layout: _Layout, notes: _Notes) -> tuple[MoEConfig,
     if old.moe_token_dropping and old.moe_min_capacity > 1 and run.moe.has_experts:
         notes.changed.append(f"--moe-min-capacity {old.moe_min_capacity} -> 1: so few tokens would else never be dropped")
     moe = dataclasses.replace(
-        old, num_experts=slots, expert_interval=interval, topk=k, moe_expert_parallel_size=ep, moe_router_num_groups=groups,
-        moe_router_group_topk=group_k, moe_top2_2nd_expert_sampling=sampling, moe_token_drop_policy=order,
+        old, num_experts=slots, expert_interval=interval, topk=k, moe_expert_parallel_size=ep, moe_router_num_groups=groups[0],
+        moe_router_group_topk=groups[1], moe_top2_2nd_expert_sampling=sampling, moe_token_drop_policy=order,
         moe_loss_warmup_iters=min(old.moe_loss_warmup_iters, STEPS), moe_min_capacity=min(old.moe_min_capacity, 1),
     )  # fmt: skip
     return moe, num_layers, teacher
@@ -336,11 +314,11 @@ def _can_grow(run: RunConfig, n: int) -> bool:
     return run.moe.moe_pyramid_ep == "auto" or n >= run.moe.moe_expert_parallel_size
 
 
-def _topk(run: RunConfig, kept: dict[int, int], ep: int, notes: _Notes) -> tuple[int, bool, Any]:
+def _topk(run: RunConfig, kept: dict[int, int], notes: _Notes) -> tuple[int, bool, Any]:
     """(experts per token, sampling of a second one, who is dropped). 1 and 2 have rules of their own, so they stay what they are."""
     m = run.moe
     room_for = min((degree for n, degree in kept.items() if not _can_grow(run, n)), default=m.topk)
-    k = min(m.topk, 3, room_for) if m.topk > 2 else min(m.topk, room_for)
+    k = min(m.topk, 3, room_for)
     notes.size("topk", m.topk, k)
     is_special = m.topk > 2 and k <= 2
     order = m.moe_token_drop_policy
@@ -349,16 +327,51 @@ def _topk(run: RunConfig, kept: dict[int, int], ep: int, notes: _Notes) -> tuple
     return k, m.moe_top2_2nd_expert_sampling and not is_special, order
 
 
-def _layers(experts: Sequence[int], interval: int, new_interval: int, small: Any, layout: _Layout) -> tuple[tuple[int, ...], int]:
+def _groups(run: RunConfig, kept: dict[int, int], k: int, notes: _Notes) -> tuple[int | None, int | None]:
+    """(groups, groups of a token): two, of which a token may send to one where a group has room for its experts."""
+    if run.moe.moe_router_num_groups is None:
+        return None, None
+    if all(_can_grow(run, n) or degree >= 2 * k for n, degree in kept.items()):
+        return 2, 1
+    if k % 2 == 0:
+        return 2, 2
+    notes.not_compared.append("--moe-router-num-groups: no small number of experts has room for it")
+    return None, None
+
+
+def _small_sizes(
+    run: RunConfig, layout: _Layout, kept: dict[int, int], ep: int, k: int, groups: tuple[int | None, int | None]
+) -> dict[int, int]:
+    """Experts of a layer -> as few as have the same degree, room for k, and the same way of sharding; more where the run has more."""
+    m, sizes = run.moe, {1: 1}
+
+    def fits(n: int, here: int, above: int) -> bool:
+        size, degree = kept[n] * here, kept[n]
+        were, copies = layout.expert_data[m.expert_parallel_degree(n)]
+        is_auto = m.moe_pyramid_ep == "auto"
+        has_degree = math.gcd(size, ep) == degree if is_auto else min(size, ep) == degree and max(size, ep) % min(size, ep) == 0
+        has_groups = groups[0] is None or (size % groups[0] == 0 and groups[1] * (size // groups[0]) >= k)
+        # with fewer experts than expert data ranks ZeRO shards another dim of the stacks
+        same_shards = copies == 1 or (here % copies == 0) == (n // m.expert_parallel_degree(n) % were == 0)
+        return size >= max(2, k, above) and has_degree and has_groups and same_shards
+
+    for n in sorted(kept):
+        above = max(sizes.values()) + 1 if _can_grow(run, n) else 0
+        here = next((h for more in (above, 0) for h in range(1, 129) if fits(n, h, more)), None)
+        sizes[n] = kept[n] * (here or max(1, -(-max(2, k) // kept[n])))
+    return sizes
+
+
+def _layers(run: RunConfig, student: RunConfig, interval: int, sizes: dict[int, int], layout: _Layout) -> tuple[tuple[int, ...], int]:
     """One MoE layer for each kind that the run has, at least one for each pipeline stage; and the number of layers."""
-    slots = tuple(dict.fromkeys(small(n) for n in experts[interval - 1 :: interval]))
+    experts, old = run.moe.experts_per_layer(run.model.num_layers), student.moe.expert_interval
+    slots = tuple(dict.fromkeys(sizes[n] for n in experts[old - 1 :: old]))
     pp = layout.parallel.pipeline_model_parallel_size
     if all(n == 1 for n in slots):
         return (1,), _near(2, 2 * pp)
     count = _near(len(slots), pp)
-    slots = tuple(slots[i % len(slots)] for i in range(count))
-    has_tail = len(experts) % interval and new_interval == 2 and pp == 1
-    return slots, new_interval * count + bool(has_tail)
+    has_tail = len(experts) % old and interval == 2 and pp == 1
+    return tuple(slots[i % len(slots)] for i in range(count)), interval * count + bool(has_tail)
 
 
 def _same_under_every_split(moe: MoEConfig, notes: _Notes) -> MoEConfig:
