@@ -155,7 +155,10 @@ def set_up(
     datasets = in_turn(world, lambda: build_datasets(config.data, seq_length, seed, prepared.vocab_size, progress.ordered_samples))
     stopper = Stopper(config.training, world.cpu_group)
     watchdog = Watchdog(world.rank, config.parallel.distributed_timeout_minutes, last_words)
-    replicas = ReplicaWatch(model, optimizer, world.device) if config.training.check_replicas_interval and world.size > 1 else None
+    replicas = ReplicaWatch(model, optimizer, world.device) if config.training.check_replicas_interval else None
+    if replicas and world.size == 1:
+        logger.warning("--check-replicas-interval has no effect with one rank: there is nothing to compare")
+        replicas = None
     alerts = None
     if config.logging.moe_alerts and config.moe.has_experts:
         alerts = ExpertAlerts(config.moe, config.logging.moe_alert_dropped_fraction)
