@@ -36,6 +36,8 @@ def init_distributed(config: ParallelConfig) -> World:
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE", "1") == str(size)
     if is_one_machine and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine: listen to no other
+    if not os.environ.keys() & {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"}:
+        os.environ["TORCH_FR_BUFFER_SIZE"] = "2000"  # torch's flight recorder: what the last words of a rank are read from
     options = {"timeout": timedelta(minutes=config.distributed_timeout_minutes)}
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if "RANK" in os.environ:

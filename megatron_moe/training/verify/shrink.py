@@ -253,7 +253,7 @@ def _model(run: RunConfig, layout: _Layout, num_layers: int, length: int, data_r
         ("ffn_hidden_size", m.ffn_size, ffn),
     ):  # fmt: skip
         notes.size(name, old, new)
-    notes.sizes.append(f"vocabulary {m.vocab_size or 'of the tokenizer'} -> {vocab_size}")
+    notes.sizes.append(f"vocabulary {m.vocab_size or '(the data says)'} -> {vocab_size}")
     model = dataclasses.replace(
         m, num_layers=num_layers, hidden_size=hidden, num_attention_heads=heads,
         num_key_value_heads=None if m.num_key_value_heads is None else groups, kv_channels=None if m.kv_channels is None else 8,
