@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Formatting, lint, and every test, in an environment that this script sets up. Needs no GPU and, once set up, no network.
+# Formatting, lint, and the tests, in an environment that this script sets up. Needs no GPU and, once set up, no network.
 #
-#   bash scripts/test.sh                       everything
+#   bash scripts/test.sh                       the tests, with some layouts
+#   bash scripts/test.sh --full                every other layout as well: what continuous integration runs
 #   bash scripts/test.sh tests/data -k index   further words go to pytest; formatting and lint are checked all the same
 #
 # Ends with the counts. Exit code 1: something failed, or was skipped for a reason that tests/allowed_skips.txt does not list.

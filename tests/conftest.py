@@ -23,7 +23,15 @@ if importlib.util.find_spec("hypothesis") is None:  # an extra: with the core pa
 
 
 def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="the tests marked `matrix`, too: every layout")
     parser.addoption("--allowed-skips", metavar="FILE", help="fail when a test skips for a reason that matches no line of FILE")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("matrix")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("matrix")]
 
 
 def pytest_configure(config):

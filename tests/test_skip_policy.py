@@ -1,4 +1,4 @@
-"""Skips fail the run unless their reason is on the list: a real pytest over small files."""
+"""Skips fail the run unless their reason is on the list, and what --full adds: a real pytest over small files."""
 
 import re
 import subprocess
@@ -11,7 +11,7 @@ from skip_policy import read_allowed
 TESTS = Path(__file__).resolve().parent
 
 
-def run_pytest(folder: Path, tests: str, allowed: str) -> subprocess.CompletedProcess:
+def run_pytest(folder: Path, tests: str, allowed: str, *words: str) -> subprocess.CompletedProcess:
     for name in ("conftest.py", "skip_policy.py", "hypothesis_stand_in.py"):
         (folder / name).write_text((TESTS / name).read_text())
     (folder / "distributed_pool.py").write_text("def close_pools(): pass\n")
@@ -30,7 +30,7 @@ def run_pytest(folder: Path, tests: str, allowed: str) -> subprocess.CompletedPr
         "--allowed-skips",
         "allowed.txt",
     ]
-    return subprocess.run([*command, "test_sample.py"], cwd=folder, capture_output=True, text=True, timeout=120)
+    return subprocess.run([*command, *words, "test_sample.py"], cwd=folder, capture_output=True, text=True, timeout=120)
 
 
 SKIPS = "import pytest\ndef test_a(): pass\ndef test_b(): pytest.skip('no llama here')\n"
@@ -76,3 +76,11 @@ def test_the_committed_list_is_readable_and_not_a_wildcard():
     patterns = read_allowed(TESTS / "allowed_skips.txt")
     assert patterns
     assert not any(re.match(p, "any other reason at all") for p in patterns)
+
+
+MATRIX = "import pytest\n@pytest.mark.matrix\ndef test_a(): pass\ndef test_b(): pass\n"
+
+
+@pytest.mark.parametrize(("words", "counts"), [((), "1 passed, 1 deselected"), (("--full",), "2 passed")])
+def test_the_matrix_runs_with_full_alone(tmp_path, words, counts):
+    assert counts in run_pytest(tmp_path, MATRIX, "", *words).stdout

@@ -107,7 +107,10 @@ def _state_problems(where: str, run: RunConfig, saved: dict[str, Any], manifest:
 
 
 def _state_settings(settings: dict[str, Any], with_optimizer: bool) -> dict[str, Any]:
-    dtype = {"params_dtype": settings.get("training", {}).get("params_dtype")}
+    training = settings.get("training", {})
+    dtype = {"params_dtype": training.get("params_dtype")}
+    if training.get("fp16_master_weights_and_grads"):  # named only where it is used: older checkpoints do not know it
+        dtype["fp16_master_weights_and_grads"] = True
     return dtype | ({"optimizer": settings.get("optimizer", {}).get("optimizer")} if with_optimizer else {})
 
 

@@ -16,6 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from megatron_moe.optimizer import apex_adam, half_adam
+from megatron_moe.optimizer.apex_adam import ApexAdamW
+from megatron_moe.optimizer.half_adam import HalfAdamW
+from megatron_moe.optimizer.muon import Muon
+
 Model = nn.Module | Sequence[nn.Module]
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile and activation checkpointing
 
@@ -54,12 +59,17 @@ def materialise_optimizer_state(model: Model, optimizer: Optimizer) -> None:
 
 def _zero_state(optimizer: Optimizer, group: dict, parameter: nn.Parameter) -> dict[str, Tensor]:
     """Slot -> zeros, with the sharding of the parameter."""
-    if isinstance(optimizer, Adam):  # AdamW is a subclass
+    for kind, zero_state in ((HalfAdamW, half_adam.zero_state), (ApexAdamW, apex_adam.zero_state)):
+        if isinstance(optimizer, kind):
+            return zero_state(parameter)
+    if isinstance(optimizer, Muon) and group["is_muon"]:
+        return {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)}
+    if isinstance(optimizer, Adam | Muon):  # AdamW is a subclass; Muon leaves what is no matrix to one
         slots = ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if group["amsgrad"] else [])
         return {"step": _zero_step(group, parameter)} | {slot: torch.zeros_like(parameter, requires_grad=False) for slot in slots}
     if isinstance(optimizer, SGD):
         return {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)} if group["momentum"] else {}
-    raise TypeError(f"the state of {type(optimizer).__name__} is not known; supported are Adam, AdamW and SGD of torch.optim")
+    raise TypeError(f"the state of {type(optimizer).__name__} is not known; supported are Adam, AdamW and SGD of torch.optim, and Muon")
 
 
 def _zero_step(group: dict, parameter: nn.Parameter) -> Tensor:

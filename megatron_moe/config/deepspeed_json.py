@@ -49,7 +49,7 @@ def section(name: str, keys: dict[str, Key]) -> dict[str, Key]:
 
 
 def _optimizer_type(value: Any) -> dict[str, Any]:
-    names = {"Adam": "adam", "AdamW": "adam", "FusedAdam": "adam", "DeepSpeedCPUAdam": "adam", "SGD": "sgd"}
+    names = {"Adam": "adam", "AdamW": "adam", "FusedAdam": "adam", "DeepSpeedCPUAdam": "adam", "SGD": "sgd", "Muon": "muon"}
     ours = {n.lower(): our for n, our in names.items()}.get(str(value).lower())
     if ours is None:
         raise ValueError(f"must be one of {', '.join(names)}, not {value!r}{_did_you_mean(str(value), names)}")
@@ -60,6 +60,26 @@ def _betas(value: Any) -> dict[str, Any]:
     if not isinstance(value, list) or len(value) != 2:
         raise ValueError(f"wants two numbers such as [0.9, 0.95], not {value!r}")
     return {"adam_beta1": value[0], "adam_beta2": value[1]}
+
+
+def _static_scale(value: Any) -> dict[str, Any]:
+    """0 is DeepSpeed's word for a dynamic scale."""
+    return {} if type(value) in (int, float) and value == 0 else {"loss_scale": value}
+
+
+def _scale_power(value: Any) -> dict[str, Any]:
+    if type(value) not in (int, float) or not -126 <= value <= 126:
+        raise ValueError(f"wants a number from -126 to 126, the power of 2 that the scale starts at, not {value!r}")
+    return {"initial_loss_scale": 2.0**value}
+
+
+def _offload(value: Any) -> dict[str, Any]:
+    """FSDP2 moves parameters, gradients and optimizer state together."""
+    if value == "nvme":
+        raise NotBuiltError("offload to NVMe is not built yet; use cpu")
+    if value not in ("cpu", "none", None, True, False):
+        raise ValueError(f"must be cpu or none, not {value!r}")
+    return {"cpu_optimizer": True} if value in ("cpu", True) else {}
 
 
 def _switch(value: Any, on: dict[str, Any], off: dict[str, Any]) -> dict[str, Any]:
@@ -96,15 +116,15 @@ def _schedule(value: Any) -> dict[str, Any]:
 
 
 _OFFLOAD = {
-    "device": Key(kind=str, feature="CPU offload"),
+    "device": Key(_offload),
     **no_effect(bool, "pin_memory", "pipeline_read", "pipeline_write", "fast_init"),
     **no_effect(float, "buffer_count", "buffer_size", "max_in_cpu", "ratio"),
     **no_effect(str, "nvme_path"),
 }
 _ZERO = {
     "stage": sets("zero_stage"),
-    "cpu_offload": Key(feature="CPU offload"),
-    "cpu_offload_param": Key(feature="CPU offload"),
+    "cpu_offload": Key(_offload),
+    "cpu_offload_param": Key(_offload),
     **section("offload_optimizer", _OFFLOAD),
     **section("offload_param", _OFFLOAD),
     **no_effect(bool, "allgather_partitions", "reduce_scatter", "overlap_comm", "contiguous_gradients", "round_robin_gradients",
@@ -118,8 +138,12 @@ _ZERO = {
 }  # fmt: skip
 _FP16 = {
     "enabled": sets("fp16"),
-    "fp16_master_weights_and_grads": Key(feature="float16 master weights"),
-    **no_effect(float, "loss_scale", "loss_scale_window", "hysteresis", "min_loss_scale", "initial_scale_power"),
+    "fp16_master_weights_and_grads": sets("fp16_master_weights_and_grads"),
+    "loss_scale": Key(_static_scale),
+    "initial_scale_power": Key(_scale_power),
+    "loss_scale_window": sets("loss_scale_window"),
+    "hysteresis": sets("hysteresis"),
+    "min_loss_scale": sets("min_loss_scale"),
     **no_effect(bool, "auto_cast", "consecutive_hysteresis"),
 }
 _BF16 = {"enabled": sets("bf16"), **no_effect(bool, "immediate_grad_update", "check_grad_overflow")}

@@ -116,10 +116,17 @@ class MoEConfig:
     moe_router_z_loss_coeff: float = flag(
         0.0, "weight of the router z-loss, the mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906)",
         names=("moe-z-loss-coeff",), minimum=0)  # fmt: skip
-    moe_token_dispatcher: Literal["auto", "alltoall", "allgather"] = flag(
-        "auto", "how tokens travel to their experts; auto: local for EP 1, all-gather when k reaches EP and reserves at most 1.25 times "
-        "the rows of equally busy experts (a capacity bounds them), else all-to-all",
-        names=("moe-token-dispatcher-type",))  # fmt: skip
+    moe_token_dispatcher: Literal["auto", "alltoall", "allgather", "hierarchical"] = flag(
+        "auto", "how tokens travel to their experts. alltoall: each row to its expert, in exact sizes. hierarchical: the same within a node "
+        "first and then between nodes, in fewer and larger messages. allgather: all tokens to all ranks. auto: nothing travels for EP 1 and "
+        "ETP 1; all-gather when k reaches EP and reserves at most 1.25 times the rows of equally busy experts (a capacity bounds them), else "
+        "all-to-all; the log says which, and why", names=("moe-token-dispatcher-type",))  # fmt: skip
+    moe_node_size: int | None = flag(
+        None, "ranks per node, for --moe-token-dispatcher hierarchical; LOCAL_WORLD_SIZE, which torchrun sets, when not given", minimum=1
+    )
+    moe_overlap_chunks: int = flag(
+        1, "cut the tokens of an MoE layer in this many parts: while one is computed the next is under way, and the results of the last one "
+        "(alltoall and hierarchical; the arithmetic is the same). Pays where the network is slow and parts are large", minimum=1)  # fmt: skip
     moe_pad_expert_input_to_capacity: bool = flag(
         False, "every expert gets exactly its capacity of rows from every rank, zeros where there are fewer: exchanges of equal sizes that "
         "no host waits for (DeepSpeed's layout). Costs rows, and memory, of experts x capacity whatever the load; without dropping the "
@@ -187,9 +194,22 @@ class MoEConfig:
             yield "--moe-shared-expert-gate needs a shared expert; give --moe-shared-expert-intermediate-size, or drop the gate"
         if self.moe_residual_combine == "sum" and self.mlp_type != "residual":
             yield "--moe-residual-combine sum is about the MLP of --mlp-type residual; add that, or drop it"
-        if self.moe_pad_expert_input_to_capacity and self.moe_token_dispatcher == "allgather":
+        yield from self._dispatch_problems()
+
+    def _dispatch_problems(self) -> Iterator[str]:
+        kind, pad, chunks = self.moe_token_dispatcher, self.moe_pad_expert_input_to_capacity, self.moe_overlap_chunks
+        if pad and kind == "allgather":
             yield ("--moe-pad-expert-input-to-capacity makes the exchanges of an all-to-all equal, and --moe-token-dispatcher allgather "
                    "exchanges no rows; use alltoall or auto, or drop the padding")  # fmt: skip
+        if pad and kind == "hierarchical":
+            yield ("--moe-pad-expert-input-to-capacity sends zero rows too, and --moe-token-dispatcher hierarchical would send them twice; use "
+                   "alltoall or auto, or drop the padding")  # fmt: skip
+        if chunks > 1 and pad:
+            yield (f"--moe-overlap-chunks ({chunks}) cuts the tokens, and --moe-pad-expert-input-to-capacity would fill up every part to the capacity "
+                   "of all of them; drop one of the two")  # fmt: skip
+        if chunks > 1 and kind == "allgather":
+            yield (f"--moe-overlap-chunks ({chunks}) cuts the exchange of rows, and --moe-token-dispatcher allgather exchanges none; use alltoall, "
+                   "hierarchical or auto, or drop the chunks")  # fmt: skip
 
     def expert_ffn_size(self, dense: int) -> int:
         """Inner width of an expert, where that of the dense MLP is `dense`."""

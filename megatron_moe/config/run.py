@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -14,11 +15,21 @@ from megatron_moe.config.curriculum import CurriculumConfig
 from megatron_moe.config.data import DataConfig, TokenizerConfig
 from megatron_moe.config.distillation import DistillationConfig
 from megatron_moe.config.flags import ConfigError, FieldSpec, bound_problems, fields_of
+from megatron_moe.config.memory import MemoryConfig
 from megatron_moe.config.model import ModelConfig, divisors
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.output import CheckpointConfig, LoggingConfig
 from megatron_moe.config.pace import Consumed, Pace, RampUp
-from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.config.parallel import ParallelConfig, split_over_nodes
+from megatron_moe.config.pipeline import (
+    Split,
+    layers_of_stages,
+    microbatch_problems,
+    microbatch_warnings,
+    pipeline_problems,
+    pipeline_warnings,
+)
+from megatron_moe.config.precision import LossScaleConfig
 from megatron_moe.config.training import OptimizerConfig, TrainingConfig
 
 GROUPS: dict[str, type] = {
@@ -26,6 +37,8 @@ GROUPS: dict[str, type] = {
     "moe": MoEConfig,
     "parallel": ParallelConfig,
     "training": TrainingConfig,
+    "scale": LossScaleConfig,
+    "memory": MemoryConfig,
     "optimizer": OptimizerConfig,
     "curriculum": CurriculumConfig,
     "distillation": DistillationConfig,
@@ -45,6 +58,8 @@ class RunConfig:
     moe: MoEConfig = field(default_factory=MoEConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -101,9 +116,10 @@ class RunConfig:
         if m.num_attention_heads % tp:
             yield (f"--num-attention-heads ({m.num_attention_heads}) must be divisible by --tensor-model-parallel-size ({tp}); "
                    f"use TP {_one_of(m.num_attention_heads)}")  # fmt: skip
-        elif m.key_value_heads % tp:
-            yield (f"--num-key-value-heads ({m.key_value_heads}) must be divisible by --tensor-model-parallel-size ({tp}); "
-                   f"use TP {_one_of(m.key_value_heads)}")  # fmt: skip
+        elif m.key_value_heads % tp and tp % m.key_value_heads:
+            legal = [n for n in divisors(m.num_attention_heads) if m.key_value_heads % n == 0 or n % m.key_value_heads == 0]
+            yield (f"--num-key-value-heads ({m.key_value_heads}) must be divisible by --tensor-model-parallel-size ({tp}) or divide it; "
+                   f"use TP {', '.join(map(str, legal))}")  # fmt: skip
         if m.ffn_size % tp:
             yield f"the MLP width ({m.ffn_size}) must be divisible by --tensor-model-parallel-size ({tp}); change --ffn-hidden-size"
         shared = self.moe.moe_shared_expert_intermediate_size
@@ -113,6 +129,11 @@ class RunConfig:
         if m.make_vocab_size_divisible_by % tp:
             yield (f"--make-vocab-size-divisible-by ({m.make_vocab_size_divisible_by}) must be divisible by "
                    f"--tensor-model-parallel-size ({tp}), so that the padded vocabulary splits evenly under every layout")  # fmt: skip
+        etp, width = self.parallel.etp, self.moe.expert_ffn_size(m.ffn_size)
+        if self.moe.has_experts and width % etp:
+            yield (f"the width of the experts ({width}) must be divisible by the expert-tensor-parallel degree ({etp}); use ETP "
+                   f"{_one_of(width)} or change --moe-ffn-hidden-size")  # fmt: skip
+        yield from self._length_problems()
         try:
             self.moe.experts_per_layer(m.num_layers)
         except ValueError as error:
@@ -123,10 +144,33 @@ class RunConfig:
             yield f"a curriculum up to {longest} tokens does not fit into --seq-length ({t.seq_length}); raise it or lower the curriculum's end"
         elif c.curriculum_learning and c.curriculum_schedule_type != "fixed_discrete" and shortest > longest:
             yield f"--curriculum-min-difficulty ({shortest}) must not exceed the longest length ({longest})"
+        if t.fp16_master_weights_and_grads and self.optimizer.optimizer != "adam":
+            yield (f"--fp16-master-weights-and-grads is built for --optimizer adam, not {self.optimizer.optimizer}: another one would "
+                   f"lose its updates to rounding; drop one")  # fmt: skip
+        if t.fp16_master_weights_and_grads and self.optimizer.adam_kernel == "apex":
+            yield "--fp16-master-weights-and-grads has an AdamW of its own, and --adam-kernel apex asks for another; drop one"
         if c.curriculum_learning and t.compile:
             yield "--compile makes graphs of one sequence length and --curriculum-learning has many; leave one of them out"
+        yield from pipeline_problems(self.parallel, m, t, self.distillation.is_on)
         if self.data.data_order == "megatron" and t.seed >= 2**32:
             yield f"--data-order megatron takes a --seed below {2**32}, not {t.seed}: that is all that Megatron's generator can be given"
+
+    def _length_problems(self) -> Iterator[str]:
+        """Sequences are cut into equal parts, the short ones of a curriculum too."""
+        p, c, unit = self.parallel, self.curriculum, self.parallel.sequence_unit
+        lengths = {"--seq-length": [self.training.seq_length]}
+        if c.curriculum_learning and c.curriculum_schedule_type == "fixed_discrete":
+            lengths["--curriculum-difficulty"] = list(c.curriculum_difficulty or ())
+        elif c.curriculum_learning:
+            names = ("curriculum_min_difficulty", "curriculum_max_difficulty", "curriculum_difficulty_step")
+            lengths |= {f"--{name.replace('_', '-')}": [getattr(c, name)] for name in names if getattr(c, name)}
+        parts = [f"2 x --context-parallel-size ({p.context_parallel_size})"] if p.context_parallel_size > 1 else []
+        if p.sequence_parallel and p.tensor_model_parallel_size > 1:
+            parts.append(f"--tensor-model-parallel-size ({p.tensor_model_parallel_size}) of --sequence-parallel")
+        for option, wrong in ((o, n) for o, values in lengths.items() for n in values if n % unit):
+            below = wrong // unit * unit
+            yield (f"{option} ({wrong}) must be divisible by {unit}, which {' and '.join(parts)} ask for; use "
+                   f"{f'{below} or ' if below else ''}{below + unit}")  # fmt: skip
 
     def _teacher_problems(self, own: list[str]) -> Iterator[str]:
         """What is wrong with the teacher and is not wrong with the student already."""
@@ -149,8 +193,10 @@ class RunConfig:
         )  # fmt: skip
         losses = {s.name: 0.0 for s in fields_of(MoEConfig) if s.name.endswith("loss_coeff")}
         moe = dataclasses.replace(self.moe, num_experts=d.num_experts_teacher, **losses)
-        training = dataclasses.replace(t, checkpoint_activations=False, recompute_activations=False, recompute_granularity=None)
-        return dataclasses.replace(self, model=model, moe=moe, training=training, distillation=DistillationConfig())
+        training = dataclasses.replace(t, checkpoint_activations=False, recompute_activations=False, recompute_granularity=None,
+                                       recompute_modules=None, moe_layer_recompute=False, fp16_master_weights_and_grads=False)  # fmt: skip
+        memory = dataclasses.replace(self.memory, cpu_offloading=False, cpu_optimizer=False)
+        return dataclasses.replace(self, model=model, moe=moe, training=training, memory=memory, distillation=DistillationConfig())
 
     def _idle(self) -> tuple[str, ...]:
         """Switches about the tensor-parallel ranks ask for nothing where there is one such rank."""
@@ -161,12 +207,15 @@ class RunConfig:
         for name in self._idle():
             if getattr(self.parallel, name):
                 yield f"--{name.replace('_', '-')} has no effect with --tensor-model-parallel-size 1"
+        yield from self._precision_warnings(given)
+        yield from pipeline_warnings(self.parallel)
         if self.checkpoint.save_interval and not self.checkpoint.save:
             yield f"--save-interval ({self.checkpoint.save_interval}) has no effect without --save DIR"
         t = self.training
         if t.check_replicas_interval and t.train_iters and t.check_replicas_interval > t.train_iters:
             yield (f"--check-replicas-interval ({t.check_replicas_interval}) is longer than the run ({t.train_iters} steps): replicas are "
                    "never compared")  # fmt: skip
+        yield from self._expert_layout_warnings()
         yield from (f"{option} has no effect: it is a setting of --mos and --kd" for option in self.distillation.idle)
         yield from (f"{option} has no effect: it is a setting of {of}" for option, of in self.curriculum.idle.items())
         if self.distillation.mos and not self.moe.has_experts:
@@ -179,6 +228,36 @@ class RunConfig:
         if self.moe.has_experts:
             yield from self._policy_warnings("moe_loss_coeff" in given)
 
+    def _precision_warnings(self, given: Collection[str]) -> Iterator[str]:
+        """Settings of a precision, an optimizer or a way to save memory that is not chosen."""
+        t, scale = self.training, self.scale
+        for s in (s for s in fields_of(LossScaleConfig) if s.name in given):
+            if not t.fp16:
+                yield f"{s.option} has no effect: there is a loss scale with --fp16 only"
+            elif scale.loss_scale is not None and s.name != "loss_scale":
+                yield f"{s.option} has no effect: the scale stays what --loss-scale ({scale.loss_scale:g}) says"
+        if self.optimizer.optimizer != "muon":
+            own = (s.option for s in fields_of(OptimizerConfig) if s.name.startswith("muon_") and s.name in given)
+            yield from (f"{option} has no effect: it is a setting of --optimizer muon" for option in own)
+        if self.optimizer.adam_kernel == "apex" and self.optimizer.optimizer != "adam":
+            yield f"--adam-kernel apex has no effect with --optimizer {self.optimizer.optimizer}"
+        if t.moe_layer_recompute and not self.moe.has_experts:
+            yield "--moe-layer-recompute has no effect: there are no experts; see --num-experts"
+        if self.memory.cpu_offloading and t.recompute == "full":
+            yield "--cpu-offloading moves little with --recompute-granularity full: what recomputation starts from stays on the device"
+        if self.memory.cross_entropy_loss_chunk_size and self.distillation.is_on:
+            yield "--cross-entropy-loss-chunk-size has no effect with a teacher: the distance to it is one of whole logits"
+
+    def _expert_layout_warnings(self) -> Iterator[str]:
+        p, m = self.parallel, self.moe
+        if p.etp > 1 and not m.has_experts:
+            name = "--enable-expert-tensor-parallelism" if p.enable_expert_tensor_parallelism else "--expert-tensor-parallel-size"
+            yield f"{name} has no effect without experts; see --num-experts"
+        if m.moe_node_size is not None and m.moe_token_dispatcher != "hierarchical":
+            yield f"--moe-node-size ({m.moe_node_size}) has no effect without --moe-token-dispatcher hierarchical"
+        if m.moe_overlap_chunks > 1 and m.moe_expert_parallel_size == 1:
+            yield f"--moe-overlap-chunks ({m.moe_overlap_chunks}) has no effect with --moe-expert-parallel-size 1: no rows are exchanged"
+
     def _policy_warnings(self, is_loss_given: bool) -> Iterator[str]:
         policy = self.moe.moe_router_policy
         if policy == "expert_choice":
@@ -189,6 +268,10 @@ class RunConfig:
             yield f"--moe-loss-coeff ({self.moe.moe_loss_coeff:g}) has no effect with --moe-router-policy {policy}: {why}"
 
     # ------------------------------------------------------------ what a world size adds
+
+    def layers_of_stages(self) -> Split:
+        """The layers, from 1, of each pipeline stage; stage s is on pipeline rank s mod PP."""
+        return layers_of_stages(self.parallel, self.model.num_layers)
 
     def data_parallel_size(self, world_size: int) -> int:
         return world_size // self.parallel.model_parallel_size
@@ -230,15 +313,51 @@ class RunConfig:
             yield (f"--global-batch-size ({batch}) must be divisible by --micro-batch-size ({micro}) x data-parallel size ({dp}) = "
                    f"{unit}; use {f'{below} or ' if below else ''}{below + unit}")  # fmt: skip
         else:
-            yield from self._ramp_problems(batch, micro * dp, f"--micro-batch-size ({micro}) x data-parallel size ({dp}) = {micro * dp}")
+            what = f"--micro-batch-size ({micro}) x data-parallel size ({dp}) = {micro * dp}"
+            ramp_problems = list(self._ramp_problems(batch, micro * dp, what))
+            yield from ramp_problems
+            if not ramp_problems:
+                sizes = [phase.batch for phase in self.pace(world_size).phases]
+                yield from microbatch_problems(p, self.model.num_layers, sizes, micro * dp)
+        replicas, data_ranks = p.num_distributed_optimizer_instances, dp * p.context_parallel_size
+        if data_ranks % replicas:
+            yield (f"--num-distributed-optimizer-instances ({replicas}) must divide the {data_ranks} data ranks (data-parallel size {dp} x "
+                   f"--context-parallel-size {p.context_parallel_size}); use one of {_one_of(data_ranks)}")  # fmt: skip
         try:
             degrees = self.expert_degrees()
         except ValueError:
             return  # said by problems()
         for ep in degrees:
-            if world_size % ep:
-                yield (f"the number of ranks ({world_size}) must be divisible by the expert-parallel degree ({ep}); set "
-                       f"--moe-expert-parallel-size to one of {_one_of(world_size)}")  # fmt: skip
+            yield from self._expert_mesh_problems(world_size, ep)
+
+    def _expert_mesh_problems(self, world_size: int, ep: int) -> Iterator[str]:
+        """Of layers with this expert-parallel degree."""
+        pp, etp = self.parallel.pipeline_model_parallel_size, self.parallel.etp
+        stage = world_size // pp
+        if stage % (ep * etp):
+            ranks = f"the number of ranks ({world_size})" if pp == 1 else f"the number of ranks of a pipeline stage ({stage})"
+            degree = f"the expert-parallel degree ({ep})"
+            if etp > 1:
+                degree += f" x the expert-tensor-parallel degree ({etp}) = {ep * etp}"
+            option, legal = ("expert-tensor-parallel-size", stage) if stage % etp else ("moe-expert-parallel-size", stage // etp)
+            yield f"{ranks} must be divisible by {degree}; set --{option} to one of {_one_of(legal)}"
+        elif (node_size := self.node_size(world_size)) is not None:
+            try:
+                split_over_nodes(ep, etp, node_size)
+            except ValueError as error:
+                yield str(error)
+
+    def node_size(self, world_size: int) -> int | None:
+        """Ranks per node where rows travel in two stages, None where they do not. Without anybody's word all ranks are on one node."""
+        if self.moe.moe_token_dispatcher != "hierarchical":
+            return None
+        return self.moe.moe_node_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+    def world_warnings(self, world_size: int) -> Iterator[str]:
+        """What is allowed on so many ranks but probably not meant, of a run without `world_problems`."""
+        sizes = [phase.batch for phase in self.pace(world_size).phases]
+        unit = self.training.micro_batch_size * self.data_parallel_size(world_size)
+        yield from microbatch_warnings(self.parallel, sizes, unit)
 
     def _ramp_problems(self, batch: int, unit: int, what: str) -> Iterator[str]:
         """Every batch size of a ramp-up must split into micro-batches of all data ranks."""

@@ -29,7 +29,12 @@ class TrainingConfig:
         minimum=1, metavar="N")  # fmt: skip
     seed: int = flag(1234, "initial weights, data order, dropout and routing noise", minimum=0)
     bf16: bool = flag(False, "bfloat16 compute; parameters, optimizer state, gradient reduction and router stay float32")
-    fp16: bool = flag(False, "float16 compute with a dynamic loss scale", not_yet="fp16 training")
+    fp16: bool = flag(False, "float16 compute with a dynamic loss scale; what stays float32 is that of --bf16")
+    fp16_master_weights_and_grads: bool = flag(
+        False,
+        "with --fp16: store parameters and reduce gradients in float16 too, all but the router's; moments stay float32. 12 bytes a "
+        "parameter in place of 16, and updates below a 2048th of a weight are lost",
+    )
     params_dtype: Literal["float32", "float64"] = flag("float32", "type of the stored parameters; float64 is for parity tests")
     checkpoint_activations: bool = flag(
         False,
@@ -39,8 +44,15 @@ class TrainingConfig:
     recompute_activations: bool = flag(False, "same as --recompute-granularity selective (Megatron-LM's spelling)")
     recompute_granularity: Literal["full", "selective"] | None = flag(
         None,
-        "recompute in the backward instead of keeping activations. full: attention, MLP and experts; selective: attention only. Routing is kept",
+        "recompute in the backward instead of keeping activations. full: attention, MLP and experts; selective: --recompute-modules. "
+        "Routing is kept",
     )
+    recompute_modules: tuple[Literal["core_attn", "mlp", "moe", "shared_experts"], ...] | None = flag(
+        None,
+        "what selective recomputes, core_attn when not given. core_attn: attention with its projections; mlp: dense MLPs, residual ones "
+        "among them; moe: dispatch, experts and combine, never the routing; shared_experts: the MLPs beside the experts",
+    )
+    moe_layer_recompute: bool = flag(False, "recompute dispatch, experts and combine, whatever else is recomputed")
     moe_kernels: Literal["auto", "reference"] = flag(
         "auto", "expert matrix products: auto takes torch's grouped_mm where it can; reference is the plain loop, also in float64"
     )
@@ -68,12 +80,23 @@ class TrainingConfig:
         checked(self)
 
     def problems(self) -> Iterator[str]:
-        if self.bf16 and self.params_dtype == "float64":
-            yield "--bf16 and --params-dtype float64 exclude each other: bf16 keeps its parameters in float32; drop one"
+        if self.half and self.params_dtype == "float64":
+            name = "bf16" if self.bf16 else "fp16"
+            yield f"--{name} and --params-dtype float64 exclude each other: {name} keeps its parameters in float32; drop one"
         if self.rampup_batch_size is not None and len(self.rampup_batch_size) != 3:
             yield f"--rampup-batch-size wants START INCREMENT SAMPLES, not {' '.join(map(str, self.rampup_batch_size)) or 'nothing'}"
         if self.bf16 and self.fp16:
             yield "--bf16 and --fp16 exclude each other; drop one"
+        if self.fp16_master_weights_and_grads and not self.fp16:
+            yield "--fp16-master-weights-and-grads is about --fp16 training; add --fp16, or drop it"
+        if self.recompute_modules is not None and self.recompute != "selective":
+            why = "full recomputes all of them; drop one" if self.recompute else "which is not given; add it"
+            yield f"--recompute-modules ({' '.join(self.recompute_modules)}) says what --recompute-granularity selective recomputes, {why}"
+
+    @property
+    def half(self) -> str | None:
+        """The 16-bit type that is computed in, as torch calls it."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else None
 
     @property
     def recompute(self) -> str | None:
@@ -81,6 +104,12 @@ class TrainingConfig:
         return self.recompute_granularity or (
             "full" if self.checkpoint_activations else "selective" if self.recompute_activations else None
         )
+
+    @property
+    def recomputed_modules(self) -> frozenset[str]:
+        """Parts of a block that are recomputed, by the names of --recompute-modules."""
+        modules = {"full": ("core_attn", "mlp", "moe", "shared_experts"), "selective": self.recompute_modules or ("core_attn",), None: ()}
+        return frozenset(modules[self.recompute]) | ({"moe"} if self.moe_layer_recompute else set())
 
 
 # The same quantity in several units: one source of settings gives it in one unit, a stronger source replaces it as a whole.
@@ -93,7 +122,11 @@ WARMUP_LENGTHS = ("lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples", 
 class OptimizerConfig:
     """Optimizer and schedule."""
 
-    optimizer: Literal["adam", "sgd"] = flag("adam", "adam is AdamW (decoupled weight decay)")
+    optimizer: Literal["adam", "sgd", "muon"] = flag(
+        "adam",
+        "adam is AdamW (decoupled weight decay); muon orthogonalises the updates of matrices, expert by expert, and leaves embeddings, "
+        "head, router, coefficients and vectors to AdamW",
+    )
     lr: float = flag(1e-3, "highest learning rate", above=0)
     min_lr: float = flag(0.0, "lowest learning rate of the decay", minimum=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = flag("linear", "shape of the decay")
@@ -119,7 +152,19 @@ class OptimizerConfig:
     adam_beta1: float = flag(0.9, "decay of the first moment", minimum=0, maximum=0.99999)
     adam_beta2: float = flag(0.999, "decay of the second moment; the published recipes use 0.95", minimum=0, maximum=0.9999999)
     adam_eps: float = flag(1e-8, "added to the root of the second moment", above=0)
+    adam_kernel: Literal["torch", "apex"] = flag(
+        "torch", "whose fused AdamW: torch's, or that of NVIDIA's apex where it is installed, which makes the same step"
+    )
     sgd_momentum: float = flag(0.9, "momentum of sgd", minimum=0, maximum=0.99999)
+    muon_momentum: float = flag(0.95, "momentum of muon", minimum=0, maximum=0.99999)
+    muon_use_nesterov: bool = flag(True, "look one step ahead along muon's momentum")
+    muon_num_ns_steps: int = flag(5, "Newton-Schulz steps of muon", minimum=1, maximum=99)
+    muon_extra_scale_factor: float = flag(
+        0.2,
+        "muon's update of a matrix is this times the root of its longer side times an orthogonal matrix; 0.2 makes its elements as large "
+        "as AdamW's, so that one learning rate fits both",
+        above=0,
+    )
     clip_grad: float = flag(1.0, "clip the global gradient norm to this; 0 switches clipping off", minimum=0)
 
     def __post_init__(self) -> None:
@@ -143,4 +188,4 @@ class OptimizerConfig:
     @property
     def has_state(self) -> bool:
         """Whether it remembers anything of earlier steps."""
-        return self.optimizer == "adam" or self.sgd_momentum > 0
+        return self.optimizer != "sgd" or self.sgd_momentum > 0

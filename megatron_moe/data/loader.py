@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from megatron_moe.config.data import DataConfig, blend_of
@@ -262,6 +263,16 @@ class MicroBatchSampler:
                 first = consumed + (microbatch * self.ranks + self.rank) * self.micro_batch_size
                 yield list(range(first, first + self.micro_batch_size))
             consumed += self.micro_batch_size * self.ranks * num_microbatches
+
+
+class Unread:
+    """In place of a dataset where nobody looks at the tokens: the numbers of its samples, and zeros."""
+
+    def __init__(self, seq_length: int):
+        self.seq_length = seq_length
+
+    def __getitem__(self, index: int) -> dict:
+        return {"text": np.zeros(self.seq_length + 1, np.int64), "sample_id": int(index)}
 
 
 class _Endless(torch.utils.data.Dataset):

@@ -7,13 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from megatron_moe.config.sampling import SamplingConfig
 from megatron_moe.inference.kv_cache import cached_attention
 from megatron_moe.inference.sampling import sample
+from megatron_moe.model.attention import all_are_here
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.loss import mask_padding
+from megatron_moe.parallel.tensor import VocabParallelProjection
+from megatron_moe.parallel.zero import reshard
 
 Prompts = list[list[int]]
 
@@ -40,7 +45,7 @@ def collect(steps: Iterator[list[int | None]], num_prompts: int) -> list[list[in
     return texts
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: FSDP keeps what it gathers, and training cannot use tensors of that mode
 def stream(
     model: GPT,
     prompts: Prompts,
@@ -53,6 +58,8 @@ def stream(
 
     An empty prompt starts from `eod`. Greedy tokens of a prompt do not depend on the others; draws do, as all come from one
     `generator` (on the model's device). Between two steps the model belongs to this stream.
+
+    A model in a layout: every rank calls it with the same prompts, the draws of rank 0 count, and all ranks get the same tokens.
     """
     prompts = [start(prompt, eod) for prompt in prompts]
     problems = prompt_problems(model, prompts, max_new_tokens)
@@ -64,8 +71,7 @@ def stream(
     ended = [False] * len(prompts)
     with evaluating(model), cached_attention(model, tokens_BS.shape[1] + max_new_tokens):
         for step in range(max_new_tokens):
-            logits_BV = mask_padding(logits_at(model, tokens_BS, positions_BS, last_B), model.vocab_size)
-            next_B = sample(logits_BV, sampling, generator)
+            next_B = next_tokens_of(model, logits_at(model, tokens_BS, positions_BS, last_B), sampling, generator)
             next_tokens = next_B.tolist()
             ended = [done or token == eod for done, token in zip(ended, next_tokens)]
             if all(ended):
@@ -73,6 +79,16 @@ def stream(
             yield [None if done else token for done, token in zip(ended, next_tokens)]
             # rows that have ended go on unseen: they keep to their slots and, without dropping, touch nobody
             tokens_BS, positions_BS, last_B = next_B[:, None], (lengths_B + step)[:, None], torch.zeros_like(lengths_B)
+
+
+def next_tokens_of(model: GPT, logits_Bv: Tensor, sampling: SamplingConfig, generator: torch.Generator | None) -> Tensor:
+    """[B]. Under tensor parallelism a rank has some columns of the logits: they are put together."""
+    if isinstance(model.project, VocabParallelProjection):
+        logits_Bv = model.project.gather(logits_Bv)
+    next_B = sample(mask_padding(logits_Bv, model.vocab_size), sampling, generator)
+    if isinstance(model, FSDPModule):  # in a layout: ranks whose texts differ would wait for each other
+        dist.broadcast(next_B, src=0)
+    return next_B
 
 
 def start(prompt: list[int], eod: int | None) -> list[int]:
@@ -84,6 +100,8 @@ def start(prompt: list[int], eod: int | None) -> list[int]:
 
 def prompt_problems(model: GPT, prompts: Prompts, max_new_tokens: int) -> list[str]:
     """What keeps these prompts from being continued, one sentence each."""
+    if model.locate is not all_are_here:
+        return ["one token cannot be cut over ranks: build the model without --context-parallel-size and without --sequence-parallel"]
     if model.moe_config.moe_token_dropping and model.moe_config.has_experts:
         return ["token dropping lets a token's fate depend on its neighbours; build the model with moe_token_dropping=False"]
     config = model.config
@@ -131,3 +149,4 @@ def evaluating(model: GPT) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+        reshard(model)

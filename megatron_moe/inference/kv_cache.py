@@ -34,23 +34,23 @@ class CachedCore:
     The first call fixes the batch. Keys and values are kept once per key/value head, not per query head.
     """
 
-    def __init__(self, queries_per_key: int, max_length: int):
-        self.queries_per_key, self.max_length = queries_per_key, max_length
+    def __init__(self, max_length: int):
+        self.max_length = max_length
         self.length = 0  # tokens of the longest row
         self.k_BLGh: Tensor | None = None
         self.v_BLGh: Tensor | None = None
 
-    def __call__(self, q_BHSh: Tensor, k_BHSh: Tensor, v_BHSh: Tensor, context: Context) -> Tensor:
+    def __call__(self, q_BHSh: Tensor, k_BGSh: Tensor, v_BGSh: Tensor, context: Context) -> Tensor:
         assert context.segments_BS is None and context.keys_BS is None, "a cache has no documents and no dropout"
-        self._store(k_BHSh, v_BHSh, context.positions_BS)
+        self._store(k_BGSh, v_BGSh, context.positions_BS)
         slot_L = torch.arange(self.length, device=q_BHSh.device)
         seen_B1SL = slot_L <= context.positions_BS[:, None, :, None]
         k_BGLh, v_BGLh = (t[:, : self.length].transpose(1, 2) for t in (self.k_BLGh, self.v_BLGh))
-        grouped = self.queries_per_key > 1
-        return F.scaled_dot_product_attention(q_BHSh, k_BGLh, v_BGLh, attn_mask=seen_B1SL, enable_gqa=grouped)
+        is_grouped = k_BGLh.shape[1] < q_BHSh.shape[1]
+        return F.scaled_dot_product_attention(q_BHSh, k_BGLh, v_BGLh, attn_mask=seen_B1SL, enable_gqa=is_grouped)
 
-    def _store(self, k_BHSh: Tensor, v_BHSh: Tensor, positions_BS: Tensor) -> None:
-        k_BSGh, v_BSGh = (t[:, :: self.queries_per_key].transpose(1, 2) for t in (k_BHSh, v_BHSh))  # attention repeats each head
+    def _store(self, k_BGSh: Tensor, v_BGSh: Tensor, positions_BS: Tensor) -> None:
+        k_BSGh, v_BSGh = k_BGSh.transpose(1, 2), v_BGSh.transpose(1, 2)
         B, S, G, h = k_BSGh.shape
         if self.k_BLGh is None:
             # zeros: a slot that no token has taken yet is multiplied by probability 0, and 0 x NaN would be NaN
@@ -72,7 +72,7 @@ def cached_attention(model: GPT, max_length: int) -> Iterator[None]:
     plain = [attention.core for attention in attentions]
     try:
         for attention in attentions:
-            attention.core = CachedCore(attention.queries_per_key, max_length)
+            attention.core = CachedCore(max_length)
         yield
     finally:
         for attention, core in zip(attentions, plain):

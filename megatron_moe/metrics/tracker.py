@@ -35,7 +35,7 @@ class Tracker:
         consumed_samples: int,
         consumed_tokens: int,
         lm_loss: float,
-        grad_norm: float,
+        grad_norm: float | None,
         learning_rate: float,
         iteration_time_ms: float,
         tokens_per_second: float,
@@ -51,7 +51,8 @@ class Tracker:
         skipped_iterations: int = 0,
         moe: Sequence[Record] = (),
     ) -> None:
-        """One logged step; `kd_loss` is KL(teacher || student) in nats, None without a teacher; `moe` holds a `moe_layer_record` per MoE layer."""
+        """One logged step; `kd_loss` is KL(teacher || student) in nats, None without a teacher; `grad_norm` None in a step that was
+        skipped; `skipped_iterations` counts those since the run began; `moe` holds a `moe_layer_record` per MoE layer."""
         self._write({
             "event": "train", "iteration": iteration, "consumed_samples": consumed_samples, "consumed_tokens": consumed_tokens,
             "lm_loss": lm_loss, "kd_loss": kd_loss, "moe_aux_loss": moe_aux_loss, "moe_z_loss": moe_z_loss, "grad_norm": grad_norm,

@@ -130,7 +130,7 @@ class ConsoleWriter:
             yield f"z loss: {r['moe_z_loss']:.6E}"
         if r["loss_scale"] != 1:
             yield f"loss scale: {r['loss_scale']:.1f}"
-        yield f"grad norm: {r['grad_norm']:.3f}"
+        yield "grad norm: not finite, step skipped" if r["grad_norm"] is None else f"grad norm: {r['grad_norm']:.3f}"
         yield f"tokens per second: {r['tokens_per_second']:.1f}"
         yield f"TFLOP/s: {r['tflops_per_device']:.3f}"
         if r["moe"]:

@@ -51,7 +51,7 @@ class Block(nn.Module):
         h_TD = self.normalise(x_BSD)
         # in training every rank has a micro-batch of the same size; evaluation asks the others
         known = h_TD.shape[0] if self.training or self.has_equal_batches else None
-        y_TD = self.moe(h_TD, context.token_info(*x_BSD.shape[:2], known))
+        y_TD = self.moe(h_TD, context.of_stream.token_info(*x_BSD.shape[:2], known))
         has_branch = self.mlp is not None or self.shared_expert is not None
         run = self.run_mlp if has_branch else call  # without a dense branch there is nothing worth recomputing
         return run(self.finish, x_BSD, h_TD, y_TD, mine)
@@ -82,4 +82,4 @@ class Block(nn.Module):
         return x_BSD + self._dropout(y_BSD, context, Purpose.MLP_OUTPUT_DROPOUT)
 
     def _dropout(self, y_BSD: Tensor, context: Context, purpose: Purpose) -> Tensor:
-        return dropout(y_BSD, self.dropout, context.keys_BS, purpose)
+        return dropout(y_BSD, self.dropout, context.of_stream.keys_BS, purpose)

@@ -72,21 +72,29 @@ def parameter_counts(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> Par
 
 def flops_per_token(model: ModelConfig, moe: MoEConfig, seq_length: int, vocab_size: int) -> float:
     """Forward and backward FLOPs of one trained token, averaged over the sequence."""
-    forward = 2 * model.hidden_size * model.padded_vocab_size(vocab_size)  # logits
-    for num_experts in moe.experts_per_layer(model.num_layers):
-        forward += _attention_flops(model, seq_length)
-        if num_experts == 1:
-            forward += 2 * _mlp_matrices(model)
-            continue
-        forward += 2 * model.hidden_size * num_experts  # router
-        forward += 2 * _mlp_matrices(model, *_expert_widths(model, moe)) * moe.topk
-        forward += 2 * 2 * model.hidden_size * (moe.moe_latent_size or 0)  # down and up
-        if moe.residual:
-            forward += 2 * _mlp_matrices(model)  # dense branch
-        if moe.residual == "coefficient":
-            forward += 2 * model.hidden_size * 2
-        if width := moe.moe_shared_expert_intermediate_size:
-            forward += 2 * _mlp_matrices(model, width=width) + 2 * model.hidden_size * moe.moe_shared_expert_gate
+    layers = (layer_flops(model, moe, num_experts, seq_length) for num_experts in moe.experts_per_layer(model.num_layers))
+    return logit_flops(model, vocab_size) + sum(layers)
+
+
+def logit_flops(model: ModelConfig, vocab_size: int) -> float:
+    """Of a token, forward and backward, behind the last layer."""
+    return 3.0 * 2 * model.hidden_size * model.padded_vocab_size(vocab_size)
+
+
+def layer_flops(model: ModelConfig, moe: MoEConfig, num_experts: int, seq_length: int) -> float:
+    """Of a token in one layer, forward and backward."""
+    forward = _attention_flops(model, seq_length)
+    if num_experts == 1:
+        return 3.0 * (forward + 2 * _mlp_matrices(model))
+    forward += 2 * model.hidden_size * num_experts  # router
+    forward += 2 * _mlp_matrices(model, *_expert_widths(model, moe)) * moe.topk
+    forward += 2 * 2 * model.hidden_size * (moe.moe_latent_size or 0)  # down and up
+    if moe.residual:
+        forward += 2 * _mlp_matrices(model)  # dense branch
+    if moe.residual == "coefficient":
+        forward += 2 * model.hidden_size * 2
+    if width := moe.moe_shared_expert_intermediate_size:
+        forward += 2 * _mlp_matrices(model, width=width) + 2 * model.hidden_size * moe.moe_shared_expert_gate
     return 3.0 * forward
 
 

@@ -8,16 +8,16 @@ parameter names never change.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
-from megatron_moe.model.attention import Context
+from megatron_moe.model.attention import Context, all_are_here
 from megatron_moe.model.block import Block
-from megatron_moe.model.loss import token_divergences, token_losses
+from megatron_moe.model.loss import chunked_token_losses, columns_at_a_time, token_divergences, token_losses
 from megatron_moe.model.norm import build_norm
 from megatron_moe.moe.module_experts import ExpertFactory
 from megatron_moe.utils.random import Purpose, dropout
@@ -26,9 +26,12 @@ from megatron_moe.utils.random import Purpose, dropout
 class GPT(nn.Module):
     """tokens [B, S] int64 -> losses or logits. `vocab_size` is the tokenizer's; rows beyond it are padding.
 
-    `project` (hidden, weight -> logits), `token_losses` (logits, labels, vocab_size -> losses) and `token_divergences` (logits,
-    those of a teacher, vocab_size, temperature -> losses) are swapped by tensor parallelism, under which the logits are this
-    rank's columns only. `expert_factory` makes the experts, see moe/module_experts.py.
+    `locate` (context -> context) says where the tokens stand; context and sequence parallelism, under which a rank has a part, swap it.
+    `project` (hidden, weight -> logits), `token_losses` (logits, labels, vocab_size -> losses), `chunked_losses` (hidden, weight,
+    labels, vocab_size, chunk -> losses) and `token_divergences` (logits, those of a teacher, vocab_size, temperature -> losses) are
+    swapped by tensor parallelism, under which the logits are this rank's columns only. `loss_chunk_size`: of how many columns of the
+    vocabulary there are logits at a time; 0: of all, None: it depends on their number. `expert_factory` makes the experts, see
+    moe/module_experts.py.
     """
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, vocab_size: int, expert_factory: ExpertFactory | None = None):
@@ -36,14 +39,19 @@ class GPT(nn.Module):
         D, rows = config.hidden_size, config.padded_vocab_size(vocab_size)
         self.config, self.moe_config, self.vocab_size = config, moe, vocab_size
         self.embedding: nn.Embedding | None = nn.Embedding(rows, D)
+        self.embeds = True  # what comes in are tokens; a last stage may have the matrix for its logits alone
         learned = config.position_embedding_type == "learned_absolute"
         self.position_embedding = nn.Embedding(config.max_position_embeddings, D) if learned else None
         experts = moe.experts_per_layer(config.num_layers)
         self.layers = nn.ModuleDict({str(i): Block(i, n, config, moe, expert_factory) for i, n in enumerate(experts, start=1)})
         self.norm: nn.Module | None = build_norm(config)
         self.head = None if config.is_tied else nn.Linear(D, rows, bias=False)
+        self.locate: Callable[[Context], Context] = all_are_here
         self.project: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.token_losses: Callable[[Tensor, Tensor, int], Tensor] = token_losses
+        self.chunked_losses: Callable[[Tensor, Tensor, Tensor, int, int], Tensor] = chunked_token_losses
+        self.loss_chunk_size: int | None = None
+        self.vocab_ranks = 1  # that share the columns
         self.token_divergences: Callable[[Tensor, Tensor, int, float], Tensor] = token_divergences
 
     def forward(
@@ -53,10 +61,12 @@ class GPT(nn.Module):
         labels_BS: Tensor | None = None,
         segments_BS: Tensor | None = None,
         keys_BS: Tensor | None = None,
+        tokens_BS: Tensor | None = None,
     ) -> Tensor:
-        """x: tokens, or the hidden states of the stage before. Returns losses [B, S] with labels, else logits [B, S, V]."""
-        context = Context(positions_BS, segments_BS, keys_BS, x if self.embedding is not None else None)
-        h_BSD = self.embed(x, context) if self.embedding is not None else x
+        """x: tokens, or the hidden states of the stage before, which routers may want `tokens_BS` with. Returns losses [B, S] with
+        labels, else logits [B, S, V]; a stage that is not the last one its hidden states."""
+        context = self.locate(Context(positions_BS, segments_BS, keys_BS, x if self.embeds else tokens_BS))
+        h_BSD = self.embed(x, context) if self.embeds else x
         for block in self.layers.values():
             h_BSD = block(h_BSD, context)
         if self.norm is None:
@@ -67,13 +77,28 @@ class GPT(nn.Module):
         return self.project(self.norm(h_BSD), self.output_weight)
 
     def losses(self, h_BSD: Tensor, labels_BS: Tensor) -> Tensor:
+        columns = self.output_weight.shape[0] // self.vocab_ranks
+        if chunk := columns_at_a_time(self.loss_chunk_size, labels_BS.numel(), columns):
+            return self.chunked_losses(self.norm(h_BSD), self.output_weight, labels_BS, self.vocab_size, chunk)
         return self.token_losses(self.logits(h_BSD), labels_BS, self.vocab_size)
 
+    def keep_stage(self, layers: Collection[int], is_first: bool, is_last: bool) -> None:
+        """Become a pipeline stage: what other stages hold is gone, names stay. Tied logits need the embedding on the last one too."""
+        for name in [name for name in self.layers if int(name) not in layers]:
+            del self.layers[name]
+        self.embeds = is_first
+        if not is_first:
+            self.position_embedding = None
+            if not (is_last and self.head is None):
+                self.embedding = None
+        if not is_last:
+            self.norm = self.head = None
+
     def embed(self, tokens_BS: Tensor, context: Context) -> Tensor:
-        h_BSD = self.embedding(tokens_BS)
+        h_BSD, here = self.embedding(tokens_BS), context.of_stream
         if self.position_embedding is not None:
-            h_BSD = h_BSD + self.position_embedding(context.positions_BS)
-        return dropout(h_BSD, self.config.hidden_dropout, context.keys_BS, Purpose.EMBEDDING_DROPOUT)
+            h_BSD = h_BSD + self.position_embedding(here.positions_BS)
+        return dropout(h_BSD, self.config.hidden_dropout, here.keys_BS, Purpose.EMBEDDING_DROPOUT)
 
     @property
     def output_weight(self) -> Tensor:

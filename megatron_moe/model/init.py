@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megatron_moe.moe.experts import STACKS
+from megatron_moe.moe.gate import Gate
 from megatron_moe.moe.module_experts import ModuleExperts
 from megatron_moe.utils.compat import local_slices
 from megatron_moe.utils.random import named_generator
@@ -73,6 +74,14 @@ def _draw(name: str, key: str, shape: tuple[int, ...], seed: int, std: float) ->
     if name.endswith("bias") or re.search(r"\.b\w+$", name):
         return torch.zeros(shape)
     return torch.empty(shape).normal_(0.0, std, generator=named_generator(seed, key))
+
+
+def store_in_half(model: nn.Module) -> None:
+    """Parameters become float16, in place; those of the routers stay, or close scores would tie."""
+    model.half()
+    for module in model.modules():
+        if isinstance(module, Gate):
+            module.float()
 
 
 def build_on_meta(build, dtype: torch.dtype) -> nn.Module:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from megatron_moe.kernels.cross_entropy import cross_entropy
 from megatron_moe.kernels.kl_divergence import kl_divergence
+from megatron_moe.kernels.linear_cross_entropy import linear_cross_entropy
+
+MOST_LOGITS, LOGITS_AT_A_TIME = 1 << 26, 1 << 24  # of a micro-batch; 256 and 64 MiB in float32
 
 
 def mask_padding(logits: Tensor, vocab_size: int, first_column: int = 0) -> Tensor:
@@ -23,6 +26,22 @@ def token_losses(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int) -> Tens
     """-log softmax(logits)[label] in nats, [B, S], float32 or wider. Padding columns have probability zero."""
     losses_T = cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), vocab_size)
     return losses_T.view_as(labels_BS).clone()  # FSDP hooks the model's output, and warns about views
+
+
+def columns_at_a_time(asked: int | None, tokens: int, columns: int) -> int:
+    """How many columns of the vocabulary the loss takes at a time; 0: all, as logits.
+
+    Chunks cost time, a logit computed twice instead of once. So by default there are none where the logits fit: below MOST_LOGITS.
+    """
+    if asked is None:
+        asked = max(LOGITS_AT_A_TIME // max(tokens, 1) // 64, 1) * 64 if tokens * columns > MOST_LOGITS else 0
+    return asked if asked < columns else 0
+
+
+def chunked_token_losses(h_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, vocab_size: int, chunk: int) -> Tensor:
+    """`token_losses` of h W^T, from `chunk` columns at a time."""
+    losses_T = linear_cross_entropy(h_BSD.flatten(0, 1), weight_VD, labels_BS.flatten(), vocab_size, chunk)
+    return losses_T.view_as(labels_BS).clone()
 
 
 def token_divergences(student_BSV: Tensor, teacher_BSV: Tensor, vocab_size: int, temperature: float) -> Tensor:

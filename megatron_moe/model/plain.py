@@ -8,7 +8,7 @@ import torch
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.gpt import GPT
-from megatron_moe.model.init import build_on_meta
+from megatron_moe.model.init import build_on_meta, store_in_half
 from megatron_moe.moe.layer import moe_layers
 
 
@@ -17,6 +17,8 @@ def build_plain(run: RunConfig, vocab_size: int) -> GPT:
     moe = dataclasses.replace(run.moe, moe_token_dropping=False, moe_pad_expert_input_to_capacity=False)
     dtype = torch.float64 if run.training.params_dtype == "float64" else torch.float32
     model = build_on_meta(lambda: GPT(run.model, moe, vocab_size), dtype)
+    if run.training.fp16_master_weights_and_grads:
+        store_in_half(model)
     for layer in moe_layers(model):
         layer.experts.use_reference = run.training.moe_kernels == "reference"
     return model

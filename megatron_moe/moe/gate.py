@@ -27,6 +27,6 @@ class Gate(nn.Module):
             return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
 
     @torch.no_grad()
-    def move_bias(self, counts_E: Tensor, rate: float) -> None:
+    def move_bias(self, counts_E: Tensor, rate: float | Tensor) -> None:
         """One step of the balancing without a loss (arXiv 2408.15664, algorithm 1). counts_E: of the global batch, before dropping."""
         self.expert_bias += rate * torch.sign(counts_E.mean() - counts_E).to(self.expert_bias.dtype)

@@ -48,6 +48,8 @@ class MoELayer(nn.Module):
           v                                                           v
         dispatch --> rows_RD by expert --> experts --> combine --> y_TD                   compute: may be recomputed
 
+    (the dispatcher's `through`, which may do so in several parts)
+
     With --moe-latent-size tokens are projected to that width before dispatch, and back behind combine. `expert_factory` makes
     experts of any kind, see moe/module_experts.py; without it they are MLPs.
     """
@@ -69,12 +71,13 @@ class MoELayer(nn.Module):
         self.reducer = Reducer()
         self.run = call
         self.loss_weight = 0.0
+        self.loss_scale: Tensor | None = None
         self.batch_counts_E: Tensor | None = None
         self.stats = RoutingStats(num_experts)
 
-    def begin_step(self, loss_weight: float) -> None:
-        """Before the first forward of a step."""
-        self.loss_weight, self.batch_counts_E = loss_weight, None
+    def begin_step(self, loss_weight: float, loss_scale: Tensor | None = None) -> None:
+        """Before the first forward of a step. `loss_scale`: what the main loss is multiplied by."""
+        self.loss_weight, self.loss_scale, self.batch_counts_E = loss_weight, loss_scale, None
         self.stats.reset()
 
     def forward(self, x_TD: Tensor, tokens: TokenInfo = NO_INFO) -> Tensor:
@@ -87,9 +90,7 @@ class MoELayer(nn.Module):
     def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: Any) -> Tensor:
         """The part that may be recomputed: it decides nothing."""
         x_TD = x_TD if self.latent_down is None else self.latent_down(x_TD)
-        x_RD, offsets_e, row_weights_R, plan = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK, plan)
-        y_RD = self.experts(x_RD, offsets_e, row_weights_R, plan.has_spare_rows)
-        y_TD = self.dispatcher.combine(y_RD, plan)
+        y_TD = self.dispatcher.through(self.experts, x_TD, ids_TK, weights_TK, plan)
         return y_TD if self.latent_up is None else self.latent_up(y_TD)
 
     def route(self, x_TD: Tensor, tokens: TokenInfo) -> tuple[Routing, Limits]:
@@ -105,6 +106,8 @@ class MoELayer(nn.Module):
         capacity = self.capacity(most_tokens) if self.has_capacity else None
         is_attached = self.loss_weight and self.training
         loss_weight = torch.full((), self.loss_weight, dtype=logits_TE.dtype, device=logits_TE.device) if is_attached else None
+        if loss_weight is not None and self.loss_scale is not None:
+            loss_weight = loss_weight * self.loss_scale
         counts_E = None  # of the step so far; evaluation has no part in them
         if is_attached and self.config.moe_global_loss_coeff:
             counts_E = self.batch_counts_E

@@ -79,8 +79,3 @@ def summarise(layer: int, vector: Tensor) -> LayerLoad:
         aux_loss=aux / tokens,
         z_loss=z / tokens,
     )
-
-
-def range_of(bias_E: Tensor | None) -> tuple[float, float] | None:
-    """The smallest and the largest; the host waits for them. None where experts have no bias."""
-    return None if bias_E is None else tuple(torch.stack([bias_E.min(), bias_E.max()]).tolist())

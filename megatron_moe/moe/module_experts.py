@@ -21,13 +21,14 @@ from torch.func import functional_call, stack_module_state
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_moe.moe.experts import StackedExperts
 from megatron_moe.utils.dtensor import local_weight
 from megatron_moe.utils.random import named_seed
 
 ExpertFactory = Callable[[int], nn.Module]
 
 
-class ModuleExperts(nn.Module):
+class ModuleExperts(StackedExperts):
     """y_r = w_r * expert_e(x_r) for rows grouped by expert: the interface of Experts.
 
     An expert without rows is called with none of them: its gradient is zero, and there, as every rank must have it.
@@ -46,6 +47,13 @@ class ModuleExperts(nn.Module):
     def dims(self, name: str) -> str:
         """As STACKS says it: experts first; what the others are is the module's business."""
         return "E" + "x" * (self.get_parameter(name).ndim - 1)
+
+    def cut_into(self, slices: int) -> None:
+        if slices > 1:
+            raise ValueError(
+                f"experts of {type(self.stack).__name__} cannot be cut over {slices} ranks: what of a module is its inner width is not known; "
+                f"use --expert-tensor-parallel-size 1, and more expert parallelism in its place"
+            )
 
     def forward(self, x_RD: Tensor, offsets_E: Tensor, row_weights_R: Tensor, has_spare_rows: bool = False) -> Tensor:
         """offsets_E: int32, end of each expert's rows; there may be rows behind the last, of weight 0. Returns [R, D]."""

@@ -18,13 +18,14 @@ class TokenInfo:
     used_T: Tensor | None = None  # bool; False: padding, which goes to no expert
     most_tokens: int | None = None  # tokens of the rank that has most of them, where that is known without asking
     num_sequences: int = 1  # of the micro-batch, one behind the other
-    sequence_length: int | None = None  # tokens of each; None: one sequence is all there is
-    first: int = 0  # place of the first of these tokens in the micro-batch
+    sequence_length: int | None = None  # tokens of each, also where not all of them are here; None: one sequence is all there is
+    places_T: Tensor | None = None  # int64: where each token stands in the micro-batch; None: all of its tokens are here, in order
     layer_key: Tensor | None = None  # int64 scalar, set by the layer: its number as data, so one compiled graph serves all layers
 
-    def of(self, part: slice, most_tokens: int | None) -> TokenInfo:
+    def of(self, part: slice, most_tokens: int | None, like_TD: Tensor) -> TokenInfo:
+        """Of a part of the tokens `like_TD`."""
         cut = {n: v[part] for n in ("keys_T", "ids_T", "used_T") if (v := getattr(self, n)) is not None}
-        return replace(self, most_tokens=most_tokens, first=self.first + (part.start or 0), **cut)
+        return replace(self, most_tokens=most_tokens, places_T=self.places(like_TD)[part], **cut)
 
     def sequence_of(self, like_T: Tensor) -> Tensor:
         """int64 [T]: the sequence that each token is of."""
@@ -33,7 +34,7 @@ class TokenInfo:
 
     def places(self, like_T: Tensor) -> Tensor:
         """int64 [T]: where each token stands in the micro-batch."""
-        return torch.arange(self.first, self.first + like_T.shape[0], device=like_T.device)
+        return torch.arange(like_T.shape[0], device=like_T.device) if self.places_T is None else self.places_T
 
 
 NO_INFO = TokenInfo()

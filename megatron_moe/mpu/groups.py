@@ -5,7 +5,7 @@ Worked example, world 8, tp 2, pp 2 (so dp 2):
     tp [0,1] [2,3] [4,5] [6,7]    dp [0,2] [1,3] [4,6] [5,7]    pp [0,4] [1,5] [2,6] [3,7]
 
 Experts live on the same ranks folded another way. EP: ranks that together hold all experts of a layer once.
-EDP (expert data parallel): ranks that hold the same experts.
+EDP (expert data parallel): ranks that hold the same experts. ETP: neighbours that share each expert, as slices.
 """
 
 from __future__ import annotations
@@ -36,32 +36,27 @@ def expert_groups(
     expert_tensor_parallel: bool = False,
     data_before_expert: bool = False,
 ) -> tuple[Groups, Groups]:
-    """(EP groups, EDP groups), DeepSpeed's two ways.
+    """(EP groups, EDP groups), DeepSpeed's two ways and what lies between them.
 
-    Without expert tensor parallelism a stage is cut into blocks of `ep` consecutive ranks, which may span TP ranks, so that
-    EP may exceed DP; `data_before_expert` makes the EDP ranks the consecutive ones instead. With it, every TP rank holds its
-    slice of each expert, and EP groups are cut out of the DP groups.
+    A stage is cut into blocks of `ep * etp` consecutive ranks, which hold the experts of a layer once and may span TP ranks, so that
+    EP may exceed DP. In a block, each `etp` neighbours share the same experts, and the ranks with equal numbers among them are an EP
+    group. `data_before_expert` makes the EDP ranks the nearer ones instead. `expert_tensor_parallel` says ETP = TP: every TP rank
+    holds its slice of each expert, and EP groups are cut out of the DP groups.
     """
     if ep < 1:
         raise ValueError(f"the expert-parallel degree must be at least 1, not {ep}")
     if expert_tensor_parallel:
         if etp not in (1, tp):
             raise ValueError(f"--expert-tensor-parallel-size ({etp}) must equal --tensor-model-parallel-size ({tp}), or leave it out")
-        pools = dense_groups(world, tp, pp)["dp"]
-        what = "data-parallel size"
-    else:
-        if etp != 1:
-            raise ValueError(
-                f"--expert-tensor-parallel-size ({etp}) must be 1 without --enable-expert-tensor-parallelism; give both or neither"
-            )
-        _data_parallel_size(world, tp, pp, 1)
-        stage = world // pp
-        pools = [list(range(first, first + stage)) for first in range(0, world, stage)]
-        what = "number of ranks of a pipeline stage"
+        etp = tp
+    _data_parallel_size(world, tp, pp, 1)
+    pools = _expert_pools(world, pp, etp)
     size = len(pools[0])
     if size % ep:
+        what = "data-parallel size" if etp == tp > 1 else "number of ranks of a pipeline stage"
+        over = f" over the expert-tensor-parallel degree ({etp})" if etp not in (1, tp) else ""
         raise ValueError(
-            f"the {what} ({size}) must be divisible by --moe-expert-parallel-size ({ep}); use one of {_one_of(size)} "
+            f"the {what}{over} ({size}) must be divisible by --moe-expert-parallel-size ({ep}); use one of {_one_of(size)} "
             f"or start another number of ranks"
         )
     consecutive, strided = [], []
@@ -70,6 +65,34 @@ def expert_groups(
         consecutive += [pool[i : i + block] for i in range(0, size, block)]
         strided += [pool[i::block] for i in range(block)]
     return (strided, consecutive) if data_before_expert else (consecutive, strided)
+
+
+def expert_tensor_groups(world: int, etp: int, pp: int = 1) -> Groups:
+    """Ranks that share each expert: neighbours, whatever the expert-parallel degree is."""
+    _expert_pools(world, pp, etp)
+    return [list(range(first, first + etp)) for first in range(0, world, etp)]
+
+
+def _expert_pools(world: int, pp: int, etp: int) -> Groups:
+    """Ranks of a stage that hold the same slice of experts."""
+    stage = world // pp
+    if etp < 1 or stage % etp:
+        raise ValueError(
+            f"the number of ranks of a pipeline stage ({stage}) must be divisible by --expert-tensor-parallel-size ({etp}); "
+            f"use one of {_one_of(stage)}"
+        )
+    return [list(range(first + number, first + stage, etp)) for first in range(0, world, stage) for number in range(etp)]
+
+
+def hybrid_groups(pools: Groups, replicas: int) -> tuple[Groups, Groups]:
+    """(shard groups, replicate groups) of hybrid sharding: each pool of data ranks in `replicas` equal parts of ranks that follow each
+    other, and the ranks that have the same place in all parts. Two replicas of [0,1,2,3]: shard [0,1] [2,3], replicate [0,2] [1,3]."""
+    shard, replicate = [], []
+    for pool in pools:
+        size = len(pool) // replicas
+        shard += [pool[i : i + size] for i in range(0, len(pool), size)]
+        replicate += [pool[i::size] for i in range(size)]
+    return shard, replicate
 
 
 def _data_parallel_size(world: int, tp: int, pp: int, cp: int) -> int:

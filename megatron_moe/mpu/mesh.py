@@ -3,6 +3,7 @@
     tokens   pp x dp x cp x tp                              who reads which samples, which part of a sequence
     dense    pp x dp_replicate x dp_shard x tp              dense parameters: the two data axes span dp x cp
     expert   pp x edp_replicate x edp_shard x ep x etp      one for each expert-parallel degree: all axes but pp span dp x cp x tp
+    nodes    pp x edp x across x within x etp               ep taken apart, where rows travel in two stages (--moe-token-dispatcher hierarchical)
 
 ZeRO 0 replicates over the data axes, every other stage shards over them; with --num-distributed-optimizer-instances R it shards
 over each R-th part of them and replicates the parts (hybrid sharding). That is the only difference the meshes know.
@@ -10,18 +11,22 @@ TP varies fastest, then CP, DP, PP; EP blocks are consecutive ranks of a stage (
 
 Worked example, 4 ranks, TP 2, EP 4: tp [0,1] [2,3]; dp [0,2] [1,3]; ep [0,1,2,3]; edp [0] [1] [2] [3] - expert
 parallelism spans the tensor-parallel ranks, which are further data ranks for the experts.
+
+The same ranks with ETP 2, EP 2: etp [0,1] [2,3] share each expert, ep [0,2] [1,3] have other experts. TP may be 1, 2 or 4.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megatron_moe.config.parallel import split_over_nodes
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,9 @@ class ParallelMesh:
     tokens: DeviceMesh
     dense: DeviceMesh
     experts: dict[int, DeviceMesh]  # by expert-parallel degree
+    stages: DeviceMesh | None  # pp x all ranks of a stage; None without a pipeline, where that is the world
     zero_stage: int
+    nodes: dict[int, DeviceMesh] = field(default_factory=dict)  # by degree, where a group spans several nodes
 
     @property
     def data(self) -> DeviceMesh:
@@ -69,8 +76,25 @@ class ParallelMesh:
                 dist.all_reduce(x, group=self.group(axis))
         return x
 
+    @property
+    def stage_group(self) -> dist.ProcessGroup | None:
+        """All ranks of this pipeline stage; None is the world."""
+        return None if self.stages is None else self.stages.get_group("stage")
+
     def expert_group(self, ep: int) -> dist.ProcessGroup:
         return self.experts[ep]["ep"].get_group()
+
+    def expert_tensor_group(self, ep: int) -> dist.ProcessGroup:
+        """Ranks that share each expert of a layer with this expert-parallel degree."""
+        return self.experts[ep]["etp"].get_group()
+
+    def expert_tensor_size(self, ep: int) -> int:
+        return self.experts[ep]["etp"].size()
+
+    def expert_node_groups(self, ep: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
+        """Of the ranks of `expert_group`: those on this node, and those of equal number on all nodes. None for one stage."""
+        mesh = self.nodes.get(ep)
+        return None if mesh is None else (mesh["within"].get_group(), mesh["across"].get_group())
 
     @property
     def stage_ranks(self) -> int:
@@ -84,26 +108,32 @@ def _of_fsdp(mesh: DeviceMesh, axis: str, zero_stage: int) -> DeviceMesh:
 
 
 def build_mesh(
-    device_type: str, tp: int, expert_degrees: Iterable[int], zero_stage: int, pp: int = 1, cp: int = 1, etp: int = 1, replicas: int = 1
-) -> ParallelMesh:
+    device_type: str, tp: int, expert_degrees: Iterable[int], zero_stage: int, pp: int = 1, cp: int = 1, etp: int = 1, replicas: int = 1,
+    node_size: int | None = None,
+) -> ParallelMesh:  # fmt: skip
     """Collective: builds every process group. Sizes must divide the world size (RunConfig.world_problems says how).
 
     `replicas`: how often the sharded parameters are there (1 for plain ZeRO). Experts of which fewer copies would be sharded than
-    that are replicated as often as divides."""
+    that are replicated as often as divides. `node_size`: ranks of a node, where rows travel within nodes first and then between them."""
     world = dist.get_world_size()
     dp = world // (pp * cp * tp)
     assert pp * dp * cp * tp == world, f"{pp=} x {dp=} x {cp=} x {tp=} != {world=}"
     tokens = init_device_mesh(device_type, (pp, dp, cp, tp), mesh_dim_names=("pp", "dp", "cp", "tp"))
     names = ("pp", "dp_replicate", "dp_shard", "tp")
     dense = init_device_mesh(device_type, (pp, *_split(dp * cp, zero_stage, replicas), tp), mesh_dim_names=names)
-    experts = {}
+    experts, nodes = {}, {}
     for ep in sorted(set(expert_degrees)):  # ascending: the same order of group creation on every rank
         edp = dp * cp * tp // (ep * etp)
         assert edp * ep * etp == dp * cp * tp, f"{ep=} x {etp=} does not divide the stage's {dp * cp * tp} ranks"
         split = _split(edp, zero_stage, math.gcd(replicas, edp))
         names = ("pp", "edp_replicate", "edp_shard", "ep", "etp")
         experts[ep] = init_device_mesh(device_type, (pp, *split, ep, etp), mesh_dim_names=names)
-    return ParallelMesh(tokens, dense, experts, zero_stage)
+        across, within = (1, ep) if node_size is None else split_over_nodes(ep, etp, node_size)
+        if min(across, within) > 1:
+            names = ("pp", "edp", "across", "within", "etp")
+            nodes[ep] = init_device_mesh(device_type, (pp, edp, across, within, etp), mesh_dim_names=names)
+    stages = init_device_mesh(device_type, (pp, world // pp), mesh_dim_names=("pp", "stage")) if pp > 1 else None
+    return ParallelMesh(tokens, dense, experts, stages, zero_stage, nodes)
 
 
 def _split(ranks: int, zero_stage: int, replicas: int) -> tuple[int, int]:

@@ -47,8 +47,18 @@ def _sum_of_squares(x_N: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients by min(1, max_norm / norm); no host sync."""
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float, loss_scale: Tensor | None = None) -> None:
+    """Multiply all gradients by `gradient_factor`; no host sync."""
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
-    torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+    torch._foreach_mul_(grads, gradient_factor(norm, max_norm, loss_scale).to(grads[0].dtype))
+
+
+def gradient_factor(norm: Tensor, max_norm: float, loss_scale: Tensor | None = None) -> Tensor:
+    """min(1, max_norm / norm), where there is a maximum. With a loss scale divided by it: `norm` is that of the gradients without it."""
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
+    return factor if loss_scale is None else factor / beside(loss_scale, factor)
+
+
+def beside(x: Tensor, other: Tensor) -> Tensor:
+    """`x` on the device of `other`: another one than its own only where the shards live on the host (--cpu-optimizer)."""
+    return x if x.device == other.device else x.to(other.device)

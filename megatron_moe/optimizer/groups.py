@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from megatron_moe.config.training import OptimizerConfig
+from megatron_moe.optimizer.apex_adam import ApexAdamW, find_fused_adam
+from megatron_moe.optimizer.half_adam import HalfAdamW
+from megatron_moe.optimizer.muon import Muon
+from megatron_moe.utils.logging import logger
 
 
 def weight_decay_groups(
@@ -24,10 +29,27 @@ def weight_decay_groups(
         groups[f"{prefix}no_decay"] = {"params": [], "lr_mult": lr_mult, "wd_mult": 0.0, "weight_decay": 0.0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            owner = model.get_submodule(name.rpartition(".")[0])
             prefix = "expert_" if has_own and is_expert(name) else ""
-            groups[prefix + ("no_decay" if is_bias_or_norm(name, parameter, owner) else "decay")]["params"].append(parameter)
+            is_vector = is_bias_or_norm(name, parameter, owner_of(model, name))
+            groups[prefix + ("no_decay" if is_vector else "decay")]["params"].append(parameter)
     return [{"name": name} | group for name, group in groups.items() if group["params"]]
+
+
+def split_matrices(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same groups, each with `is_muon`; the matrices that Muon orthogonalises in groups of their own, `muon_` before the name."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    chosen = {p for p, name in names.items() if is_orthogonalised(name, p, owner_of(model, name))}
+    split = []
+    for group in groups:
+        for prefix, is_muon in (("muon_", True), ("", False)):
+            if params := [p for p in group["params"] if (p in chosen) is is_muon]:
+                split.append(group | {"name": prefix + group["name"], "params": params, "is_muon": is_muon})
+    return split
+
+
+def owner_of(model: nn.Module, name: str) -> nn.Module:
+    """The module that a parameter belongs to."""
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float | None = None) -> None:
@@ -55,6 +77,17 @@ def is_bias_or_norm(name: str, parameter: torch.Tensor, module: nn.Module) -> bo
     return parameter.ndim - _is_stacked_over_experts(name) <= 1
 
 
+# Not matrices between hidden states: their rows are words, experts or weights of a sum, each with a scale of its own.
+_TABLES = {"embedding", "position_embedding", "head", "gate", "coefficient", "shared_expert_gate"}
+
+
+def is_orthogonalised(name: str, parameter: torch.Tensor, module: nn.Module) -> bool:
+    """True for a matrix that takes hidden states to hidden states, and for a stack of one per expert."""
+    dims = parameter.ndim - _is_stacked_over_experts(name)
+    outside_of_experts = f".{name}".partition(".experts.")[0]
+    return dims == 2 and not is_bias_or_norm(name, parameter, module) and not _TABLES & set(outside_of_experts.split("."))
+
+
 def _is_stacked_over_experts(name: str) -> bool:
     """`moe.experts.w1` and `moe.experts.stack.0.weight` (moe/module_experts.py) are one tensor for all experts;
     `moe.experts.3.fc1.weight` belongs to one expert of a ModuleList."""
@@ -66,9 +99,10 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW as one fused kernel, which reads and writes each parameter and moment once, on the CPU as on CUDA; or SGD.
+    """AdamW as one fused kernel, which reads and writes each parameter and moment once, on the CPU as on CUDA; SGD; or Muon.
 
-    torch has no fused SGD for sharded parameters (DTensor): that one is a call per operation.
+    torch has no fused SGD for sharded parameters (DTensor): that one is a call per operation. Weights stored in float16 have an
+    AdamW of their own.
     """
     groups = weight_decay_groups(model, config.weight_decay, config.moe_expert_lr_mult, config.moe_expert_wd_mult)
     if not groups:
@@ -77,5 +111,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         group["lr"] = config.lr * group["lr_mult"]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, foreach=True)
+    if any(p.dtype == torch.float16 for group in groups for p in group["params"]):
+        assert config.optimizer == "adam", f"float16 weights and {config.optimizer}"  # the configuration refuses it
+        return HalfAdamW(groups, config)
     betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
+    if config.optimizer == "adam" and config.adam_kernel == "apex":
+        fused_adam = find_fused_adam()
+        assert fused_adam is not None, "apex is not installed"  # prepare() has looked
+        logger.info("AdamW by %s.%s", fused_adam.__module__, fused_adam.__qualname__)
+        return ApexAdamW(groups, config, fused_adam)
+    adam = partial(torch.optim.AdamW, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
+    return Muon(split_matrices(model, groups), config, adam) if config.optimizer == "muon" else adam(groups)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_moe.model.block import Block
 from megatron_moe.model.gpt import GPT
-from megatron_moe.moe.dispatch import AllToAllDispatcher, PaddedDispatcher
+from megatron_moe.moe.dispatch import AllToAllDispatcher, OverlappedDispatcher, PaddedDispatcher
 from megatron_moe.moe.experts import Experts
 from megatron_moe.moe.layer import MoELayer
 
@@ -47,7 +47,7 @@ def apply_compile(model: GPT, backend: str = "inductor") -> None:
 def _has_any_rows(moe: MoELayer) -> bool:
     """Whether the number of the experts' rows depends on the routing."""
     is_padded_to_load = isinstance(moe.dispatcher, PaddedDispatcher) and not moe.config.moe_token_dropping
-    return isinstance(moe.dispatcher, AllToAllDispatcher) or is_padded_to_load
+    return isinstance(moe.dispatcher, AllToAllDispatcher | OverlappedDispatcher) or is_padded_to_load
 
 
 def of_any_rows(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -10,33 +10,42 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
+from megatron_moe.config.moe import MoEConfig
 from megatron_moe.model.gpt import GPT
 from megatron_moe.moe.dispatch import build_dispatcher
 from megatron_moe.moe.layer import MoELayer, moe_layers
 from megatron_moe.moe.module_experts import set_parameter
+from megatron_moe.moe.policies import build_policy
 from megatron_moe.moe.tokens import Reducer
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.utils.compat import sum_over_ranks
 
 
 def apply_expert_parallel(model: GPT, mesh: ParallelMesh, dispatcher: str) -> None:
-    """Shard the stacks of each MoE layer by expert and swap its dispatcher.
+    """Shard the stacks of each MoE layer by expert, and each expert by its inner width, and swap its dispatcher.
 
     Always, also at degree 1: the experts' own mesh spans the tensor-parallel ranks too, which see other tokens, and the sum of
     their gradients comes from there.
     """
     for moe in moe_layers(model):
         ep = expert_degree(model, moe)
+        moe.experts.cut_into(mesh.expert_tensor_size(ep))
         for name, p in list(moe.experts.named_parameters()):
             placements = expert_placements(moe.experts.dims(name))
             whole = distribute_tensor(p.data, mesh.experts[ep]["ep", "etp"], placements, src_data_rank=None)
             set_parameter(moe.experts, name, nn.Parameter(whole, p.requires_grad))
-        c, group = moe.config, mesh.expert_group(ep)
-        factor = c.moe_train_capacity_factor if c.moe_token_dropping else math.inf
-        if moe.policy.keeps_capacity:
-            factor = 1.0  # whatever the capacity is, all of it is used: no room is spare
-        pad = c.moe_pad_expert_input_to_capacity
-        moe.dispatcher = build_dispatcher(dispatcher, moe.num_experts, c.topk, group, factor, pad)
+        c = moe.config
+        moe.dispatcher = build_dispatcher(
+            dispatcher, moe.num_experts, c.topk, mesh.expert_group(ep), capacity_factor_of(c), c.moe_pad_expert_input_to_capacity,
+            slices=mesh.expert_tensor_group(ep), nodes=mesh.expert_node_groups(ep), chunks=c.moe_overlap_chunks,
+        )  # fmt: skip
+
+
+def capacity_factor_of(moe: MoEConfig) -> float:
+    """How many times the rows of equally busy experts an expert takes at most; inf when nothing is dropped."""
+    if build_policy(moe).keeps_capacity:
+        return 1.0  # whatever the capacity is, all of it is used: no room is spare
+    return moe.moe_train_capacity_factor if moe.moe_token_dropping else math.inf
 
 
 def expert_placements(dims: str) -> list[Placement]:
@@ -49,12 +58,17 @@ def expert_degree(model: GPT, moe: MoELayer) -> int:
 
 
 class GroupReducer(Reducer):
-    """Sums over process groups; none is asked that has one rank. `microbatch`, `batch`: groups whose product is the ranks meant."""
+    """Sums over process groups; none is asked that has one rank. Each argument: groups whose product is the ranks meant."""
 
     def __init__(
-        self, microbatch: Sequence[dist.ProcessGroup], batch: Sequence[dist.ProcessGroup], experts: dist.ProcessGroup, device: str
+        self,
+        microbatch: Sequence[dist.ProcessGroup],
+        batch: Sequence[dist.ProcessGroup],
+        experts: Sequence[dist.ProcessGroup],
+        device: str,
     ):
-        self.microbatch, self.batch, self.experts, self.device = microbatch, batch, experts, device
+        self.microbatch, self.batch, self.device = microbatch, batch, device
+        self.experts = [group for group in experts if dist.get_world_size(group) > 1]
 
     def over_microbatch(self, counts: Tensor) -> Tensor:
         return _sum(counts, self.microbatch)
@@ -63,10 +77,11 @@ class GroupReducer(Reducer):
         return _sum(_sum(counts, self.microbatch), self.batch)
 
     def most_tokens(self, tokens: int) -> int:
-        if dist.get_world_size(self.experts) == 1:
+        if not self.experts:
             return tokens
         most = torch.full((), tokens, device=self.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.experts)
+        for group in self.experts:
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
         return int(most)
 
 
@@ -82,5 +97,6 @@ def share_counts(model: GPT, mesh: ParallelMesh) -> None:
     are summed."""
     microbatch, batch = [mesh.group("tp"), mesh.group("cp")], [mesh.group("dp")]
     for moe in moe_layers(model):
-        experts = mesh.expert_group(expert_degree(model, moe))
+        ep = expert_degree(model, moe)
+        experts = [mesh.expert_group(ep), mesh.expert_tensor_group(ep)]
         moe.reducer = GroupReducer(microbatch, batch, experts, mesh.dense.device_type)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch.utils.checkpoint import checkpoint
@@ -17,11 +17,12 @@ def recomputed(function: Callable[..., Any], *args: Any) -> Any:
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, early_stop=False)
 
 
-def apply_recompute(model: GPT, granularity: str) -> None:
-    """full: attention, dense MLPs and experts; selective: attention alone, whose scores grow with the square of the length."""
+def apply_recompute(model: GPT, modules: Collection[str]) -> None:
+    """`modules`: parts of a block by their names in --recompute-modules."""
     for block in model.layers.values():
-        block.run_attention = recomputed
-        if granularity == "full":
-            block.run_mlp = recomputed
-            if block.moe is not None:
-                block.moe.run = recomputed
+        if "core_attn" in modules:
+            block.run_attention = recomputed
+        if ("mlp" in modules and block.mlp is not None) or ("shared_experts" in modules and block.shared_expert is not None):
+            block.run_mlp = recomputed  # of both at once, where a block has both
+        if "moe" in modules and block.moe is not None:
+            block.moe.run = recomputed

@@ -14,50 +14,60 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput, RowwiseParallel, parallelize_module
 
+from megatron_moe.config.model import ModelConfig
 from megatron_moe.kernels.kl_divergence import Ranks, kl_divergence
+from megatron_moe.kernels.linear_cross_entropy import log_sum_and_picked
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.loss import mask_padding
 from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.tokens import TokenInfo
 from megatron_moe.utils.compat import all_gather_into_tensor
-
-_MLP_PLAN = {
-    "": PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),)),
-    ".fc1": ColwiseParallel(),
-    ".fc_gate": ColwiseParallel(),
-    ".fc2": RowwiseParallel(),
-}
-BLOCK_PLAN = {
-    # DTensor in: the gradients of q, k and v are summed locally before the one reduction
-    "attn": PrepareModuleInput(input_layouts=(Replicate(), None), desired_input_layouts=(Replicate(), None)),
-    "attn.q_proj": ColwiseParallel(),
-    "attn.k_proj": ColwiseParallel(),
-    "attn.v_proj": ColwiseParallel(),
-    "attn.out_proj": RowwiseParallel(),
-    **{f"{mlp}{part}": style for mlp in ("mlp", "shared_expert") for part, style in _MLP_PLAN.items()},
-}
+from megatron_moe.utils.dtensor import local_weight
 
 
-def apply_tensor_parallel(model: GPT, mesh: DeviceMesh) -> None:
-    """Shard the dense parameters over the 1-D mesh `mesh`; norms, coefficients and positions stay whole on every rank."""
+def block_plan(stream: Placement, key_value: ParallelStyle) -> dict[str, ParallelStyle]:
+    """`stream`: how vectors lie between the modules, `Shard(1)` under sequence parallelism. `key_value`: of these two projections."""
+    plan: dict[str, ParallelStyle] = {
+        # DTensor in: the gradients of q, k and v are summed locally before the one reduction
+        "attn": PrepareModuleInput(input_layouts=(stream, None), desired_input_layouts=(Replicate(), None)),
+        "attn.q_proj": ColwiseParallel(),
+        "attn.k_proj": key_value,
+        "attn.v_proj": key_value,
+        "attn.out_proj": RowwiseParallel(output_layouts=stream),
+    }
+    for mlp in ("mlp", "shared_expert"):
+        plan[mlp] = PrepareModuleInput(input_layouts=(stream,), desired_input_layouts=(Replicate(),))
+        plan |= {f"{mlp}.{name}": ColwiseParallel() for name in ("fc1", "fc_gate")}
+        plan[f"{mlp}.fc2"] = RowwiseParallel(output_layouts=stream)
+    return plan
+
+
+def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, sequence_parallel: bool = False) -> None:
+    """Shard the dense parameters over the 1-D mesh `mesh`; norms, coefficients and positions stay whole on every rank.
+
+    With `sequence_parallel` every rank has tokens of its own between the modules: see parallel/sequence.py for the rest of it."""
+    stream = Shard(1) if sequence_parallel else Replicate()
+    key_value = ColwiseParallel() if model.config.key_value_heads % mesh.size() == 0 else SharedHeads(model.config)
     for block in model.layers.values():
-        plan = {name: style for name, style in BLOCK_PLAN.items() if _has(block, name)}
+        plan = {name: style for name, style in block_plan(stream, key_value).items() if _has(block, name)}
         parallelize_module(block, mesh, plan)
         block.attn.core.first_head = mesh.get_local_rank() * (model.config.num_attention_heads // mesh.size())
         if block.moe is not None:
             for module in (block.moe.gate, block.moe.latent_down, block.moe.latent_up):
                 if module is not None:
                     replicate_parameter(module, "weight", mesh)
-            slice_tokens(block.moe, mesh.get_group())
+            if not sequence_parallel:
+                slice_tokens(block.moe, mesh.get_group())
     if model.embedding is not None:
-        parallelize_module(model, mesh, {"embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())})
+        parallelize_module(model, mesh, {"embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=stream)})
     if model.head is not None:
         model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.data, mesh, [Shard(0)], src_data_rank=None))
-    model.project = VocabParallelProjection(mesh)
+    model.project = VocabParallelProjection(mesh, stream)
     model.token_losses = VocabParallelLosses(mesh.get_group())
+    model.chunked_losses, model.vocab_ranks = VocabParallelChunkedLosses(mesh, stream), mesh.size()
     model.token_divergences = VocabParallelDivergences(mesh.get_group())
 
 
@@ -75,6 +85,30 @@ def replicate_parameter(module: nn.Module, name: str, mesh: DeviceMesh) -> None:
     module.register_parameter(name, nn.Parameter(distribute_tensor(whole, mesh, [Replicate()], src_data_rank=None)))
 
 
+class SharedHeads(ParallelStyle):
+    """Keys or values of fewer heads than there are ranks: each rank computes the one head that its queries look at.
+
+    The weight is whole on all of them, which costs G heads instead of one; the gradient of a head is the sum over the ranks that share it.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.width = config.key_value_heads, config.head_dim
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        head = device_mesh.get_local_rank() * self.heads // device_mesh.size()
+        rows = slice(head * self.width, (head + 1) * self.width)
+        for name, _ in list(module.named_parameters()):
+            replicate_parameter(module, name, device_mesh)
+
+        def forward(x: DTensor) -> Tensor:
+            bias = None if module.bias is None else local_weight(module.bias)[rows]
+            return torch.nn.functional.linear(x.to_local(grad_placements=[Partial()]), local_weight(module.weight)[rows], bias)
+
+        module.forward = forward
+        return module
+
+
 # ---------------------------------------------------------------- tokens of the MoE layer
 
 
@@ -87,7 +121,7 @@ def slice_tokens(moe: MoELayer, group: dist.ProcessGroup) -> None:
         x_TD, info = (*args, TokenInfo())[:2]
         count[:] = [x_TD.shape[0]]
         most_tokens = None if info.most_tokens is None else _longest(info.most_tokens, group)
-        return _Slice.apply(x_TD, group), info.of(_bounds(x_TD.shape[0], group), most_tokens)
+        return _Slice.apply(x_TD, group), info.of(_bounds(x_TD.shape[0], group), most_tokens, x_TD)
 
     def after(_: nn.Module, args: tuple[Any, ...], y_tD: Tensor) -> Tensor:
         return _Gather.apply(y_tD, count[0], group)
@@ -145,14 +179,24 @@ class _Gather(torch.autograd.Function):
 
 
 class VocabParallelProjection:
-    """hidden [B, S, D] (the same on every rank), weight [V, D] sharded by rows -> this rank's logits [B, S, v]."""
+    """hidden [B, S, D] (the same on every rank, or a run of each sequence), weight [V, D] sharded by rows -> this rank's logits [B, S, v]."""
 
-    def __init__(self, mesh: DeviceMesh):
-        self.mesh = mesh
+    def __init__(self, mesh: DeviceMesh, stream: Placement):
+        self.mesh, self.stream = mesh, stream
 
     def __call__(self, hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
-        hidden = DTensor.from_local(hidden_BSD, self.mesh, [Replicate()], run_check=False)  # its gradient is summed over ranks
-        return torch.nn.functional.linear(hidden, weight_VD).to_local()
+        return torch.nn.functional.linear(on_all_columns(hidden_BSD, self.mesh, self.stream), weight_VD).to_local()
+
+    def gather(self, logits_Tv: Tensor) -> Tensor:
+        """The columns of all ranks, [T, V]. No gradient: for those who write."""
+        columns = [torch.empty_like(logits_Tv) for _ in range(self.mesh.size())]
+        dist.all_gather(columns, logits_Tv.contiguous(), group=self.mesh.get_group())
+        return torch.cat(columns, dim=1)
+
+
+def on_all_columns(hidden_BSD: Tensor, mesh: DeviceMesh, stream: Placement) -> DTensor:
+    """Hidden states, of all tokens, for a product with columns that are spread over the mesh: their gradient is summed over ranks."""
+    return DTensor.from_local(hidden_BSD, mesh, [stream], run_check=False).redistribute(placements=[Replicate()])
 
 
 class VocabParallelLosses:
@@ -190,6 +234,40 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         probs, here_BS, index_BS1 = ctx.saved_tensors
         grad = probs.scatter_add(-1, index_BS1, -here_BS[..., None].to(probs.dtype))
         return grad * grad_BS[..., None], None, None
+
+
+class VocabParallelChunkedLosses:
+    """The same from hidden states and the rows of the matrix that are here, `chunk` columns of logits at a time."""
+
+    def __init__(self, mesh: DeviceMesh, stream: Placement):
+        self.mesh, self.group, self.stream = mesh, mesh.get_group(), stream
+
+    def __call__(self, hidden_BSD: Tensor, weight_VD: DTensor, labels_BS: Tensor, vocab_size: int, chunk: int) -> Tensor:
+        hidden_TD = on_all_columns(hidden_BSD, self.mesh, self.stream).to_local(grad_placements=[Partial()]).flatten(0, 1)
+        weight_vD = weight_VD.to_local()
+        first = dist.get_rank(self.group) * weight_vD.shape[0]
+        columns = max(min(vocab_size - first, weight_vD.shape[0]), 0)
+        log_sum_T, picked_T = log_sum_and_picked(hidden_TD, weight_vD, labels_BS.flatten() - first, columns, chunk)
+        return _LossOfColumns.apply(log_sum_T, picked_T, self.group).view(labels_BS.shape).clone()
+
+
+class _LossOfColumns(torch.autograd.Function):
+    """From what each rank has found in its columns: log(sum of exp of the log_sums), less what is picked on one of them."""
+
+    @staticmethod
+    def forward(ctx, log_sum_T: Tensor, picked_T: Tensor, group: dist.ProcessGroup) -> Tensor:
+        largest_T = log_sum_T.clone()  # -inf on a rank whose columns are all padding
+        dist.all_reduce(largest_T, dist.ReduceOp.MAX, group=group)
+        exp_T = (log_sum_T - largest_T).exp()
+        both = torch.stack([exp_T, picked_T])
+        dist.all_reduce(both, group=group)
+        ctx.save_for_backward(exp_T / both[0])
+        return both[0].log() + largest_T - both[1]
+
+    @staticmethod
+    def backward(ctx, grad_T: Tensor):
+        (share_T,) = ctx.saved_tensors
+        return grad_T * share_T, -grad_T, None
 
 
 class VocabularyRanks(Ranks):

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import Shard
 
 from megatron_moe.model.gpt import GPT
@@ -16,27 +23,34 @@ from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.parallel.expert import expert_degree
 
 
-def apply_zero(model: GPT, mesh: ParallelMesh, bf16: bool) -> None:
-    """Wrap experts over their own data mesh, then blocks, then the model.
+def apply_zero(
+    model: GPT, mesh: ParallelMesh, half: torch.dtype | None, is_offloaded: bool = False, reduced_in: torch.dtype = torch.float32
+) -> None:
+    """Wrap experts over their own data mesh, then blocks, then the model. `half`: the 16-bit type to compute in, if any, and
+    `reduced_in` that of the gradients then; `is_offloaded`: the shards live on the host.
 
     Stages: 0 replicate; 1 and 2 shard, parameters stay gathered between forward and backward; 3 gathers them again.
     (1 and 2 differ in when gradients are reduced: `sync_gradients`.) Gradients are summed, never averaged: the loss
     carries the one division, so expert and dense gradients need no factor of their own.
     """
     reshard = mesh.zero_stage == 3
-    # fp32 parameters and gradients, bf16 compute, fp32 reduction
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    # 16-bit compute from whatever the parameters are stored in
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=reduced_in) if half else MixedPrecisionPolicy()
+    kind: dict[str, Any] = {
+        "reshard_after_forward": reshard, "mp_policy": policy, "offload_policy": CPUOffloadPolicy() if is_offloaded else OffloadPolicy(),
+    }  # fmt: skip
     for block in model.layers.values():
         if block.moe is not None:
-            if bf16:  # a unit of its own, so that the router keeps float32
-                _shard(block.moe.gate, mesh.data, reshard_after_forward=reshard, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+            if half:  # a unit of its own, so that the router keeps float32
+                _shard(block.moe.gate, mesh.data, **kind | {"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)})
             ep = expert_degree(model, block.moe)
-            kind: dict[str, Any] = {"reshard_after_forward": reshard, "mp_policy": policy}
+            of_experts = dict(kind)
             if block.moe.num_experts // ep % mesh.expert_data_size(ep):
-                kind["shard_placement_fn"] = _spare_dims(block.moe.experts, mesh.expert_data_size(ep))
-            _shard(block.moe.experts, mesh.expert_data(ep), **kind)
-        _shard(block, mesh.data, reshard_after_forward=reshard, mp_policy=policy)
-    _shard(model, mesh.data, reshard_after_forward=False, mp_policy=policy)
+                of_experts["shard_placement_fn"] = _spare_dims(block.moe.experts, mesh.expert_data_size(ep))
+            _shard(block.moe.experts, mesh.expert_data(ep), **of_experts)
+            register_fsdp_forward_method(block.moe.experts, "in_one_call")
+        _shard(block, mesh.data, **kind)
+    _shard(model, mesh.data, **kind | {"reshard_after_forward": False})
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh, **kind: Any) -> None:
@@ -77,9 +91,9 @@ def _spare_dims(experts: nn.Module, ranks: int):
     return lambda p: Shard(next((i for i in spare[id(p)] if p.shape[i] % ranks == 0), 0))
 
 
-def gathered_dtype(name: str, p: nn.Parameter, bf16: bool) -> torch.dtype:
-    """What a parameter is while it is gathered: bf16 if that is computed in, except for the router."""
-    return torch.bfloat16 if bf16 and not name.endswith("moe.gate.weight") else p.dtype
+def gathered_dtype(name: str, p: nn.Parameter, half: torch.dtype | None) -> torch.dtype:
+    """What a parameter is while it is gathered: the 16-bit type that is computed in, if any, except for the router."""
+    return half if half and not name.endswith("moe.gate.weight") else p.dtype
 
 
 def sync_gradients(model: nn.Module, zero_stage: int, is_last_microbatch: bool) -> None:
@@ -89,6 +103,8 @@ def sync_gradients(model: nn.Module, zero_stage: int, is_last_microbatch: bool) 
     if not isinstance(model, FSDPModule):
         return
     model.set_requires_gradient_sync(is_last_microbatch or zero_stage >= 2)
+    if zero_stage >= 2:  # hybrid sharding: within each part after every microbatch, between the replicas once
+        model.set_requires_all_reduce(is_last_microbatch)
     model.set_reshard_after_backward(is_last_microbatch or zero_stage == 3)
     model.set_is_last_backward(is_last_microbatch)
 

@@ -17,6 +17,7 @@ from megatron_moe.checkpoint.state import model_state, optimizer_state
 from megatron_moe.config.data import split_shares
 from megatron_moe.config.pace import Consumed
 from megatron_moe.model.gpt import GPT
+from megatron_moe.optimizer.loss_scale import LossScale
 from megatron_moe.training.distributed import World
 from megatron_moe.training.preflight import Prepared
 
@@ -41,12 +42,16 @@ class Progress:
         self.consumed_tokens += tokens
 
 
-def save(manager: CheckpointManager, prepared: Prepared, model: GPT, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+def save(
+    manager: CheckpointManager, prepared: Prepared, model: GPT, optimizer: torch.optim.Optimizer, progress: Progress,
+    loss_scale: LossScale | None = None,
+) -> None:  # fmt: skip
     """Collective. Publishes the whole state of the run, or nothing."""
     tensors = model_state(model)
     if not prepared.run.checkpoint.no_save_optim:
         tensors |= optimizer_state(model, optimizer)
-    manager.save(progress.iteration, tensors, describe(prepared, progress))
+    scale = {} if loss_scale is None else {"loss_scale": loss_scale.state()}
+    manager.save(progress.iteration, tensors, describe(prepared, progress) | scale)
 
 
 def describe(prepared: Prepared, progress: Progress) -> dict[str, Any]:
@@ -62,10 +67,13 @@ def describe(prepared: Prepared, progress: Progress) -> dict[str, Any]:
     }
 
 
-def resume(prepared: Prepared, model: GPT, optimizer: torch.optim.Optimizer, world: World) -> tuple[Progress, str, list[str]] | None:
+def resume(
+    prepared: Prepared, model: GPT, optimizer: torch.optim.Optimizer, world: World, loss_scale: LossScale | None = None
+) -> tuple[Progress, str, list[str]] | None:
     """Load --load into model and optimizer, whatever layout wrote it. None for a fresh start. Collective.
 
-    Returns the progress, the directory, and notes on checkpoints that were passed over.
+    Returns the progress, the directory, and notes on checkpoints that were passed over. The loss scale goes on too, where the run
+    before had one.
     """
     c = prepared.run.checkpoint
     if not c.load or not has_checkpoints(c.load):
@@ -77,6 +85,8 @@ def resume(prepared: Prepared, model: GPT, optimizer: torch.optim.Optimizer, wor
         tensors |= optimizer_state(model, optimizer)
         complete.append("optimizer.")
     load_tensors(found.path, tensors, complete, world.cpu_group)
+    if loss_scale is not None and "loss_scale" in found.meta and not c.finetune:
+        loss_scale.load_state(found.meta["loss_scale"])
     progress = Progress() if c.finetune else Progress(**found.meta["progress"])
     if c.reset_iteration:
         progress.iteration = 0

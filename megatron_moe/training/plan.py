@@ -8,20 +8,27 @@ ranks more - and for the last rank, the emptiest.
 
 Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one such object:
 
-    world_size, degrees     tp pp cp dp etp ep (each distinct degree) zero_stage
+    world_size, degrees     tp pp cp dp etp ep (each distinct degree) zero_stage, and
+                            replicas of what ZeRO shards where there are several
     precision               what matrices are computed in
     layers                  one per layer: layer (from 1), experts (1: dense), experts_per_rank, expert_parallel,
-                            expert_data_parallel, mlp (dense, standard or residual), width (of an expert, or of the dense MLP);
-                            latent_width and shared_expert_width where there are such
+                            expert_data_parallel, dispatcher (null: dense), mlp (dense, standard or residual), width (of an
+                            expert, or of the dense MLP); latent_width and shared_expert_width where there are such; dispatcher_why
+                            where the dispatcher is not the one asked for by name
+    pipeline                null without one: schedule, micro_batches (of the last size of a step), idle (share of a step, all stages
+                            taken as equal; an upper bound for zero-bubble), stages: stage, pipeline_rank, layers, parts (embedding,
+                            positions, tied_logits, norm, head), moe_layers (how many), parameters, flops_per_token
     vocabulary              size, padded, and whether it is known
     parameters              total, active (per token), by_part, active_by_part
     per_rank                fullest and emptiest: rank, dense_parameters, expert_parameters, bytes (parameters, gradients,
                             whole_gradients, optimizer, gathered: see parallel/footprint.py);
-    per_rank_unknown        why per_rank is null
+                            on_host: which of these live on the host, where there is an accelerator (--cpu-optimizer)
+    loss                    columns (of the vocabulary on a rank), columns_at_a_time (whose logits are there together), logits_bytes
     teacher                 of distillation, null without: layers (their experts), parameters (total, active), flops_per_token (forward
                             alone), stop_iters, stop_tokens, per_rank: fullest and emptiest: rank, dense_parameters,
                             expert_parameters, bytes (parameters, gathered). It comes on top of per_rank
-    groups                  tp dp pp cp: number, size, stride, ranks; ep and edp the same for each degree. Above 128 ranks
+    groups                  tp dp pp cp etp: number, size, stride, ranks; ep and edp the same for each degree. With hybrid
+                            sharding shard and replicate, and for each degree expert_shard and expert_replicate. Above 128 ranks
                             `ranks` has the first and the last group only; the others follow by stride
     batch                   micro_batch_size, global_batch_size, micro_batches_per_step (of a rank), tokens_per_step; sizes: from_step,
                             sequences, length of each phase of a ramp-up or curriculum, the last of them without an end
@@ -42,27 +49,35 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_moe.checkpoint.preflight import load_problems, teacher_problems
 from megatron_moe.config.flags import ConfigError, fields_of
+from megatron_moe.config.parallel import split_over_nodes
+from megatron_moe.config.pipeline import stages_of_rank
 from megatron_moe.config.presets import GPT2_VOCAB_SIZE
 from megatron_moe.config.run import GROUPS, RunConfig
 from megatron_moe.config.training import DECAY_LENGTHS, RUN_LENGTHS, WARMUP_LENGTHS
 from megatron_moe.data.loader import data_problems, prefixes_of, training_sizes
 from megatron_moe.model.flops import ParameterCounts, flops_per_token, parameter_counts
-from megatron_moe.mpu.groups import Groups, dense_groups, expert_groups
+from megatron_moe.model.loss import columns_at_a_time
+from megatron_moe.moe.dispatch import choose
+from megatron_moe.mpu.groups import Groups, dense_groups, expert_groups, expert_tensor_groups, hybrid_groups
 from megatron_moe.optimizer.schedule import build_schedule
 from megatron_moe.parallel.apply import build_parallel_mesh, build_sharded_model
+from megatron_moe.parallel.expert import capacity_factor_of
 from megatron_moe.parallel.footprint import Footprint, footprint
 from megatron_moe.tokenizers import Tokenizer, build_tokenizer
 from megatron_moe.training.preflight import schedule_problems, tokenizer_problems, vocab_size_of
+from megatron_moe.training.stages import idle_share, schedule_name, stages_of
 from megatron_moe.training.verify.shrink import fold
 from megatron_moe.utils.compat import fake_process_group
 
@@ -86,19 +101,19 @@ def build_plan(
     if problems:
         raise ConfigError(problems)
     total, active = _by_part(parameter_counts(run.model, run.moe, here.vocab_size))
-    unknown = layout_unknown(run)
     return {
         "world_size": world_size,
         "degrees": _degrees(run, world_size),
         "precision": _precision(run),
         "layers": list(_layers(run, world_size)),
+        "pipeline": _pipeline(run, world_size, here.vocab_size),
         "vocabulary": {
             "size": here.vocab_size, "padded": run.model.padded_vocab_size(here.vocab_size), "is_known": here.vocabulary_is_known,
         },
         "parameters": {"total": sum(total.values()), "active": sum(active.values()), "by_part": total, "active_by_part": active},
-        "per_rank": None if unknown else _per_rank(run, world_size, here.vocab_size),
-        "per_rank_unknown": unknown,
-        "teacher": _teacher(run, world_size, here.vocab_size, unknown) if run.distillation.is_on else None,
+        "per_rank": _per_rank(run, world_size, here.vocab_size),
+        "loss": _loss(run, here.vocab_size),
+        "teacher": _teacher(run, world_size, here.vocab_size) if run.distillation.is_on else None,
         "groups": _groups(run, world_size),
         "batch": _batch(run, world_size),
         "length": _length(run, world_size),
@@ -111,7 +126,7 @@ def build_plan(
         "not_built_yet": [*not_yet, *run.not_built_yet()],
         "before_training": list(run.missing_to_train()),
         "checks": _checks(run, world_size),
-        "warnings": list(warnings),
+        "warnings": [*warnings, *run.world_warnings(world_size)],
     }  # fmt: skip
 
 
@@ -192,27 +207,57 @@ def _degrees(run: RunConfig, world_size: int) -> dict[str, Any]:
     p = run.parallel
     return {
         "tp": p.tensor_model_parallel_size, "pp": p.pipeline_model_parallel_size, "cp": p.context_parallel_size,
-        "dp": run.data_parallel_size(world_size), "etp": p.expert_tensor_parallel_size, "ep": run.expert_degrees(),
+        "dp": run.data_parallel_size(world_size), "etp": p.etp, "ep": run.expert_degrees(),
         "zero_stage": p.zero_stage,
-    }  # fmt: skip
+    } | ({"replicas": p.num_distributed_optimizer_instances} if p.num_distributed_optimizer_instances > 1 else {})  # fmt: skip
 
 
 def _precision(run: RunConfig) -> str:
-    t = run.training
-    return "float16" if t.fp16 else "bfloat16" if t.bf16 else t.params_dtype
+    return run.training.half or run.training.params_dtype
 
 
 def _layers(run: RunConfig, world_size: int) -> Iterator[dict[str, Any]]:
-    stage = world_size // run.parallel.pipeline_model_parallel_size
+    stage, etp = world_size // run.parallel.pipeline_model_parallel_size, run.parallel.etp
     for layer, experts in enumerate(run.moe.experts_per_layer(run.model.num_layers), start=1):
         ep = run.moe.expert_parallel_degree(experts) if experts > 1 else 1
         beside = {"latent_width": run.moe.moe_latent_size, "shared_expert_width": run.moe.moe_shared_expert_intermediate_size}
         yield {
             "layer": layer, "experts": experts, "experts_per_rank": experts // ep, "expert_parallel": ep,
-            "expert_data_parallel": stage // (ep * run.parallel.expert_tensor_parallel_size) if experts > 1 else None,
+            "expert_data_parallel": stage // (ep * etp) if experts > 1 else None,
+            "dispatcher": None,
             "mlp": run.moe.mlp_type if experts > 1 else "dense",
             "width": run.moe.expert_ffn_size(run.model.ffn_size) if experts > 1 else run.model.ffn_size,
-        } | {name: width for name, width in beside.items() if width and experts > 1}  # fmt: skip
+        } | (_dispatcher(run, world_size, experts, ep) if experts > 1 else {}) | {
+            name: width for name, width in beside.items() if width and experts > 1
+        }  # fmt: skip
+
+
+def _dispatcher(run: RunConfig, world_size: int, experts: int, ep: int) -> dict[str, str]:
+    """Of a layer, as parallel/expert.py would build it."""
+    node_size = run.node_size(world_size)
+    across, within = (1, ep) if node_size is None else split_over_nodes(ep, run.parallel.etp, node_size)
+    c = run.moe
+    choice = choose(
+        c.moe_token_dispatcher, experts, c.topk, ep, run.parallel.etp, capacity_factor_of(c), c.moe_pad_expert_input_to_capacity,
+        c.moe_overlap_chunks, across if within > 1 else 1,
+    )  # fmt: skip
+    return {"dispatcher": choice.name} | ({"dispatcher_why": choice.why} if choice.why else {})
+
+
+def _pipeline(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, Any] | None:
+    if run.parallel.pipeline_model_parallel_size == 1:
+        return None
+    microbatches = run.num_microbatches(world_size)
+    return {
+        "schedule": schedule_name(run), "micro_batches": microbatches, "idle": round(idle_share(run, microbatches), 4),
+        "stages": [
+            {
+                "stage": s.number, "pipeline_rank": s.rank, "layers": s.layers, "parts": s.parts, "moe_layers": s.moe_layers,
+                "parameters": s.parameters, "flops_per_token": s.flops_per_token,
+            }
+            for s in stages_of(run, vocab_size)
+        ],
+    }  # fmt: skip
 
 
 def _by_part(counts: ParameterCounts) -> tuple[dict[str, int], dict[str, int]]:
@@ -251,42 +296,49 @@ def _flops(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, float 
 # ---------------------------------------------------------------- ranks
 
 
-def layout_unknown(run: RunConfig) -> str | None:
-    """Why it cannot be counted what a rank holds, None if it can: the layout of a feature that is not built is not known."""
-    p = run.parallel
-    reasons = {
-        "--pipeline-model-parallel-size": p.pipeline_model_parallel_size > 1,
-        "--context-parallel-size": p.context_parallel_size > 1,
-        "--expert-tensor-parallel-size": p.expert_tensor_parallel_size > 1,
-        "--enable-expert-tensor-parallelism": p.enable_expert_tensor_parallelism,
-    }
-    named = [flag for flag, is_used in reasons.items() if is_used]
-    return f"{' and '.join(named)} would change what a rank holds, and is not built yet" if named else None
-
-
 def _per_rank(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, Any]:
-    first = rank_footprint(run, world_size, vocab_size, 0)
-    last = rank_footprint(run, world_size, vocab_size, world_size - 1)
-    return {"fullest": _footprint_of(0, first), "emptiest": _footprint_of(world_size - 1, last)}
+    """Within a stage the first rank is the fullest and the last one the emptiest; of stages alike one is counted."""
+    pp, split = run.parallel.pipeline_model_parallel_size, run.layers_of_stages()
+    experts, stage_ranks = run.moe.experts_per_layer(run.model.num_layers), world_size // pp
+    firsts: dict[Any, int] = {}
+    for rank in range(pp):
+        mine = stages_of_rank(rank, pp, len(split))
+        alike = (0 in mine, len(split) - 1 in mine, [experts[layer - 1] for s in mine for layer in split[s]])
+        firsts.setdefault(str(alike), rank * stage_ranks)
+    fullest = {rank: rank_footprint(run, world_size, vocab_size, rank) for rank in firsts.values()}
+    emptiest = {rank: rank_footprint(run, world_size, vocab_size, rank) for rank in (r + stage_ranks - 1 for r in firsts.values())}
+    first = max(fullest, key=lambda rank: fullest[rank].at_most)
+    last = min(emptiest, key=lambda rank: (emptiest[rank].at_most, -rank))
+    on_host = {"on_host": ["parameters", "gradients", "optimizer"] if run.memory.cpu_optimizer else []}
+    return {"fullest": _footprint_of(first, fullest[first]) | on_host, "emptiest": _footprint_of(last, emptiest[last]) | on_host}
+
+
+def _loss(run: RunConfig, vocab_size: int) -> dict[str, int]:
+    t = run.training
+    columns, tokens = run.model.padded_vocab_size(vocab_size) // run.parallel.tensor_model_parallel_size, t.micro_batch_size * t.seq_length
+    asked = 0 if run.distillation.is_on else run.memory.cross_entropy_loss_chunk_size  # a teacher's logits meet whole ones
+    at_a_time = columns_at_a_time(asked, tokens, columns) or columns
+    return {
+        "columns": columns, "columns_at_a_time": at_a_time, "logits_bytes": tokens * at_a_time * getattr(torch, _precision(run)).itemsize,
+    }  # fmt: skip
 
 
 def rank_footprint(run: RunConfig, world_size: int, vocab_size: int, rank: int) -> Footprint:
-    if run.training.fp16 and run.training.params_dtype == "float32":  # as wide as bf16, which is built
-        run = dataclasses.replace(run, training=dataclasses.replace(run.training, fp16=False, bf16=True))
     with fake_process_group(rank, world_size):
         mesh = build_parallel_mesh(run, "cpu")
         model = build_sharded_model(run, vocab_size, mesh)
-        counts = parameter_counts(run.model, run.moe, vocab_size)
+        expected = sum(stage.parameters for stage in stages_of(run, vocab_size) if stage.rank == mesh.rank("pp"))
         built = sum(p.numel() for p in model.parameters())
-        assert built == counts.total, f"parameters: built {built}, counted {counts.total}"
-        return footprint(model, run.optimizer, run.parallel.zero_stage, run.training.bf16)
+        assert built == expected, f"parameters: built {built}, counted {expected}"
+        half = getattr(torch, run.training.half) if run.training.half else None
+        return footprint(model, run.optimizer, run.parallel.zero_stage, half)
 
 
-def _teacher(run: RunConfig, world_size: int, vocab_size: int, unknown: str | None) -> dict[str, Any]:
+def _teacher(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, Any]:
     teacher = run.teacher()
     counts = parameter_counts(teacher.model, teacher.moe, vocab_size)
-    per_rank = None if unknown else _per_rank(teacher, world_size, vocab_size)
-    for rank in (per_rank or {}).values():  # it is not trained: no gradients, no optimizer
+    per_rank = _per_rank(teacher, world_size, vocab_size)
+    for rank in per_rank.values():  # it is not trained: no gradients, no optimizer
         rank["bytes"] = {name: rank["bytes"][name] for name in ("parameters", "gathered")}
     return {
         "layers": list(teacher.moe.experts_per_layer(teacher.model.num_layers)),
@@ -312,14 +364,23 @@ def _groups(run: RunConfig, world_size: int) -> dict[str, Any]:
     tp, pp, cp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
     dense = dense_groups(world_size, tp, pp, cp)
     table: dict[str, Any] = {axis: _group_table(dense[axis], world_size) for axis in ("tp", "dp", "pp", "cp")}
-    table |= {"ep": {}, "edp": {}}
+    table |= {"etp": _group_table(expert_tensor_groups(world_size, p.etp, pp), world_size), "ep": {}, "edp": {}}
+    replicas = p.num_distributed_optimizer_instances
+    if replicas > 1:
+        data_ranks = dense_groups(world_size, tp, pp)["dp"]  # those of dp and cp together
+        table |= _hybrid_tables(data_ranks, replicas, world_size) | {"expert_shard": {}, "expert_replicate": {}}
     for degree in run.expert_degrees():
-        ep, edp = expert_groups(
-            world_size, degree, tp=tp, pp=pp, etp=p.expert_tensor_parallel_size, expert_tensor_parallel=p.enable_expert_tensor_parallelism
-        )
+        ep, edp = expert_groups(world_size, degree, tp=tp, pp=pp, etp=p.etp)
         table["ep"][str(degree)] = _group_table(ep, world_size)
         table["edp"][str(degree)] = _group_table(edp, world_size)
+        if replicas > 1:
+            for name, groups in _hybrid_tables(edp, math.gcd(replicas, len(edp[0])), world_size).items():
+                table[f"expert_{name}"][str(degree)] = groups
     return table
+
+
+def _hybrid_tables(pools: Groups, replicas: int, world_size: int) -> dict[str, Any]:
+    return {name: _group_table(groups, world_size) for name, groups in zip(("shard", "replicate"), hybrid_groups(pools, replicas))}
 
 
 def _group_table(groups: Groups, world_size: int) -> dict[str, Any]:

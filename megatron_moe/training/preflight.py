@@ -15,6 +15,7 @@ from megatron_moe.config.data import MOCK_VOCAB_SIZE
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.loader import data_problems
+from megatron_moe.optimizer.apex_adam import apex_problems
 from megatron_moe.optimizer.schedule import build_schedule
 from megatron_moe.parallel.compile import compiler_problems
 from megatron_moe.tokenizers import Tokenizer, build_tokenizer
@@ -53,6 +54,7 @@ def prepare(run: RunConfig, world_size: int) -> Prepared:
     problems += checkpoint_problems(run, prepared.architecture)
     if run.distillation.is_on and run.distillation.load_teacher:
         problems += teacher_problems(run, run.teacher().architecture(vocab_size), fingerprint)
+    problems += apex_problems(run.optimizer)
     if run.training.compile:
         problems += compiler_problems("cuda" if torch.cuda.is_available() else "cpu")
     if (switch := run.training.kill_switch_file) and os.path.exists(switch):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_moe import mpu
 from megatron_moe.checkpoint.files import CheckpointError, iteration_name, write_through
@@ -23,17 +24,20 @@ from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.config.pace import Pace
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch, make_batch
-from megatron_moe.data.loader import SplitDatasets, build_datasets, build_loader
+from megatron_moe.data.loader import SplitDatasets, Unread, build_datasets, build_loader
 from megatron_moe.metrics.alerts import ExpertAlerts
 from megatron_moe.metrics.throughput import Throughput, peak_memory_bytes, tflops_per_device
 from megatron_moe.metrics.tracker import Tracker, build_tracker, moe_layer_record
 from megatron_moe.model.flops import flops_per_token, parameter_counts
 from megatron_moe.model.gpt import GPT
-from megatron_moe.moe.layer import moe_layers
-from megatron_moe.moe.metrics import LayerLoad, range_of, summarise
+from megatron_moe.moe.layer import MoELayer, moe_layers
+from megatron_moe.moe.metrics import LayerLoad, RoutingStats, summarise
 from megatron_moe.optimizer.groups import build_optimizer
+from megatron_moe.optimizer.loss_scale import LossScale
 from megatron_moe.optimizer.schedule import LearningRateSchedule, WeightDecaySchedule, build_schedule, build_weight_decay
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
+from megatron_moe.parallel.offload import offload_warnings
+from megatron_moe.parallel.pipeline import PipelinedGPT
 from megatron_moe.training.checkpoints import Progress, describe, resume, save
 from megatron_moe.training.distillation import Distillation, build_teacher, load_teacher
 from megatron_moe.training.distributed import World, end_distributed, explain_lost_rank, in_turn, init_distributed
@@ -42,6 +46,7 @@ from megatron_moe.training.last_words import LastWords, open_store
 from megatron_moe.training.preflight import Prepared
 from megatron_moe.training.replicas import ReplicaDriftError, ReplicaWatch
 from megatron_moe.training.signals import Stopper
+from megatron_moe.training.stages import idle_share, layer_ranges, schedule_name, stages_of
 from megatron_moe.training.step import StepResult, train_step
 from megatron_moe.training.verify.ranks import verify_or_exit
 from megatron_moe.training.watchdog import Watchdog
@@ -58,8 +63,9 @@ class Run:
     prepared: Prepared
     world: World
     mesh: mpu.ParallelMesh
-    model: GPT
+    model: GPT | PipelinedGPT
     optimizer: torch.optim.Optimizer
+    loss_scale: LossScale | None  # of fp16
     schedule: LearningRateSchedule
     weight_decay: WeightDecaySchedule
     pace: Pace  # what each step takes
@@ -135,12 +141,15 @@ def set_up(
     mesh = mesh or build_parallel_mesh(config, world.device.type)
     mpu.set_default_mesh(mesh)
     model = build_parallel_model(config, prepared.vocab_size, mesh, world.device)
+    for warning in offload_warnings(config, world.device.type):
+        logger.warning(warning)
     optimizer = build_optimizer(model, config.optimizer)  # after FSDP, which replaces the parameters
+    loss_scale = LossScale(config.scale, world.device) if config.training.fp16 else None
     tracker = build_tracker(config.logging, config.checkpoint.save, world.rank, total, config.global_batch_size(world.size))
     manager = CheckpointManager(config.checkpoint.save, world.cpu_group, config.checkpoint.keep_last) if config.checkpoint.save else None
     report_start(prepared, world, mesh, model, tracker, total)
     progress = Progress()
-    if (resumed := resume(prepared, model, optimizer, world)) is not None:
+    if (resumed := resume(prepared, model, optimizer, world, loss_scale)) is not None:
         progress, path, notes = resumed
         for note in notes:
             logger.warning(note)
@@ -162,8 +171,8 @@ def set_up(
     alerts = None
     if config.logging.moe_alerts and config.moe.has_experts:
         alerts = ExpertAlerts(config.moe, config.logging.moe_alert_dropped_fraction)
-    return Run(prepared, world, mesh, model, optimizer, schedule, weight_decay, pace, datasets, tracker, alerts, stopper, watchdog, replicas,
-               manager, lock, progress, total, distillation)  # fmt: skip
+    return Run(prepared, world, mesh, model, optimizer, loss_scale, schedule, weight_decay, pace, datasets, tracker, alerts, stopper, watchdog,
+               replicas, manager, lock, progress, total, distillation)  # fmt: skip
 
 
 def set_up_distillation(
@@ -201,7 +210,8 @@ def train(run: Run) -> None:
         rate = run.schedule.at(progress.iteration + 1, progress.consumed_samples + samples, progress.consumed_tokens + tokens)
         decay = run.weight_decay.at(progress.consumed_samples + samples)
         seed, clip = config.training.seed, config.optimizer.clip_grad
-        result = train_step(run.model, run.optimizer, microbatches, run.mesh, rate, clip, seed, progress.iteration, run.distillation, decay)
+        result = train_step(run.model, run.optimizer, microbatches, run.mesh, rate, clip, seed, progress.iteration, run.distillation, decay,
+                            run.loss_scale)  # fmt: skip
         progress.advance(samples, tokens)
         throughput.add(tokens)
         i = progress.iteration
@@ -241,10 +251,19 @@ def loader_of(run: Run) -> Iterator[Batch]:
     c = run.config
     return iter(
         build_loader(
-            run.datasets.train, run.progress.consumed_samples, c.training.micro_batch_size, run.mesh.rank("dp"), run.mesh.size("dp"),
-            lambda samples: run.microbatches_of(run.pace.batch_size(samples)), c.data.num_workers, collate_of(run),
+            as_read_here(run, run.datasets.train), run.progress.consumed_samples, c.training.micro_batch_size, run.mesh.rank("dp"),
+            run.mesh.size("dp"), lambda samples: run.microbatches_of(run.pace.batch_size(samples)), c.data.num_workers, collate_of(run),
         )
     )  # fmt: skip
+
+
+def as_read_here(run: Run, dataset: Any) -> Any:
+    """A stage between the first and the last one needs the numbers of the samples alone, as long as positions, documents, masks and
+    routes are not made of the tokens."""
+    d, model = run.config.data, run.model
+    is_between = isinstance(model, PipelinedGPT) and not (model.has_first or model.has_last)
+    looks_at_tokens = d.reset_position_ids or d.reset_attention_mask or d.eod_mask_loss or run.config.moe.moe_router_policy == "hash"
+    return Unread(run.config.training.seq_length) if is_between and not looks_at_tokens else dataset
 
 
 def collate_of(run: Run):
@@ -265,8 +284,9 @@ def run_evaluation(run: Run, split: str = "valid") -> bool:
     if num_micro == 0:
         logger.warning("no %s evaluation: %d samples are fewer than one micro-batch per rank (%d)", split, len(dataset), micro * dp)
         return False
-    batches = build_loader(dataset, 0, micro, run.mesh.rank("dp"), dp, 1, 0, collate_of(run), num_steps=num_micro)
-    result = evaluate(run.model, batches, run.mesh, run.world.device, lambda: run.stopper.agreed() is not None)
+    batches = build_loader(as_read_here(run, dataset), 0, micro, run.mesh.rank("dp"), dp, 1, 0, collate_of(run), num_steps=num_micro)
+    in_flight = c.num_microbatches(run.world.size)
+    result = evaluate(run.model, batches, run.mesh, run.world.device, lambda: run.stopper.agreed() is not None, in_flight)
     if result is None:
         return False
     run.tracker.log_eval(iteration=run.progress.iteration, split=split, lm_loss=result.lm_loss, tokens=result.tokens)
@@ -274,25 +294,41 @@ def run_evaluation(run: Run, split: str = "valid") -> bool:
 
 
 def expert_loads(run: Run) -> list[LayerLoad]:
-    """The last step of every MoE layer, over the whole global batch. Collective; one reduction for all layers."""
-    layers = moe_layers(run.model)
-    if not layers:
+    """The last step of every MoE layer, over the whole global batch. Collective; one reduction for all layers of all stages."""
+    c, device = run.config, run.world.device
+    experts = {layer: n for layer, n in enumerate(c.moe.experts_per_layer(c.model.num_layers), start=1) if n > 1}
+    if not experts:
         return []
-    vectors = [moe.stats.vector(run.world.device) for moe in layers]
-    sent = torch.tensor([moe.stats.sent_bytes for moe in layers], dtype=torch.float64, device=run.world.device)
-    together = torch.cat([*vectors, sent / run.world.size])
+    here = {moe.layer: moe for moe in moe_layers(run.model)}
+    parts = [layer_vector(here.get(layer), n, run.mesh, device) for layer, n in experts.items()]
+    together = torch.cat(parts)
     dist.all_reduce(together)
-    *vectors, sent = together.cpu().split([*map(len, vectors), len(layers)])
-    return [
-        replace(summarise(moe.layer, v), sent_bytes=float(n), bias_range=range_of(moe.gate.expert_bias))
-        for moe, v, n in zip(layers, vectors, sent)
-    ]
+    loads = []
+    for layer, vector in zip(experts, together.cpu().split([len(part) for part in parts])):
+        vector, (sent, *bias_range) = vector[:-3], vector[-3:].tolist()
+        bias = tuple(bias_range) if c.moe.moe_router_enable_expert_bias else None
+        loads.append(replace(summarise(layer, vector), sent_bytes=sent, bias_range=bias))
+    return loads
+
+
+def layer_vector(moe: MoELayer | None, num_experts: int, mesh: mpu.ParallelMesh, device: torch.device) -> Tensor:
+    """float64, to be summed over the world: statistics of a layer, bytes sent by a rank that has it, its smallest and largest bias;
+    zeros where the layer is on another stage."""
+    if moe is None:
+        return torch.zeros(num_experts + RoutingStats.SCALARS + 3, dtype=torch.float64, device=device)
+    own = torch.zeros(3, dtype=torch.float64, device=device)
+    own[0] = moe.stats.sent_bytes / mesh.stage_ranks
+    if moe.gate.expert_bias is not None and dist.get_rank(mesh.stage_group) == 0:  # equal on all ranks of the stage: one says it
+        own[1:] = torch.stack([moe.gate.expert_bias.min(), moe.gate.expert_bias.max()])
+    return torch.cat([moe.stats.vector(device), own])
 
 
 def log_step(run: Run, result: StepResult, step: Step, throughput: Throughput) -> None:
     """The one place of a step where the host waits for the device."""
     loads = expert_loads(run)
     lm_loss, norm = float(result.lm_loss), float(result.grad_norm)
+    is_skipped = result.found_inf is not None and bool(result.found_inf)
+    scale, skipped, is_stuck = run.loss_scale.numbers() if run.loss_scale else (1.0, 0, False)
     window = throughput.restart()
     c = run.config
     flops = flops_per_token(c.model, c.moe, step.length, run.prepared.vocab_size)
@@ -304,13 +340,14 @@ def log_step(run: Run, result: StepResult, step: Step, throughput: Throughput) -
     ]  # fmt: skip
     run.tracker.log_train(
         iteration=run.progress.iteration, consumed_samples=run.progress.consumed_samples, consumed_tokens=run.progress.consumed_tokens,
-        lm_loss=lm_loss, grad_norm=norm, learning_rate=step.learning_rate,
+        lm_loss=lm_loss, grad_norm=None if is_skipped else norm, learning_rate=step.learning_rate,
+        loss_scale=scale, skipped_iterations=skipped,
         weight_decay=step.weight_decay, global_batch_size=step.samples, seq_length=step.length,
         moe_aux_loss=mean(load.aux_loss for load in loads), moe_z_loss=mean(load.z_loss for load in loads),
         kd_loss=None if result.kd_loss is None else float(result.kd_loss),
         iteration_time_ms=window.iteration_time_ms, tokens_per_second=window.tokens_per_second,
         tflops_per_device=tflops_per_device(flops, window.tokens_per_second, run.world.size),
-        peak_memory_bytes=peak_memory_bytes(run.world.device.type),
+        peak_memory_bytes=largest_peak(run),
         moe=records,
     )  # fmt: skip
     for alert in run.alerts.check(records, step.samples * step.length) if run.alerts else ():
@@ -318,7 +355,30 @@ def log_step(run: Run, result: StepResult, step: Step, throughput: Throughput) -
             "alert", iteration=run.progress.iteration, reason=alert.reason, condition=alert.condition, layer=alert.layer,
             layers=list(alert.layers), value=alert.value, flag=alert.flag,
         )  # fmt: skip
-    stop_if_not_finite(run, lm_loss, norm)
+    if is_stuck:
+        stop_at_minimum_scale(run)
+    if not is_skipped:
+        stop_if_not_finite(run, lm_loss, norm)
+
+
+def stop_at_minimum_scale(run: Run) -> None:
+    """The scale is equal on all ranks. The step was skipped: the weights are those before the overflow."""
+    minimum = run.config.scale.min_loss_scale
+    run.tracker.event("stop", iteration=run.progress.iteration, reason=f"overflow at the lowest loss scale ({minimum:g})")
+    raise FloatingPointError(
+        f"iteration {run.progress.iteration}: gradients overflow float16 although the loss scale is down at --min-loss-scale ({minimum:g}); "
+        f"no step since has moved the weights by them. Use --bf16, lower --lr, or lower --min-loss-scale, and resume from the last checkpoint"
+    )
+
+
+def largest_peak(run: Run) -> int:
+    """Of this rank, which speaks for the others of its stage; of the stage that has the largest."""
+    peak = peak_memory_bytes(run.world.device.type)
+    if run.mesh.size("pp") == 1:
+        return peak
+    largest = torch.tensor(peak, device=run.world.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=run.mesh.group("pp"))
+    return int(largest)
 
 
 def stop_if_not_finite(run: Run, lm_loss: float, norm: float) -> None:
@@ -352,11 +412,11 @@ def stop_if_drifted(run: Run) -> None:
 
 def save_checkpoint(run: Run, result: StepResult | None = None) -> None:
     """Between steps, with the step's result, or without one at the end: what cannot be saved then is lost, so that always raises."""
-    if result is not None:
+    if result is not None and not (result.found_inf is not None and bool(result.found_inf)):  # a skipped step has moved nothing
         stop_if_not_finite(run, float(result.lm_loss), float(result.grad_norm))
     assert run.manager is not None
     try:
-        save(run.manager, run.prepared, run.model, run.optimizer, run.progress)
+        save(run.manager, run.prepared, run.model, run.optimizer, run.progress, run.loss_scale)
     except CheckpointError as error:  # the same on every rank, and nothing half-written
         if result is None or run.config.checkpoint.save_failure == "stop":
             raise
@@ -365,27 +425,34 @@ def save_checkpoint(run: Run, result: StepResult | None = None) -> None:
     run.tracker.event("save", iteration=run.progress.iteration, path=run.config.checkpoint.save)
 
 
-def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model: GPT, tracker: Tracker, total: int) -> None:
+def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model: GPT | PipelinedGPT, tracker: Tracker, total: int) -> None:
     """What is about to run: sizes, layout, dispatchers."""
     c = prepared.run
     counts = parameter_counts(c.model, c.moe, prepared.vocab_size)
     batch = c.global_batch_size(world.size)
     step_tokens = batch * c.training.seq_length
     flops = flops_per_token(c.model, c.moe, c.training.seq_length, prepared.vocab_size) * step_tokens
-    built = sum(p.numel() for p in model.parameters())
-    assert built == counts.total, f"parameters: built {built}, counted {counts.total}"
+    stages = stages_of(c, prepared.vocab_size)
+    built, expected = sum(p.numel() for p in model.parameters()), sum(s.parameters for s in stages if s.rank == mesh.rank("pp"))
+    assert built == expected, f"parameters: built {built}, counted {expected}"
     experts = [n for n in c.moe.experts_per_layer(c.model.num_layers) if n > 1]
     logger.info("%s parameters, %s active per token; %.3g FLOPs per step", f"{counts.total:,}", f"{counts.active:,}", flops)
-    logger.info(
-        "%d rank(s) on %s: dp %d, tp %d, ZeRO %d, %s", world.size, world.device.type, mesh.size("dp"), mesh.size("tp"), mesh.zero_stage,
-        ", ".join(f"ep {ep}" for ep in sorted(mesh.experts)) or "no experts",
-    )  # fmt: skip
+    logger.info("%d rank(s) on %s: %s", world.size, world.device.type, kind_of_layout(c, mesh))
     if c.distillation.is_on:
         teacher = parameter_counts(c.teacher().model, c.teacher().moe, prepared.vocab_size)
         logger.info("teacher: %s parameters, %s active per token", f"{teacher.total:,}", f"{teacher.active:,}")
-    for moe in moe_layers(model):
-        logger.info("layer %d: %d experts of %s, expert-parallel %d, %s dispatch", moe.layer, moe.num_experts, kind_of_experts(c),
-                    c.moe.expert_parallel_degree(moe.num_experts), moe.dispatcher.name)  # fmt: skip
+    for warning in c.world_warnings(world.size):
+        logger.warning(warning)
+    if len(stages) > 1:
+        logger.info(
+            "%s schedule, about %.0f%% of a step idle; %s", schedule_name(c), 100 * idle_share(c, c.num_microbatches(world.size)),
+            ", ".join(f"stage {s.number} on pipeline rank {s.rank}: layers {layer_ranges(s.layers)}" for s in stages),
+        )  # fmt: skip
+    for layer, (count, dispatcher) in sorted(dispatchers(model, mesh).items()):
+        logger.info("layer %d: %d experts of %s, expert-parallel %d, %s dispatch", layer, count, kind_of_experts(c),
+                    c.moe.expert_parallel_degree(count), dispatcher)  # fmt: skip
+    for why in dict.fromkeys(moe.dispatcher.why for moe in moe_layers(model) if moe.dispatcher.why):
+        logger.info("--moe-token-dispatcher %s, %s", c.moe.moe_token_dispatcher, why)
     logger.info("%d iterations of %d sequences (%d tokens), %d microbatch(es) per rank", total, batch, step_tokens,
                 c.num_microbatches(world.size))  # fmt: skip
     if len(phases := c.pace(world.size).phases) > 1:
@@ -394,9 +461,34 @@ def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model
         ))  # fmt: skip
     tracker.event(
         "start", parameters=counts.total, active_parameters=counts.active, flops_per_step=flops, world_size=world.size,
-        data_parallel=mesh.size("dp"), tensor_parallel=mesh.size("tp"), expert_parallel=sorted(mesh.experts),
-        zero_stage=mesh.zero_stage, experts=experts, train_iterations=total, global_batch_size=batch,
+        data_parallel=mesh.size("dp"), tensor_parallel=mesh.size("tp"), context_parallel=mesh.size("cp"), pipeline_parallel=mesh.size("pp"),
+        expert_parallel=sorted(mesh.experts), zero_stage=mesh.zero_stage, experts=experts, train_iterations=total, global_batch_size=batch,
     )  # fmt: skip
+
+
+def kind_of_layout(c: RunConfig, mesh: mpu.ParallelMesh) -> str:
+    """As the log names it: `dp 2, tp 2 with sequence parallelism, cp 2, ZeRO 1 in 2 replicas, ep 4`."""
+    words = [f"dp {mesh.size('dp')}", f"tp {mesh.size('tp')}"]
+    if c.parallel.sequence_parallel and mesh.size("tp") > 1:
+        words[-1] += " with sequence parallelism"
+    if mesh.size("cp") > 1:
+        words.append(f"cp {mesh.size('cp')}")
+    if mesh.size("pp") > 1:
+        words.append(f"pp {mesh.size('pp')}")
+    replicas = c.parallel.num_distributed_optimizer_instances
+    words.append(f"ZeRO {mesh.zero_stage}" + (f" in {replicas} replicas" if replicas > 1 else ""))
+    etp = f" x etp {c.parallel.etp}" if c.parallel.etp > 1 else ""
+    return ", ".join(words + ([f"ep {ep}{etp}" for ep in sorted(mesh.experts)] or ["no experts"]))
+
+
+def dispatchers(model: GPT | PipelinedGPT, mesh: mpu.ParallelMesh) -> dict[int, tuple[int, str]]:
+    """Experts and dispatcher of each MoE layer, those of other pipeline stages too. Collective."""
+    here = {moe.layer: (moe.num_experts, moe.dispatcher.name) for moe in moe_layers(model)}
+    if mesh.size("pp") == 1:
+        return here
+    parts: list[dict[int, tuple[int, str]]] = [{}] * mesh.size("pp")
+    dist.all_gather_object(parts, here, group=mesh.group("pp"))
+    return {layer: told for part in parts for layer, told in part.items()}
 
 
 def kind_of_experts(c: RunConfig) -> str:

@@ -93,7 +93,7 @@ class ReplicaWatch:
             self._most = int(most)
         mine = torch.zeros(self._most, 2, dtype=torch.int64, device=self.device)
         mine[: len(keys), 0] = torch.tensor(keys, dtype=torch.int64).to(self.device, non_blocking=True)
-        mine[: len(keys), 1] = torch.stack(hashes)
+        mine[: len(keys), 1] = torch.stack([h.to(self.device) for h in hashes])  # with --cpu-optimizer some are of the host
         everyone = mine.new_empty(dist.get_world_size() * self._most, 2)
         all_gather_into_tensor(everyone, mine)
         return everyone.view(-1, self._most, 2).cpu()

@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_moe.data.batch import Batch
 from megatron_moe.model.gpt import GPT
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.mpu.mesh import ParallelMesh
-from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
+from megatron_moe.optimizer.clip import clip_gradients, gradient_factor, gradient_norm
 from megatron_moe.optimizer.groups import set_rates
+from megatron_moe.optimizer.half_adam import HalfAdamW
+from megatron_moe.optimizer.loss_scale import LossScale, update_weights
+from megatron_moe.parallel.context import part_of
+from megatron_moe.parallel.pipeline import PipelinedGPT
 from megatron_moe.parallel.zero import sync_gradients
 from megatron_moe.training.distillation import Distillation
 from megatron_moe.utils.random import token_keys
@@ -28,28 +33,32 @@ class StepResult:
     lm_loss: Tensor  # token-weighted over the global batch
     grad_norm: Tensor
     kd_loss: Tensor | None = None  # KL(teacher || student), weighted like lm_loss; None without a teacher
+    found_inf: Tensor | None = None  # 1.0 where the step was skipped; None without a loss scale
 
 
 def count_loss_tokens(microbatches: Sequence[Batch], mesh: ParallelMesh) -> Tensor:
-    """Unmasked tokens of the whole global batch: the one divisor of the step, known before its first forward."""
+    """Unmasked tokens of the whole global batch: the one divisor of the step, known before its first forward. (Context-parallel
+    ranks hold the same sequences until `forward_backward` cuts them.)"""
     count = torch.stack([b.loss_mask.sum(dtype=torch.float64) for b in microbatches]).sum()
     return mesh.sum(count, "dp").clamp_min(1.0)
 
 
 def forward_backward(
-    model: GPT,
+    model: GPT | PipelinedGPT,
     microbatches: Sequence[Batch],
     divisor: Tensor,
     mesh: ParallelMesh,
     seed: int,
     iteration: int,
     distillation: Distillation | None = None,
+    loss_scale: Tensor | None = None,
 ) -> Tensor:
-    """Gradients of sum(token losses) / divisor; returns this rank's share of that sum.
+    """Gradients of sum(token losses) / divisor; returns this rank's share of that sum. Micro-batches are of whole sequences.
 
     One rule for every parameter: gradients are summed over microbatches and ranks, and divided once, here. `divisor` is an
     argument because another front door divides by something else. Token randomness is a function of (seed, iteration, sample).
-    With `distillation` the gradients are of its objective.
+    With `distillation` the gradients are of its objective. With `loss_scale` they, those of the auxiliary losses among them, are
+    that many times as large.
     """
     objective = language_model_loss
     if distillation is not None:
@@ -57,13 +66,18 @@ def forward_backward(
         objective = distillation.objective
     tokens_in_step = sum(b.tokens.numel() for b in microbatches) * mesh.size("dp")
     for moe in moe_layers(model):
-        moe.begin_step(min((iteration + 1) / (moe.config.moe_loss_warmup_iters or 1), 1.0) / tokens_in_step)
+        moe.begin_step(min((iteration + 1) / (moe.config.moe_loss_warmup_iters or 1), 1.0) / tokens_in_step, loss_scale)
+    if isinstance(model, PipelinedGPT):
+        keys = [token_keys(seed, iteration, b.sample_ids, b.tokens.shape[1]) for b in microbatches]
+        parts, keys = zip(*(part_of(b, k, mesh) for b, k in zip(microbatches, keys)))
+        scale = 1.0 if loss_scale is None else loss_scale
+        return model.forward_backward(parts, keys, partial(share_of_step, divisor=divisor / scale)) / scale
     total = torch.zeros((), dtype=torch.float64, device=divisor.device)
     for i, batch in enumerate(microbatches):
         sync_gradients(model, mesh.zero_stage, i == len(microbatches) - 1)
         keys_BS = token_keys(seed, iteration, batch.sample_ids, batch.tokens.shape[1])
-        loss, lm_loss = objective(model, batch, keys_BS, divisor)
-        loss.backward()
+        loss, lm_loss = objective(model, *part_of(batch, keys_BS, mesh), divisor)
+        (loss if loss_scale is None else loss * loss_scale).backward()
         total += lm_loss
     return total
 
@@ -71,12 +85,16 @@ def forward_backward(
 def language_model_loss(model: GPT, batch: Batch, keys_BS: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor]:
     """(what is differentiated, the language-model loss alone), which without a teacher are the same."""
     losses_BS = model(batch.tokens, batch.position_ids, batch.labels, batch.segment_ids, keys_BS)
-    loss = (losses_BS * batch.loss_mask).sum() / divisor.to(losses_BS.dtype)
+    loss = share_of_step(losses_BS, batch.loss_mask, divisor)
     return loss, loss.detach()
 
 
+def share_of_step(losses_BS: Tensor, mask_BS: Tensor, divisor: Tensor) -> Tensor:
+    return (losses_BS * mask_BS).sum() / divisor.to(losses_BS.dtype)
+
+
 def train_step(
-    model: GPT,
+    model: GPT | PipelinedGPT,
     optimizer: torch.optim.Optimizer,
     microbatches: Sequence[Batch],
     mesh: ParallelMesh,
@@ -86,29 +104,43 @@ def train_step(
     iteration: int,
     distillation: Distillation | None = None,
     weight_decay: float | None = None,
+    loss_scale: LossScale | None = None,
 ) -> StepResult:
     """Forward and backward of all microbatches, clip, update. Collective."""
-    lm_loss = forward_backward(model, microbatches, count_loss_tokens(microbatches, mesh), mesh, seed, iteration, distillation)
+    scale = None if loss_scale is None else loss_scale.scale
+    lm_loss = forward_backward(model, microbatches, count_loss_tokens(microbatches, mesh), mesh, seed, iteration, distillation, scale)
     kd_loss = distillation.divergence if distillation is not None else None
     for loss in (lm_loss,) if kd_loss is None else (lm_loss, kd_loss):
-        mesh.sum(loss, "dp")
+        mesh.sum(loss, "dp", "cp", "pp")
     parameters = list(model.parameters())
-    norm = gradient_norm(parameters, mesh.stage_ranks)
-    if clip_grad > 0:
-        clip_gradients(parameters, norm, clip_grad)
+    norm, found_inf = gradient_norm(counted_parameters(model), mesh.stage_ranks), None
+    if loss_scale is not None:  # the norm is one number of the whole world, and so is what follows from it
+        norm, found_inf = loss_scale.unscaled(norm)
+    if isinstance(optimizer, HalfAdamW):
+        optimizer.gradient_factor = gradient_factor(norm, clip_grad, scale)
+    elif clip_grad > 0 or scale is not None:
+        clip_gradients(parameters, norm, clip_grad, scale)
     set_rates(optimizer, learning_rate, weight_decay)
-    optimizer.step()
+    update_weights(optimizer, found_inf)
     optimizer.zero_grad(set_to_none=True)
-    move_expert_biases(model)
-    return StepResult(lm_loss, norm, kd_loss)
+    move_expert_biases(model, mesh, found_inf)
+    if loss_scale is not None:
+        loss_scale.update(found_inf)
+    return StepResult(lm_loss, norm, kd_loss, found_inf)
 
 
-def move_expert_biases(model: GPT) -> None:
-    """One reduction for all layers that balance by a bias: after the step, by what its tokens chose."""
+def counted_parameters(model: GPT | PipelinedGPT) -> Iterator[nn.Parameter]:
+    """Parameters of this rank, a tied embedding on one of its two stages only."""
+    return model.counted_parameters() if isinstance(model, PipelinedGPT) else model.parameters()
+
+
+def move_expert_biases(model: GPT | PipelinedGPT, mesh: ParallelMesh, found_inf: Tensor | None = None) -> None:
+    """One reduction for all layers here that balance by a bias: after the step, by what its tokens chose. None moves in a skipped step."""
     layers = [moe for moe in moe_layers(model) if moe.gate.expert_bias is not None]
     if not layers:
         return
     counts = torch.cat([moe.stats.counts_E for moe in layers])
-    dist.all_reduce(counts)
+    dist.all_reduce(counts, group=mesh.stage_group)
     for moe, counts_E in zip(layers, counts.split([moe.num_experts for moe in layers])):
-        moe.gate.move_bias(counts_E, moe.config.moe_router_bias_update_rate)
+        rate = moe.config.moe_router_bias_update_rate
+        moe.gate.move_bias(counts_E, rate if found_inf is None else rate * (1 - found_inf))

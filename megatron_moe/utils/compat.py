@@ -27,11 +27,6 @@ def local_slices(p: DTensor) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(offset, shape))
 
 
-def all_to_all_rows(x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows [sum(send), ...] -> rows [sum(receive), ...]; the backward is the reverse exchange."""
-    return funcol.wait_tensor(funcol.all_to_all_single_autograd(x, receive, send, group))
-
-
 def all_gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[n, ...] -> [ranks * n, ...]; the backward is a reduce-scatter that sums."""
     return funcol.wait_tensor(_all_gather_autograd(x.contiguous(), 0, group))

@@ -57,6 +57,14 @@ def nested(key: str, value) -> dict:
         ({"zero_optimization": {"stage": 2}}, {"zero_stage": 2}),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": False}}, {"fp16": True, "bf16": False}),
         ({"bfloat16": {"enabled": True}}, {"bf16": True}),
+        ({"fp16": {"enabled": True, "loss_scale": 0, "loss_scale_window": 500, "hysteresis": 3, "min_loss_scale": 2, "initial_scale_power": 11}},
+         {"fp16": True, "loss_scale_window": 500, "hysteresis": 3, "min_loss_scale": 2.0, "initial_loss_scale": 2048.0}),
+        ({"fp16": {"enabled": True, "loss_scale": 128, "fp16_master_weights_and_grads": True}},
+         {"fp16": True, "loss_scale": 128.0, "fp16_master_weights_and_grads": True}),
+        ({"fp16": {"enabled": False, "loss_scale": 128}}, {"fp16": False}),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, {"zero_stage": 2, "cpu_optimizer": True}),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}}, {"cpu_optimizer": True}),
+        ({"optimizer": {"type": "Muon"}}, {"optimizer": "muon"}),
         ({"optimizer": {"type": "AdamW"}}, {"optimizer": "adam"}),
         ({"optimizer": {"type": "adam", "params": {"lr": "1e-4", "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1}}},
          {"optimizer": "adam", "lr": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-6, "weight_decay": 0.1}),
@@ -94,7 +102,7 @@ def test_every_key_that_sets_something_names_fields_that_exist():
 def test_keys_that_are_not_acted_on_are_named_in_one_warning(with_json):
     words = [*TINY, *with_json({"prescale_gradients": True, "zero_optimization": {"reduce_bucket_size": 5e8}, "fp16": {"loss_scale": 0}})]
     (warning,) = parse_args(words).warnings
-    assert warning.endswith("ds.json: not acted on here: prescale_gradients, zero_optimization.reduce_bucket_size, fp16.loss_scale")
+    assert warning.endswith("ds.json: not acted on here: prescale_gradients, zero_optimization.reduce_bucket_size")
 
 
 def test_settings_of_a_section_that_is_off_are_no_matter_for_a_warning():
@@ -105,8 +113,7 @@ def test_settings_of_a_section_that_is_off_are_no_matter_for_a_warning():
 @pytest.mark.parametrize(
     ("content", "feature"),
     [
-        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "zero_optimization.cpu_offload: CPU offload"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer.device: CPU offload"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device: offload to NVMe"),
         ({"data_efficiency": {"enabled": True}}, "the data efficiency library"),
         ({"compression_training": {"weight_quantization": {}}}, "compression"),
         ({"optimizer": {"params": {"adam_w_mode": False}}}, "adam_w_mode: Adam with L2"),
@@ -172,9 +179,15 @@ def test_a_curriculum_that_cannot_be_is_refused(changes, said, with_json):
     assert any(said in p for p in problems), problems
 
 
-def test_fp16_in_the_json_is_the_flag(with_json):
-    (problem,) = problems_of([*TINY, *with_json({"fp16": {"enabled": True}})])
-    assert problem.startswith("--fp16: fp16 training is not built yet") and "(--fp16 is fp16.enabled: true in " in problem
+def test_the_fp16_section_is_the_flags(with_json):
+    flags = ["--fp16", "--hysteresis", "3", "--initial-loss-scale", "65536", "--loss-scale-window", "100", "--min-loss-scale", "4"]
+    section = {"enabled": True, "hysteresis": 3, "initial_scale_power": 16, "loss_scale_window": 100, "min_loss_scale": 4}
+    assert parse_args([*TINY, *with_json({"fp16": section})]).run == parse_args([*TINY, *flags]).run
+
+
+def test_loss_scale_flags_that_disagree_with_the_json_name_both(with_json):
+    (problem,) = problems_of([*TINY, "--fp16", "--hysteresis", "2", *with_json({"fp16": {"hysteresis": 4}})])
+    assert "--hysteresis 2 on the command line contradicts fp16.hysteresis: 4 in " in problem
 
 
 # ---------------------------------------------------------------- mistakes in the JSON
@@ -195,10 +208,12 @@ def test_fp16_in_the_json_is_the_flag(with_json):
         ({"train_batch_size": None}, "train_batch_size wants a value, not null"),
         ({"fp16": {"enabled": "true"}}, "fp16.enabled wants true or false, not 'true'"),
         ({"fp16": {"loss_scale": "big"}}, "fp16.loss_scale wants a number, not 'big'"),
+        ({"fp16": {"initial_scale_power": "big"}}, "fp16.initial_scale_power wants a number from -126 to 126"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "tpu"}}}, "offload_optimizer.device must be cpu or none, not 'tpu'"),
         ({"log_level": 3}, "log_level wants text, not 3"),
         ({"gradient_clipping": True}, "gradient_clipping wants a number, not True"),
         ({"zero_optimization": {"overlap_comm": 1}}, "zero_optimization.overlap_comm wants true or false, not 1"),
-        ({"optimizer": {"type": "Lamb"}}, "optimizer.type must be one of Adam, AdamW, FusedAdam, DeepSpeedCPUAdam, SGD, not 'Lamb'"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type must be one of Adam, AdamW, FusedAdam, DeepSpeedCPUAdam, SGD, Muon, not 'Lamb'"),
         ({"optimizer": {"type": "AdanW"}}, "did you mean AdamW?"),
         ({"optimizer": {"params": {"betas": 0.9}}}, "optimizer.params.betas wants two numbers such as [0.9, 0.95], not 0.9"),
         ({"optimizer": {"params": {"betas": [0.9, 2]}}}, "optimizer.params.betas for --adam-beta2 must be at most"),

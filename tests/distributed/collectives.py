@@ -19,7 +19,7 @@ class CollectiveLog(TorchDispatchMode):
     """(phase, kind, ranks, elements of the whole tensor) of every float collective between two or more ranks.
 
     Integers - routing counts and sizes - are no concern of ZeRO. All-to-all and the differentiable collectives of the token
-    dispatchers are other operators, and not logged.
+    dispatchers are other operators: see BytesSent.
     """
 
     def __init__(self):
@@ -46,6 +46,37 @@ class CollectiveLog(TorchDispatchMode):
                 out[kind, ranks, "calls"] += 1
                 out[kind, ranks, "elements"] += size
         return out
+
+
+class BytesSent(TorchDispatchMode):
+    """Bytes that this rank sends to others, forward and backward, by process group: float all-to-alls by whatever front end of torch, and
+    the differentiable gathers and scatters, as a ring moves them. FSDP's collectives are other operators: see CollectiveLog."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent: Counter[str] = Counter()  # by name of the group
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # comes again with the local tensors
+        name = func.overloadpacket.__name__
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if func.namespace == "c10d" and name == "alltoall_base_" and tensors[1].is_floating_point():
+            _, outgoing, group, _, send = args[:5]
+            group = dist.ProcessGroup.unbox(group)
+            rows = sum(send) - send[group.rank()]
+            self.sent[group.group_name] += rows * outgoing[:1].numel() * outgoing.element_size()
+        elif func.namespace == "_c10d_functional" and name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+            group = args[-1] if isinstance(args[-1], dist.ProcessGroup) else dist.distributed_c10d._resolve_process_group(args[-1])
+            whole = tensors[0].numel() if name == "all_gather_into_tensor" else tensors[0].numel() // group.size()
+            if tensors[0].is_floating_point():
+                self.sent[group.group_name] += (group.size() - 1) * whole * tensors[0].element_size()
+        else:
+            assert "all_to_all" not in name, f"an all-to-all that is not counted: {func}"
+        return func(*args, **(kwargs or {}))
+
+    def of(self, *groups: dist.ProcessGroup) -> int:
+        return sum(self.sent[name] for name in {group.group_name for group in groups})
 
 
 def _is_group(value: torch.ScriptObject) -> bool:

@@ -17,10 +17,12 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from optimizer.muon_oracle import PlainMuon
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from megatron_moe.arguments import parse_args
+from megatron_moe.config.precision import LossScaleConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch
 from megatron_moe.model.gpt import GPT
@@ -28,14 +30,18 @@ from megatron_moe.model.init import initialize_parameters
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.moe.tokens import Reducer
 from megatron_moe.mpu.mesh import ParallelMesh
-from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
+from megatron_moe.optimizer.clip import clip_gradients, gradient_factor, gradient_norm
 from megatron_moe.optimizer.groups import build_optimizer
+from megatron_moe.optimizer.half_adam import HalfAdamW
+from megatron_moe.optimizer.loss_scale import LossScale
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
 from megatron_moe.training.distillation import Distillation, build_teacher
-from megatron_moe.training.step import count_loss_tokens, forward_backward, move_expert_biases, train_step
+from megatron_moe.training.step import count_loss_tokens, counted_parameters, forward_backward, move_expert_biases, train_step
 from megatron_moe.utils.random import token_keys
 
 VOCAB, SEQUENCES, LENGTH, STEPS = 60, 8, 15, 4  # 15 tokens: not divisible by any tensor-parallel degree
+DIVISIBLE = "--seq-length 16"  # for layouts that cut every sequence into equal parts
+DOCUMENTS = "--reset-attention-mask --reset-position-ids"  # a sequence is of several documents
 SEED, CLIP = 7, 0.5
 
 COMMON = (
@@ -69,6 +75,7 @@ MODELS = {
     "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0.05 --disable-moe-top2-2nd-expert-sampling "
     "--moe-router-normalize chosen --moe-router-topk-scaling-factor 2.5 --disable-moe-token-dropping",
     "drawn": "--num-experts 1 4 4 --topk 1 --moe-noisy-gate-policy RSample --moe-train-capacity-factor 0.8 --moe-min-capacity 1",
+    "balanced": "--num-experts 1 4 4 --topk 2 --moe-router-policy balanced --moe-seq-loss-coeff 0.4",
     "hash": "--num-experts 1 4 8 --topk 2 --moe-router-policy hash --moe-router-z-loss-coeff 0 --disable-moe-token-dropping",
     "zipf": "--num-experts 1 4 4 --topk 2 --moe-router-policy zipf --moe-noisy-gate-policy Jitter --disable-moe-token-dropping",
     # these two look at all tokens of a rank's micro-batch
@@ -82,9 +89,22 @@ MODELS = {
     "--disable-moe-token-dropping",
     # experts of the factory below, of which some get no token
     "modules": "--num-experts 1 2 8 --topk 1 --disable-moe-token-dropping",
+    # other optimizers, experts at a rate and a decay of their own; 1, 2 and 4 matrices of one shape
+    "muon": "--num-experts 1 2 8 --mlp-type residual --topk 2 --disable-moe-token-dropping --optimizer muon --weight-decay 0.3 "
+    "--moe-expert-lr-mult 0.5 --moe-expert-wd-mult 2 --num-key-value-heads 2",
+    "muon_latent": "--num-experts 1 4 8 --topk 3 --swiglu --disable-bias-linear --ffn-hidden-size 48 --moe-latent-size 12 --optimizer muon "
+    "--no-muon-use-nesterov --muon-num-ns-steps 3 --moe-shared-expert-intermediate-size 24 --moe-shared-expert-gate --init-method-std 0.05 "
+    "--disable-moe-token-dropping",
+    "sgd": "--num-experts 1 2 8 --mlp-type residual --topk 2 --disable-moe-token-dropping --optimizer sgd --sgd-momentum 0.8 --weight-decay 0.3 "
+    "--moe-expert-lr-mult 0.5",
     # every auxiliary loss at once, in a warm-up: micro-batch and z from the common flags, sequence, global batch
     "losses": "--num-experts 1 4 8 --topk 2 --disable-moe-token-dropping --moe-seq-loss-coeff 0.4 --moe-global-loss-coeff 0.3 "
     "--moe-loss-warmup-iters 3",
+    # four layers, for pipelines of up to four stages
+    "deep": "--num-layers 4 --num-experts 1 2 4 8 --mlp-type residual --topk 2 --num-key-value-heads 2 --disable-moe-token-dropping",
+    # experts in the later half alone: early stages have none
+    "late": "--num-layers 4 --num-experts 1 1 4 8 --topk 2 --swiglu --untie-embeddings-and-output-weights --position-embedding-type rope "
+    "--disable-moe-token-dropping --moe-seq-loss-coeff 0.4",
 }
 
 
@@ -107,25 +127,37 @@ def config(model: str, flags: str = "") -> RunConfig:
     return parse_args(f"{COMMON} {MODELS[model]} {flags}".split()).run
 
 
-def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def global_batch(step: int, length: int = LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B, S + 1], and a mask that leaves different numbers of tokens to every rank."""
     generator = torch.Generator().manual_seed(100 + step)
-    tokens = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
-    mask = (torch.rand(SEQUENCES, LENGTH, generator=generator) > 0.3).float()
+    tokens = torch.randint(VOCAB, (SEQUENCES, length + 1), generator=generator)
+    mask = (torch.rand(SEQUENCES, length, generator=generator) > 0.3).float()
     mask[0, :12] = 0
     return tokens, mask
 
 
-def microbatches(step: int, rank: int, ranks: int, size: int) -> list[Batch]:
+def microbatches(step: int, rank: int, ranks: int, size: int, c: RunConfig | None = None) -> list[Batch]:
     """Micro-batch m of rank r holds the samples (m * ranks + r) * size + [0, size), as the loader hands them out."""
-    tokens, mask = global_batch(step)
-    positions = torch.arange(LENGTH).expand(size, -1)
+    length, has_documents = (LENGTH, False) if c is None else (c.training.seq_length, c.data.reset_attention_mask)
+    tokens, mask = global_batch(step, length)
+    segments, positions = documents(tokens[:, :-1]) if has_documents else (None, torch.arange(length).expand(SEQUENCES, -1))
     out = []
     for m in range(SEQUENCES // (size * ranks)):
         first = (m * ranks + rank) * size
         s = slice(first, first + size)
-        out.append(Batch(tokens[s, :-1], tokens[s, 1:], mask[s], positions, None, torch.arange(first, first + size)))
+        numbers = None if segments is None else segments[s]
+        out.append(Batch(tokens[s, :-1], tokens[s, 1:], mask[s], positions[s], numbers, torch.arange(first, first + size)))
     return out
+
+
+def documents(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number of its document, and position within it, of every token: one in six ends a document."""
+    numbers, positions = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    for i in range(1, tokens.shape[1]):
+        ends = tokens[:, i - 1] % 6 == 0
+        numbers[:, i] = numbers[:, i - 1] + ends
+        positions[:, i] = torch.where(ends, 0, positions[:, i - 1] + 1)
+    return numbers, positions
 
 
 def learning_rate(step: int) -> float:
@@ -142,15 +174,23 @@ def weight_decay(c: RunConfig, step: int) -> float:
     )
 
 
-def plain_optimizer(model: GPT, c: RunConfig) -> torch.optim.AdamW:
+# matrices that Muon leaves to AdamW
+TABLES = ("embedding.weight", "head.weight", ".gate.weight", "coefficient.weight", "shared_expert_gate.weight")
+
+
+def plain_optimizer(model: GPT, c: RunConfig) -> torch.optim.Optimizer | PlainMuon:
     """A group for every parameter, with its shares of rate and decay in words: matrices decay, experts have multipliers."""
     o, groups = c.optimizer, []
     for name, p in model.named_parameters():
         is_expert = ".experts." in name
         is_matrix = (name.endswith(".weight") and "norm" not in name) or name.endswith((".w1", ".w2", ".w_gate", ".w3"))
         shares = {"rate": o.moe_expert_lr_mult if is_expert else 1.0, "decay": (o.moe_expert_wd_mult if is_expert else 1.0) * is_matrix}
-        groups.append({"params": [p], **shares})
+        groups.append({"params": [p], **shares, "matrices": is_matrix and not name.endswith(TABLES)})
     set_plain_rates(groups, learning_rate(0), weight_decay(c, 0))
+    if o.optimizer == "muon":
+        return PlainMuon(groups, o)
+    if o.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=o.sgd_momentum)
     return torch.optim.AdamW(groups, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps, fused=True)
 
 
@@ -170,8 +210,8 @@ def taught(model: GPT, teacher: GPT, b: Batch, keys: torch.Tensor, divisor: torc
     """(objective, language-model loss, divergence) of one micro-batch, by the definition of each."""
     d = c.distillation
     with torch.no_grad():
-        softened = teacher(b.tokens, b.position_ids)[..., :VOCAB] / d.kd_temp
-    logits = model(b.tokens, b.position_ids, None, None, keys)[..., :VOCAB]
+        softened = teacher(b.tokens, b.position_ids, None, b.segment_ids)[..., :VOCAB] / d.kd_temp
+    logits = model(b.tokens, b.position_ids, None, b.segment_ids, keys)[..., :VOCAB]
     lm = F.cross_entropy(logits.flatten(0, 1), b.labels.flatten(), reduction="none").view_as(b.labels)
     kl = (softened.softmax(-1) * (softened.log_softmax(-1) - (logits / d.kd_temp).log_softmax(-1))).sum(-1)
     lm, kl = ((x * b.loss_mask).sum() / divisor for x in (lm, kl))
@@ -215,23 +255,34 @@ def know_other_ranks(model: GPT, batches: list[Batch], step: int, ranks: int) ->
         moe.reducer = CountsOfRounds(ranks)
     with torch.no_grad():
         for b in batches:
-            model(b.tokens, b.position_ids, b.labels, None, token_keys(SEED, step, b.sample_ids, LENGTH))
+            model(b.tokens, b.position_ids, b.labels, b.segment_ids, token_keys(SEED, step, b.sample_ids, b.tokens.shape[1]))
     for moe in layers:
         moe.reducer = CountsOfRounds(ranks, moe.reducer.seen)
         moe.begin_step(moe.loss_weight)
 
 
-def expected(model_name: str, world: int, flags: str) -> dict[str, torch.Tensor]:
-    """The reference of a layout in float64."""
-    c = config(model_name, f"{FP64} {flags}")
-    ranks = world // c.parallel.tensor_model_parallel_size if c.moe.moe_global_loss_coeff else 1
-    return reference(model_name, FP64, ranks)
+def expected(model_name: str, world: int, flags: str, precision: str = FP64) -> dict[str, torch.Tensor]:
+    """The reference of a layout."""
+    c = config(model_name, f"{precision} {flags}")
+    ranks = c.data_parallel_size(world) if c.moe.moe_global_loss_coeff else 1
+    return reference(model_name, " ".join([precision, *of_the_data(c)]), ranks)
+
+
+def of_the_data(c: RunConfig) -> list[str]:
+    """The flags of a layout that change the micro-batches, and so belong to the reference too."""
+    has_other = {
+        f"--seq-length {c.training.seq_length}": c.training.seq_length != LENGTH,
+        f"--micro-batch-size {c.training.micro_batch_size}": c.training.micro_batch_size != 2,
+        DOCUMENTS: c.data.reset_attention_mask,
+    }
+    return [flags for flags, is_other in has_other.items() if is_other]
 
 
 @functools.cache
 def reference(model_name: str, flags: str = FP64, ranks: int = 1) -> dict[str, torch.Tensor]:
     """One process, nothing but the model and torch's optimizer. `ranks`: see above."""
     c = config(model_name, flags)
+    length = c.training.seq_length
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if c.training.params_dtype == "float64" else torch.float32)
@@ -249,20 +300,20 @@ def reference(model_name: str, flags: str = FP64, ranks: int = 1) -> dict[str, t
     optimizer = plain_optimizer(model, c)
     out: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
-        divisor, total, divergence = global_batch(step)[1].sum(), 0.0, 0.0
-        batches = microbatches(step, 0, 1, c.training.micro_batch_size)
+        divisor, total, divergence = global_batch(step, length)[1].sum(), 0.0, 0.0
+        batches = microbatches(step, 0, 1, c.training.micro_batch_size, c)
         warmup = [(i + 1) / c.moe.moe_loss_warmup_iters for i in range(c.moe.moe_loss_warmup_iters)] + [1.0] * STEPS
         for moe in moe_layers(model):
-            moe.begin_step(warmup[step] / (SEQUENCES * LENGTH))
+            moe.begin_step(warmup[step] / (SEQUENCES * length))
         if c.moe.moe_global_loss_coeff:
             know_other_ranks(model, batches, step, ranks)
         for b in batches:
-            keys = token_keys(SEED, step, b.sample_ids, LENGTH)
+            keys = token_keys(SEED, step, b.sample_ids, length)
             if teacher:
                 loss, lm, kl = taught(model, teacher, b, keys, divisor, c)
                 divergence += kl.detach()
             else:
-                loss = lm = (model(b.tokens, b.position_ids, b.labels, None, keys) * b.loss_mask).sum() / divisor
+                loss = lm = (model(b.tokens, b.position_ids, b.labels, b.segment_ids, keys) * b.loss_mask).sum() / divisor
             loss.backward()
             total += lm.detach()
         if step == 0:
@@ -289,8 +340,8 @@ def move_biases(model: GPT) -> None:
             moe.gate.expert_bias[e] += moe.config.moe_router_bias_update_rate * ((missing > 0) - (missing < 0))
 
 
-def layout(model_name: str, flags: str) -> dict[str, torch.Tensor] | None:
-    """The same on this rank of a layout; rank 0 returns the whole tensors."""
+def layout(model_name: str, flags: str, scale: float | None = None) -> dict[str, torch.Tensor] | None:
+    """The same on this rank of a layout; rank 0 returns the whole tensors. With a loss scale of `scale`, which must not be seen."""
     import warnings
 
     warnings.filterwarnings("ignore", message="While redistributing")
@@ -302,52 +353,73 @@ def layout(model_name: str, flags: str) -> dict[str, torch.Tensor] | None:
     if c.distillation.is_on:
         distillation = Distillation(c.distillation, fill_teacher(build_teacher(c, VOCAB, mesh, torch.device("cpu")), c))
     optimizer = build_optimizer(model, c.optimizer)
+    loss_scale = LossScale(LossScaleConfig(loss_scale=scale)) if scale else None
     out: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
-        batches = microbatches(step, mesh.rank("dp"), mesh.size("dp"), c.training.micro_batch_size)
+        batches = microbatches(step, mesh.rank("dp"), mesh.size("dp"), c.training.micro_batch_size, c)
         if step == 0:
-            out |= first_step(model, optimizer, batches, mesh, distillation)
+            out |= first_step(model, optimizer, batches, mesh, distillation, loss_scale)
         else:
-            done = train_step(model, optimizer, batches, mesh, learning_rate(step), CLIP, SEED, step, distillation, weight_decay(c, step))
+            done = train_step(model, optimizer, batches, mesh, learning_rate(step), CLIP, SEED, step, distillation, weight_decay(c, step),
+                              loss_scale)  # fmt: skip
             out |= {f"loss {step}": done.lm_loss, f"norm {step}": done.grad_norm}
             if done.kd_loss is not None:
                 out[f"divergence {step}"] = done.kd_loss
         if step <= 1:
-            out |= routing(model, step)
+            out |= routing(model, step, mesh.stage_group)
     out |= {f"weight {n}": whole(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    out = of_all_stages(out, mesh)
     return out if dist.get_rank() == 0 else None
 
 
-def routing(model: GPT, step: int) -> dict[str, torch.Tensor]:
+def of_all_stages(out: dict[str, torch.Tensor], mesh: ParallelMesh) -> dict[str, torch.Tensor]:
+    """What each stage knows of its own layers, together. What two of them have - losses, norms, tied weights - is right on both, or NaN."""
+    parts: list[dict[str, torch.Tensor]] = [{}] * mesh.size("pp")
+    dist.all_gather_object(parts, out, group=mesh.group("pp"))
+    together: dict[str, torch.Tensor] = {}
+    for name, value in (item for part in parts for item in part.items()):
+        together[name] = value if torch.equal(together.get(name, value), value) else value * math.nan
+    return together
+
+
+def routing(model: GPT, step: int, stage: dist.ProcessGroup | None = None) -> dict[str, torch.Tensor]:
     """Statistics of the step behind, of all ranks together."""
     out = {f"routing {m.layer} in step {step}": m.stats.vector(torch.device("cpu")).clone() for m in moe_layers(model)}
     for vector in out.values() if dist.is_initialized() else ():
-        dist.all_reduce(vector)
+        dist.all_reduce(vector, group=stage)
     return out
 
 
 def first_step(
-    model: GPT, optimizer: torch.optim.Optimizer, batches: list[Batch], mesh: ParallelMesh, distillation: Distillation | None = None
-) -> dict[str, torch.Tensor]:
+    model: GPT, optimizer: torch.optim.Optimizer, batches: list[Batch], mesh: ParallelMesh, distillation: Distillation | None = None,
+    loss_scale: LossScale | None = None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """`train_step` in its parts, to look at what it does not return."""
-    loss = forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, SEED, 0, distillation)
-    dist.all_reduce(loss, group=mesh.group("dp"))
-    norm = gradient_norm(model.parameters(), mesh.stage_ranks)
-    out = {"loss 0": loss, "norm 0": norm, "ones": norm_of_ones(model, mesh.stage_ranks)}
-    out |= {f"gradient {n}": whole(p.grad) for n, p in model.named_parameters()}
-    clip_gradients(model.parameters(), norm, CLIP)
+    scale = loss_scale.scale if loss_scale else None
+    loss = forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, SEED, 0, distillation, scale)
+    mesh.sum(loss, "dp", "cp", "pp")
+    norm = gradient_norm(counted_parameters(model), mesh.stage_ranks)
+    if loss_scale:
+        norm, _ = loss_scale.unscaled(norm)
+    out = {"loss 0": loss, "norm 0": norm, "ones": norm_of_ones(model, mesh)}
+    out |= {f"gradient {n}": whole(p.grad) / (scale or 1) for n, p in model.named_parameters()}
+    if isinstance(optimizer, HalfAdamW):
+        optimizer.gradient_factor = gradient_factor(norm, CLIP, scale)
+    else:
+        clip_gradients(model.parameters(), norm, CLIP, scale)
     optimizer.step()
     optimizer.zero_grad()
-    move_expert_biases(model)
+    move_expert_biases(model, mesh)
     return out
 
 
-def norm_of_ones(model: GPT, stage_ranks: int) -> torch.Tensor:
+def norm_of_ones(model: GPT, mesh: ParallelMesh) -> torch.Tensor:
     """The gradient norm if every element of every gradient were 1, over sqrt(number of parameters): must be 1."""
     kept = [p.grad for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    norm = gradient_norm(model.parameters(), stage_ranks) / sum(p.numel() for p in model.parameters()) ** 0.5
+    counted = torch.tensor(float(sum(p.numel() for p in counted_parameters(model))), dtype=torch.float64)
+    norm = gradient_norm(counted_parameters(model), mesh.stage_ranks) / mesh.sum(counted, "pp").sqrt()
     for p, grad in zip(model.parameters(), kept):
         p.grad = grad
     return norm

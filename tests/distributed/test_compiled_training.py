@@ -26,6 +26,7 @@ pytestmark = pytest.mark.distributed
 
 EP = "--moe-expert-parallel-size 2"
 TP = "--tensor-model-parallel-size 2"
+ETP = "--expert-tensor-parallel-size 2"
 
 
 def compiling(backend: str):
@@ -60,6 +61,22 @@ def compiled_layout(backend: str, model: str, flags: str) -> dict[str, torch.Ten
         ("shared", 2, f"{EP} --zero-stage 3 --moe-pad-expert-input-to-capacity"),
         ("latent", 2, f"{TP} {EP} --recompute-granularity full"),
         ("modules", 2, f"{EP} --zero-stage 3"),
+        ("student", 2, f"{TP} {EP}"),
+        (
+            "pyramid",
+            2,
+            f"{EP} --zero-stage 3 --cross-entropy-loss-chunk-size 24 --recompute-granularity selective --recompute-modules moe mlp",
+        ),
+        ("modern", 2, f"{TP} {EP} --zero-stage 1 --cross-entropy-loss-chunk-size 24"),
+        ("pyramid", 2, f"{ETP} --zero-stage 3 --recompute-granularity full"),
+        ("dropping", 2, f"{ETP} --zero-stage 0 --moe-token-dispatcher alltoall"),
+        ("shared", 2, f"{TP} {EP} --zero-stage 2 --moe-overlap-chunks 3 --recompute-granularity full"),
+        ("noisy", 2, f"{TP} {EP} --sequence-parallel --recompute-granularity selective {parity.DIVISIBLE}"),
+        ("modern", 2, f"{TP} --sequence-parallel --recompute-granularity full {parity.DIVISIBLE}"),
+        ("losses", 2, f"--context-parallel-size 2 {EP} --recompute-granularity full {parity.DIVISIBLE}"),
+        ("noisy", 2, f"--context-parallel-size 2 --zero-stage 3 {parity.DIVISIBLE} {parity.DOCUMENTS}"),
+        ("shared", 4, f"{TP} --sequence-parallel --context-parallel-size 2 {parity.DIVISIBLE}"),
+        ("pyramid", 4, "--tensor-model-parallel-size 4 --zero-stage 3"),  # heads that are shared
     ],
     ids=lambda v: str(v).replace("--", "").replace(" ", "_"),
 )
@@ -98,6 +115,14 @@ def test_a_whole_run_with_evaluations_ends_at_the_same_weights_under_the_same_na
 # ---------------------------------------------------------------- the same graphs
 
 
+def noting_rows(forward, rows: list[int]):
+    def noted(x, *rest):
+        rows.append(len(x))
+        return forward(x, *rest)
+
+    return noted
+
+
 def graphs_over_steps(model_name: str, flags: str) -> tuple[list[int], list[int]]:
     """Graphs after the first step, the first evaluation, and 20 more steps with evaluations; rows of this rank's experts."""
     c = parity.config(model_name, f"{flags} --compile")
@@ -106,8 +131,8 @@ def graphs_over_steps(model_name: str, flags: str) -> tuple[list[int], list[int]
         model = build_parallel_model(c, parity.VOCAB, mesh, torch.device("cpu"))
     parity.spread_gates(model)
     optimizer, rows, found = torch.optim.SGD(model.parameters(), lr=0.1), [], []
-    for moe in moe_layers(model):
-        moe.experts.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    for moe in moe_layers(model):  # not a hook: of several parts in one call each counts
+        moe.experts.forward = noting_rows(moe.experts.forward, rows)
     for i in range(22):
         batches = parity.microbatches(i, mesh.rank("dp"), mesh.size("dp"), c.training.micro_batch_size)
         if i == 9:
@@ -134,8 +159,11 @@ def graphs_over_steps(model_name: str, flags: str) -> tuple[list[int], list[int]
         ("dropping", f"{TP} {EP} --recompute-granularity selective", 8, 8),
         # 2 and 8 experts: two graphs of decide and of the experts
         ("pyramid", f"{EP} --moe-token-dispatcher alltoall --zero-stage 3 --bf16", 10, 10),
+        # whatever a part has of the rows, and whatever a slice
+        ("noisy", f"{EP} --moe-overlap-chunks 2 --recompute-granularity full", 9, 8),
+        ("pyramid", f"{ETP} --moe-token-dispatcher alltoall --zero-stage 3", 10, 10),
     ],
-    ids=["noisy", "dropping", "pyramid"],
+    ids=["noisy", "dropping", "pyramid", "parts", "slices"],
 )
 def test_twenty_steps_of_varying_routing_make_no_further_graph(model, flags, in_training, in_evaluation):
     results = run_distributed(graphs_over_steps, 2, model, flags)

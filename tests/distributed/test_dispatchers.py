@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from distributed_pool import run_distributed
 
-from megatron_moe.moe.dispatch import AllGatherDispatcher, AllToAllDispatcher, Limits, LocalDispatcher, build_dispatcher, room
+from megatron_moe.moe.dispatch import AllGatherDispatcher, Limits, LocalDispatcher, build_dispatcher, room
+from megatron_moe.mpu.mesh import build_mesh
 
 pytestmark = pytest.mark.distributed
 
 EXPERTS, HIDDEN = 4, 6
-TOKENS = {"equal": (5, 5, 5, 5), "unequal": (3, 0, 7, 1)}
+TOKENS = {"equal": (5,) * 8, "unequal": (3, 0, 7, 1, 2, 0, 4, 6)}
 
 
 def tokens_of(rank: int, counts: tuple[int, ...], k: int):
@@ -27,16 +28,21 @@ def tokens_of(rank: int, counts: tuple[int, ...], k: int):
     return x.requires_grad_(), ids, weights.requires_grad_()
 
 
-def through(kind: str, counts: tuple[int, ...], k: int) -> dict:
-    """Dispatch, a fake expert that depends on expert, row and weight, combine, backward."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    classes = {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}
-    dispatcher = classes[kind](EXPERTS, dist.group.WORLD)
-    x, ids, weights = tokens_of(rank, counts, k)
-    rows, offsets, row_weights, plan = dispatcher.dispatch(x, ids, weights)
-    y = dispatcher.combine(fake_experts(rows, offsets, row_weights, rank * EXPERTS // ranks), plan)
-    (y.square().sum() + y.sum()).backward()
-    return {"rows": rows.detach()[: offsets[-1]], "offsets": offsets, "y": y.detach(), "dx": x.grad, "dw": weights.grad}
+class FakeExperts:
+    """Experts whose output depends on expert, row and weight, or a slice of them: `share` of each output. Notes the rows that come."""
+
+    def __init__(self, first_expert: int, share: float = 1.0):
+        self.first_expert, self.share = first_expert, share
+        self.rows: list[torch.Tensor] = []
+        self.offsets: list[torch.Tensor] = []
+
+    def __call__(self, rows, offsets, row_weights, has_spare_rows):
+        self.rows.append(rows.detach()[: offsets[-1]])
+        self.offsets.append(offsets)
+        return self.share * fake_experts(rows, offsets, row_weights, self.first_expert)
+
+    def in_one_call(self, work, x):
+        return work(self, x)
 
 
 def fake_experts(rows, offsets, row_weights, first_expert):
@@ -46,29 +52,73 @@ def fake_experts(rows, offsets, row_weights, first_expert):
     return (rows * scale[:, None]).sin() * row_weights[:, None]
 
 
+def build(kind: str, etp: int, chunks: int = 1, node_size: int = 2):
+    ep = dist.get_world_size() // etp
+    mesh = build_mesh("cpu", 1, [ep], 0, etp=etp, node_size=node_size if kind == "hierarchical" else None)
+    groups = {"slices": mesh.expert_tensor_group(ep), "nodes": mesh.expert_node_groups(ep)}
+    return build_dispatcher(kind, EXPERTS, 2, mesh.expert_group(ep), pad=kind == "padded", chunks=chunks, **groups)
+
+
+def through(kind: str, counts: tuple[int, ...], k: int, etp: int, chunks: int, node_size: int) -> dict:
+    """To fake experts and back, forward and backward."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    dispatcher = build(kind, etp, chunks, node_size)
+    assert dispatcher.name == kind + f" in {chunks} chunks" * (chunks > 1)
+    x, ids, weights = tokens_of(rank, counts, k)
+    share = (rank % etp + 1) / (etp * (etp + 1) / 2)
+    experts = FakeExperts(rank // etp * EXPERTS // (ranks // etp), share)
+    y = dispatcher.through(experts, x, ids, weights, dispatcher.plan(ids))
+    (y.square().sum() + y.sum()).backward()
+    return {"rows": experts.rows, "offsets": experts.offsets, "y": y.detach(), "dx": x.grad, "dw": weights.grad}
+
+
 def expected_on_one_process(counts: tuple[int, ...], k: int) -> dict:
     parts = [tokens_of(r, counts, k) for r in range(len(counts))]
     x, ids, weights = (torch.cat([p[i] for p in parts]).detach() for i in range(3))
     x.requires_grad_(), weights.requires_grad_()
-    dispatcher = LocalDispatcher(EXPERTS)
-    rows, offsets, row_weights, plan = dispatcher.dispatch(x, ids, weights)
-    y = dispatcher.combine(fake_experts(rows, offsets, row_weights, 0), plan)
+    dispatcher, experts = LocalDispatcher(EXPERTS), FakeExperts(0)
+    y = dispatcher.through(experts, x, ids, weights, dispatcher.plan(ids))
     (y.square().sum() + y.sum()).backward()
-    return {"rows": rows.detach()[: offsets[-1]], "offsets": offsets, "y": y.detach(), "dx": x.grad, "dw": weights.grad}
+    return {"rows": experts.rows[0], "offsets": experts.offsets[0], "y": y.detach(), "dx": x.grad, "dw": weights.grad}
 
 
-@pytest.mark.parametrize("kind", ["alltoall", "allgather"])
-@pytest.mark.parametrize("world", [2, 4])
+WAYS = [  # kind, ranks, etp, chunks, ranks per node
+    ("alltoall", 2, 1, 1, 2),
+    ("alltoall", 4, 1, 1, 2),
+    ("allgather", 2, 1, 1, 2),
+    ("allgather", 4, 1, 1, 2),
+    ("hierarchical", 4, 1, 1, 2),
+    ("alltoall", 2, 1, 3, 2),
+    ("alltoall", 4, 1, 2, 2),
+    ("hierarchical", 4, 1, 3, 2),
+    ("alltoall", 2, 2, 1, 2),  # all experts on every rank, half of each
+    ("allgather", 2, 2, 1, 2),
+    ("alltoall", 4, 2, 1, 2),
+    ("allgather", 4, 2, 1, 2),
+    ("alltoall", 4, 2, 2, 2),
+    ("allgather", 4, 4, 1, 2),
+    ("hierarchical", 8, 2, 1, 4),
+    ("hierarchical", 8, 2, 2, 4),
+]
+
+
+@pytest.mark.parametrize(("kind", "world", "etp", "chunks", "node_size"), WAYS)
 @pytest.mark.parametrize("spread", list(TOKENS))
 @pytest.mark.parametrize("k", [1, 3])
-def test_rows_and_gradients_are_those_of_one_process(kind, world, spread, k):
+def test_rows_and_gradients_are_those_of_one_process(kind, world, etp, chunks, node_size, spread, k):
     counts = TOKENS[spread][:world]
-    found, expected = run_distributed(through, world, kind, counts, k), expected_on_one_process(counts, k)
-    for name in ("rows", "y", "dx", "dw"):  # expert-major rows: the ranks' rows one after another are the global order
+    found = run_distributed(through, world, kind, counts, k, etp, chunks, node_size)
+    expected = expected_on_one_process(counts, k)
+    for name in ("y", "dx", "dw"):
         torch.testing.assert_close(torch.cat([f[name] for f in found]), expected[name], rtol=0, atol=1e-14, msg=name)
-    assert torch.equal(torch.cat([f["rows"] for f in found]), expected["rows"])
-    rows_per_expert = torch.cat([torch.diff(f["offsets"], prepend=f["offsets"].new_zeros(1)) for f in found])
-    assert rows_per_expert.cumsum(0).tolist() == expected["offsets"].tolist()
+    for number in range(1, etp):  # every slice of an expert sees the same rows
+        for first, other in zip(found[::etp], found[number::etp]):
+            assert all(torch.equal(a, b) for a, b in zip(first["rows"] + first["offsets"], other["rows"] + other["offsets"], strict=True))
+    assert all(len(f["rows"]) == chunks for f in found)
+    if chunks == 1:  # expert-major rows: the ranks' rows one after another are the global order
+        assert torch.equal(torch.cat([f["rows"][0] for f in found[::etp]]), expected["rows"])
+        rows_per_expert = torch.cat([torch.diff(f["offsets"][0], prepend=f["offsets"][0].new_zeros(1)) for f in found[::etp]])
+        assert rows_per_expert.cumsum(0).tolist() == expected["offsets"].tolist()
 
 
 def names_of_dispatchers() -> list[str]:

@@ -1,16 +1,13 @@
-"""What is logged about the experts of a layout: bytes as they are sent, and the same loads as in one process."""
+"""What is logged about the experts of a layout: bytes as the process groups send them, and the same loads as in one process."""
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
-import torch.distributed as dist
 from distributed_pool import run_distributed
 
 from distributed import parity
-from megatron_moe.moe import dispatch
+from distributed.collectives import BytesSent
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
 from megatron_moe.training.step import count_loss_tokens, forward_backward
@@ -18,74 +15,49 @@ from megatron_moe.training.step import count_loss_tokens, forward_backward
 pytestmark = pytest.mark.distributed
 
 EP = "--moe-expert-parallel-size 2"
-
-
-class Wire:
-    """Counts bytes to other ranks where they leave, forward and backward: in the three functions that move rows."""
-
-    def __init__(self):
-        self.sent, self.originals = 0, {n: getattr(dispatch, n) for n in ("all_to_all_rows", "all_gather_rows", "reduce_scatter_rows")}
-
-    def patches(self):
-        return [mock.patch.object(dispatch, name, getattr(self, name)) for name in self.originals]
-
-    def _count(self, name, out: int, back: int, *args):
-        """`out` elements leave now; of the gradient of what arrives, `back`."""
-        y = self.originals[name](*args)
-        self.sent += out * y.element_size()
-        if y.requires_grad:
-            y.register_hook(lambda g: setattr(self, "sent", self.sent + back * g.element_size()))
-        return y
-
-    def all_to_all_rows(self, x, receive, send, group):
-        rank, width = dist.get_rank(group), x[0].numel() if len(x) else x.shape[1:].numel()
-        out, back = ((sum(n) - n[rank]) * width for n in (send, receive))
-        return self._count("all_to_all_rows", out, back, x, receive, send, group)
-
-    def all_gather_rows(self, x, group):
-        others = dist.get_world_size(group) - 1
-        if not x.is_floating_point():  # ids, of the plan
-            return self.originals["all_gather_rows"](x, group)
-        return self._count("all_gather_rows", others * x.numel(), others * x.numel(), x, group)
-
-    def reduce_scatter_rows(self, x, group):
-        ranks = dist.get_world_size(group)
-        return self._count("reduce_scatter_rows", x.numel() // ranks * (ranks - 1), x.numel() // ranks * (ranks - 1), x, group)
+ETP = "--expert-tensor-parallel-size 2"
+ALLTOALL, ALLGATHER = "--moe-token-dispatcher alltoall", "--moe-token-dispatcher allgather"
+NODES = "--moe-expert-parallel-size 4 --moe-token-dispatcher hierarchical --moe-node-size 2"
 
 
 def bytes_of_a_step(model_name: str, flags: str) -> tuple[int, int]:
-    """Sent by this rank in one step: as the statistics have it, and on the wire."""
+    """Sent by this rank in one step for its rows: as the statistics have it, and at the groups of the experts."""
     c = parity.config(model_name, flags)
     mesh = build_parallel_mesh(c, "cpu")
     model = build_parallel_model(c, parity.VOCAB, mesh, torch.device("cpu"))
     parity.spread_gates(model)
-    batches, wire = parity.microbatches(0, mesh.rank("dp"), mesh.size("dp"), c.training.micro_batch_size), Wire()
+    batches = parity.microbatches(0, mesh.rank("dp"), mesh.size("dp"), c.training.micro_batch_size)
     divisor = count_loss_tokens(batches, mesh)
-    for patch in wire.patches():
-        patch.start()
-    try:
+    with BytesSent() as wire:
         forward_backward(model, batches, divisor, mesh, parity.SEED, 0)
-    finally:
-        mock.patch.stopall()
-    return sum(moe.stats.sent_bytes for moe in moe_layers(model)), wire.sent
+    groups = [g for ep in mesh.experts for g in (mesh.expert_group(ep), mesh.expert_tensor_group(ep), *(mesh.expert_node_groups(ep) or ()))]
+    return sum(moe.stats.sent_bytes for moe in moe_layers(model)), wire.of(*groups)
 
 
 @pytest.mark.parametrize(
-    ("model", "flags"),
+    ("model", "world", "flags"),
     [
-        ("pyramid", f"{EP} --moe-token-dispatcher alltoall"),
-        ("pyramid", f"{EP} --moe-token-dispatcher alltoall --recompute-granularity full --bf16"),
-        ("dropping", f"{EP} --moe-token-dispatcher alltoall --zero-stage 3"),
-        ("dropping", f"{EP} --moe-pad-expert-input-to-capacity"),
-        ("latent", f"{EP} --moe-pad-expert-input-to-capacity --recompute-granularity full"),
-        ("pyramid", f"{EP} --moe-token-dispatcher allgather --recompute-granularity selective"),
-        ("pyramid", f"{EP} --moe-token-dispatcher allgather --tensor-model-parallel-size 2 --recompute-granularity full"),
+        ("pyramid", 2, f"{EP} {ALLTOALL}"),
+        ("pyramid", 2, f"{EP} {ALLTOALL} --recompute-granularity full --bf16"),
+        ("dropping", 2, f"{EP} {ALLTOALL} --zero-stage 3"),
+        ("dropping", 2, f"{EP} --moe-pad-expert-input-to-capacity"),
+        ("latent", 2, f"{EP} --moe-pad-expert-input-to-capacity --recompute-granularity full"),
+        ("pyramid", 2, f"{EP} {ALLGATHER} --recompute-granularity selective"),
+        ("pyramid", 2, f"{EP} {ALLGATHER} --tensor-model-parallel-size 2 --recompute-granularity full"),
+        ("pyramid", 2, f"{EP} {ALLTOALL} --moe-overlap-chunks 3 --recompute-granularity full"),
+        ("pyramid", 2, f"{ETP} {ALLTOALL} --bf16"),
+        ("dropping", 4, f"{EP} {ETP} {ALLTOALL} --zero-stage 0"),
+        ("dropping", 4, f"{EP} {ETP} --moe-pad-expert-input-to-capacity --recompute-granularity full"),
+        ("pyramid", 4, f"{EP} {ETP} {ALLGATHER} --tensor-model-parallel-size 2"),
+        ("pyramid", 4, f"{EP} {ETP} {ALLTOALL} --moe-overlap-chunks 2 --bf16"),
+        ("pyramid", 4, f"{NODES} --bf16"),
+        ("dropping", 4, f"{NODES} --moe-overlap-chunks 2 --recompute-granularity full"),
     ],
 )
-def test_bytes_sent_are_those_on_the_wire(model, flags):
-    found = run_distributed(bytes_of_a_step, 2, model, flags)
-    for counted, on_the_wire in found:
-        assert counted == on_the_wire > 0
+def test_bytes_sent_are_those_that_the_groups_send(model, world, flags):
+    found = run_distributed(bytes_of_a_step, world, model, flags)
+    for counted, at_the_groups in found:
+        assert counted == at_the_groups > 0
 
 
 def test_nothing_is_sent_where_all_experts_are_local():

@@ -24,7 +24,8 @@ from megatron_moe.training.step import train_step
 pytestmark = pytest.mark.distributed
 
 MODEL = {"dropless": "pyramid", "dropping": "dropping", "every loss": "losses", "taught": "student"}
-EP = "--moe-expert-parallel-size 2"
+EP, ETP = "--moe-expert-parallel-size 2", "--expert-tensor-parallel-size 2"
+NODES = "--moe-expert-parallel-size 4 --moe-token-dispatcher hierarchical --moe-node-size 2"
 
 
 def step(config: RunConfig, device: torch.device, expert_factory=None):
@@ -32,7 +33,7 @@ def step(config: RunConfig, device: torch.device, expert_factory=None):
     mesh = build_parallel_mesh(config, device.type)
     model = build_parallel_model(config, parity.VOCAB, mesh, device, expert_factory)
     optimizer = build_optimizer(model, config.optimizer)
-    batches = [b.to(device) for b in parity.microbatches(0, mesh.rank("dp"), mesh.size("dp"), config.training.micro_batch_size)]
+    batches = [b.to(device) for b in parity.microbatches(0, mesh.rank("dp"), mesh.size("dp"), config.training.micro_batch_size, config)]
     forwards, distillation = len(batches) * len(moe_layers(model)), None
     if config.distillation.is_on:
         teacher = parity.fill_teacher(build_teacher(config, parity.VOCAB, mesh, device), config)
@@ -56,15 +57,37 @@ def waits(model: str, flags: str) -> tuple[list[str], int]:
         (1, "", 0),
         (2, f"{EP} --moe-token-dispatcher allgather --zero-stage 3", 0),
         (2, f"{EP} --moe-token-dispatcher allgather --tensor-model-parallel-size 2", 0),
+        (2, f"{EP} --moe-token-dispatcher allgather --tensor-model-parallel-size 2 --sequence-parallel {parity.DIVISIBLE}", 0),
+        (2, f"{EP} --moe-token-dispatcher allgather --context-parallel-size 2 {parity.DIVISIBLE} {parity.DOCUMENTS}", 0),
         (2, f"{EP} --moe-token-dispatcher alltoall", 1),
         (2, f"{EP} --moe-token-dispatcher alltoall --recompute-granularity full --bf16", 1),
+        (2, f"{ETP}", 0),
+        (2, f"{ETP} --moe-token-dispatcher alltoall --moe-overlap-chunks 2 --bf16", 1),
+        (2, f"{EP} --moe-overlap-chunks 3 --recompute-granularity full --bf16", 1),
+        (4, f"{EP} {ETP} --moe-token-dispatcher alltoall --moe-overlap-chunks 2", 1),
+        (4, f"{NODES} --recompute-granularity full", 1),
+        (4, f"{NODES} --moe-overlap-chunks 2", 1),
     ],
-    ids=["local", "allgather", "allgather under TP", "alltoall", "alltoall recomputed in bf16"],
+    ids=[
+        "local",
+        "allgather",
+        "allgather under TP",
+        "under SP",
+        "under CP",
+        "alltoall",
+        "alltoall recomputed in bf16",
+        "slices",
+        "slices, alltoall",
+        "parts",
+        "slices in parts",
+        "two stages",
+        "two stages in parts",
+    ],
 )
 def test_a_step_waits_for_nothing_but_the_sizes_of_an_exchange(world, flags, per_forward, routing):
     for seen, forwards in run_distributed(waits, world, MODEL[routing], flags):
         assert len(seen) == per_forward * forwards, seen
-        assert {re.sub(r"\d+", "", s) for s in seen} <= {"tolist in dispatch.py:"}
+        assert {re.sub(r"\d+", "", s) for s in seen} <= {"tolist in alltoall.py:"}
 
 
 @pytest.mark.parametrize("model", ["deepseek", "drawn", "hash", "zipf", "expert_choice", "sinkhorn"])
@@ -81,7 +104,7 @@ def test_rows_padded_to_the_capacity_are_exchanged_without_a_wait(world, flags, 
     """Without dropping, the capacity is the largest load: one wait, and none in the recomputation."""
     for seen, forwards in run_distributed(waits, world, MODEL[routing], f"{flags} --moe-pad-expert-input-to-capacity"):
         assert len(seen) == per_forward * forwards, seen
-        assert {re.sub(r"\d+", "", s) for s in seen} <= {"_local_scalar_dense in dispatch.py:"}
+        assert {re.sub(r"\d+", "", s) for s in seen} <= {"_local_scalar_dense in padded.py:"}
 
 
 def test_experts_that_are_modules_wait_once_to_know_where_their_rows_end():
@@ -119,9 +142,9 @@ def test_a_planted_wait_is_seen(fault, seen):
     assert seen in {s.partition(":")[0] for s in run_distributed(waits_with, 1, fault)[0]}
 
 
-def losses_of_unequal_evaluations(flags: str) -> float:
-    """Rank r evaluates r + 1 sequences."""
-    c = parity.config("pyramid", flags)
+def losses_of_unequal_evaluations(flags: str, model_name: str = "pyramid") -> float:
+    """Data rank r evaluates r + 1 sequences, or all of them."""
+    c = parity.config(model_name, flags)
     mesh = build_parallel_mesh(c, "cpu")
     model = build_parallel_model(c, parity.VOCAB, mesh, torch.device("cpu"))
     parity.spread_gates(model)
@@ -136,6 +159,27 @@ def test_ranks_may_evaluate_unequal_batches():
     losses = run_distributed(losses_of_unequal_evaluations, 2, flags)
     whole = run_distributed(losses_of_unequal_evaluations, 1, parity.FP64)[0]
     assert losses == pytest.approx([whole, whole], abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("world", "flags"),
+    [
+        (2, f"{ETP}"),
+        (2, f"{ETP} --moe-token-dispatcher alltoall"),
+        (2, f"{EP} --moe-overlap-chunks 3"),
+        (4, f"{EP} {ETP} --tensor-model-parallel-size 2 --moe-token-dispatcher allgather"),
+        (4, f"{EP} {ETP} --tensor-model-parallel-size 2 --moe-pad-expert-input-to-capacity"),
+        (4, f"{NODES} --tensor-model-parallel-size 2"),
+        (4, f"{NODES} --tensor-model-parallel-size 2 --moe-overlap-chunks 2"),
+    ],
+)
+@pytest.mark.parametrize("model", ["pyramid", "dropping"])
+def test_ranks_may_evaluate_unequal_batches_however_tokens_travel(world, flags, model):
+    """With an evaluation capacity that none exceeds: it follows from the longest batch, on which all ranks must agree."""
+    roomy = "--moe-eval-capacity-factor 16" if model == "dropping" else ""
+    losses = run_distributed(losses_of_unequal_evaluations, world, f"{parity.FP64} {flags} {roomy}", model)
+    whole = run_distributed(losses_of_unequal_evaluations, 1, f"{parity.FP64} {roomy}", model)[0]
+    assert losses == pytest.approx([whole] * world, abs=1e-10)
 
 
 def waits_of_an_evaluation(model: str, flags: str) -> tuple[list[str], int]:

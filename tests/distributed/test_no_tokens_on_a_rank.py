@@ -43,3 +43,30 @@ def test_a_rank_without_tokens_takes_part_and_changes_nothing(model, dispatcher)
     assert spread[:2] == pytest.approx(alone[:2], abs=1e-10)
     for name, gradient in alone[2].items():
         torch.testing.assert_close(spread[2][name], gradient, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+ETP = "--expert-tensor-parallel-size 2"
+NODES = "--moe-expert-parallel-size 4 --moe-token-dispatcher hierarchical --moe-node-size 2"
+
+
+@pytest.mark.parametrize("model", ["modern", "dropping"])
+@pytest.mark.parametrize(
+    ("world", "flags"),
+    [
+        (2, f"{TP} {ETP}"),
+        (2, f"{TP} {ETP} --moe-token-dispatcher alltoall"),
+        (2, f"{TP} {EP} --moe-overlap-chunks 3"),
+        (2, f"{TP} {EP} --moe-pad-expert-input-to-capacity"),
+        (4, f"--tensor-model-parallel-size 4 {EP} {ETP} --moe-token-dispatcher alltoall --moe-overlap-chunks 2"),
+        (4, f"--tensor-model-parallel-size 4 {EP} {ETP} --moe-pad-expert-input-to-capacity"),
+        (4, f"--tensor-model-parallel-size 4 {NODES}"),
+        (4, f"--tensor-model-parallel-size 4 {NODES} --moe-overlap-chunks 2"),
+    ],
+)
+def test_ranks_without_tokens_take_part_however_tokens_travel(world, flags, model):
+    """One token: all experts but a few idle, all ranks but one without tokens, all parts but one empty."""
+    alone = run_distributed(one_token, 1, "--zero-stage 1", model)[0]
+    for found in run_distributed(one_token, world, f"--zero-stage 3 {flags}", model):
+        assert found[:2] == pytest.approx(alone[:2], abs=1e-10)
+        for name, gradient in alone[2].items():
+            torch.testing.assert_close(found[2][name], gradient, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")

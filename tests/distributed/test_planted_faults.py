@@ -85,6 +85,58 @@ def router_gradient_not_summed_over_tp():
 
 
 @contextmanager
+def norms_not_declared_partial():
+    """Under sequence parallelism every rank trains norms, coefficients and positions on its own run of the tokens."""
+
+    def plain(weight):
+        return weight.to_local() if isinstance(weight, DTensor) else weight
+
+    with mock.patch("megatron_moe.parallel.sequence.local_weight", plain):
+        yield
+
+
+@contextmanager
+def shared_heads_of_one_rank():
+    """The key/value heads that several ranks share learn from the queries of one of them."""
+
+    def plain(weight):
+        return weight.to_local() if isinstance(weight, DTensor) else weight
+
+    with mock.patch("megatron_moe.parallel.tensor.local_weight", plain):
+        yield
+
+
+@contextmanager
+def key_gradients_of_own_queries():
+    """The gradients of the gathered keys and values are cut, and not summed over the context-parallel ranks."""
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, group):
+            ctx.group, ctx.rows = group, x.shape[0]
+            out = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(out, x.contiguous(), group=group)
+            return torch.cat(out)
+
+        @staticmethod
+        def backward(ctx, grad):
+            first = dist.get_rank(ctx.group) * ctx.rows
+            return grad[first : first + ctx.rows], None
+
+    with mock.patch("megatron_moe.parallel.context.all_gather_rows", Gather.apply):
+        yield
+
+
+@contextmanager
+def replicas_not_summed():
+    """Hybrid sharding whose parts never hear of each other."""
+    from megatron_moe.mpu import mesh
+
+    with mock.patch.object(mesh, "_of_fsdp", lambda of, axis, zero_stage: of[f"{axis}_shard"]):
+        yield
+
+
+@contextmanager
 def gather_backward_sums():
     """The gradient of the gathered tokens reduce-scattered instead of sliced: TP times too large."""
     from megatron_moe.parallel import tensor
@@ -212,7 +264,7 @@ def sequences_counted_from_each_slice():
     from megatron_moe.moe.tokens import TokenInfo
 
     original = TokenInfo.of
-    with mock.patch.object(TokenInfo, "of", lambda self, *args: dataclasses.replace(original(self, *args), first=0)):
+    with mock.patch.object(TokenInfo, "of", lambda self, *args: dataclasses.replace(original(self, *args), places_T=None)):
         yield
 
 
@@ -241,6 +293,60 @@ def token_count_not_summed():
 
 
 # ---------------------------------------------------------------- what travels, what is replayed, what is the same
+
+
+@contextmanager
+def queries_taken_for_the_first():
+    """The mask of a chunk that begins somewhere in the sequence as if it began at its start."""
+    from megatron_moe.parallel import context
+
+    original = context.visible
+    with mock.patch.object(context, "visible", lambda *args: original(*args).tril()):
+        yield
+
+
+@contextmanager
+def keys_of_the_first_run():
+    """Under sequence parallelism every rank draws what the first one draws."""
+    from megatron_moe.parallel.sequence import RunOfTokens
+
+    original = RunOfTokens.__call__
+
+    def call(self, context):
+        self.rank = 0
+        return original(self, context)
+
+    with mock.patch.object(RunOfTokens, "__call__", call):
+        yield
+
+
+@contextmanager
+def chunks_that_are_neighbours():
+    """Places as if a context-parallel rank had one run of the sequence instead of two chunks."""
+    from megatron_moe.parallel.context import ZigzagPlaces
+
+    original = ZigzagPlaces.__init__
+
+    def init(self, group):
+        original(self, group)
+        self.chunks = 2 * dist.get_rank(group), 2 * dist.get_rank(group) + 1
+
+    with mock.patch.object(ZigzagPlaces, "__init__", init):
+        yield
+
+
+@contextmanager
+def tokens_counted_as_if_all_were_here():
+    """Each context-parallel rank takes its tokens for the first ones of the micro-batch."""
+    from megatron_moe.model.attention import Context
+
+    original = Context.token_info
+
+    def token_info(self, batch, length, most_tokens):
+        return dataclasses.replace(original(self, batch, length, most_tokens), places_T=None)
+
+    with mock.patch.object(Context, "token_info", token_info):
+        yield
 
 
 @contextmanager
@@ -333,6 +439,92 @@ def replicas_start_apart():
         yield
 
 
+# ---------------------------------------------------------------- experts that are cut, and ways that have several legs
+
+
+@contextmanager
+def expert_gradients_multiplied_by_etp():
+    """Parts are summed by an all-reduce whose backward sums once more."""
+    from megatron_moe.moe.dispatch.slices import Slices
+
+    original = Slices.sum
+
+    def summed(self, *args):
+        y = original(self, *args)
+        return y * self.size - y.detach() * (self.size - 1)
+
+    with mock.patch.object(Slices, "sum", summed):
+        yield
+
+
+@contextmanager
+def output_bias_of_every_slice():
+    """Each slice adds the whole bias."""
+    from megatron_moe.moe.experts import Experts
+
+    with mock.patch.object(Experts, "cut_into"):
+        yield
+
+
+@contextmanager
+def parts_of_results_not_summed():
+    """What the slice here has computed passes for the result."""
+    from megatron_moe.moe.dispatch.slices import Slices
+
+    def own_part(self, rows, rows_S=None):
+        sizes = [len(rows) // self.size] * self.size if rows_S is None else rows_S
+        return rows.split(sizes)[self.rank]
+
+    with mock.patch.object(Slices, "sum", own_part):
+        yield
+
+
+@contextmanager
+def capacity_of_one_slice():
+    """The gathered tokens of one slice bound the room for those of all."""
+    from megatron_moe.moe.dispatch import allgather
+
+    original = allgather.most_rows
+    with mock.patch.object(allgather, "most_rows", lambda rows, *rest: original(rows, *rest) // 2):
+        yield
+
+
+@contextmanager
+def rows_sent_to_other_nodes():
+    """Between the two legs rows stay as they came: by neighbour, where they should be by node."""
+    from megatron_moe.moe.dispatch.alltoall import Leg, Traffic
+
+    with mock.patch.object(Traffic, "leg", lambda self, part, send, receive: Leg(self.group, send, receive)):
+        yield
+
+
+@contextmanager
+def parts_in_another_order():
+    """The last part of the tokens travels by the plan of the first."""
+    from megatron_moe.moe.dispatch.overlap import OverlappedDispatcher
+
+    original = OverlappedDispatcher.plan
+
+    def plan(self, *args):
+        made = original(self, *args)
+        return dataclasses.replace(made, parts=made.parts[::-1])
+
+    with mock.patch.object(OverlappedDispatcher, "plan", plan):
+        yield
+
+
+@contextmanager
+def each_part_is_a_forward_of_its_own():
+    """FSDP ends the experts' backward behind the first part that it sees, and what comes after is lost or too late."""
+    from megatron_moe.moe.dispatch.overlap import OverlappedDispatcher
+
+    def through(self, experts, x, ids, weights, plan):
+        return self._pipeline(weights, plan, lambda *args: experts(*args) * 1.0, x)
+
+    with mock.patch.object(OverlappedDispatcher, "through", through):
+        yield
+
+
 # ---------------------------------------------------------------- what routing policies must know
 
 
@@ -341,7 +533,7 @@ def bias_moved_by_the_counts_of_one_rank():
     """Each rank balances its own tokens: the biases, and soon the choices, drift apart."""
     from megatron_moe.training import step
 
-    def move(model):
+    def move(model, mesh):
         for moe in moe_layers(model):
             if moe.gate.expert_bias is not None:
                 moe.gate.move_bias(moe.stats.counts_E, moe.config.moe_router_bias_update_rate)
@@ -357,9 +549,9 @@ def words_of_the_first_slice():
 
     original = TokenInfo.of
 
-    def of(self, part, most_tokens):
+    def of(self, part, *rest):
         ids_T = self.ids_T[: part.stop - part.start]
-        return dataclasses.replace(original(self, part, most_tokens), ids_T=ids_T)
+        return dataclasses.replace(original(self, part, *rest), ids_T=ids_T)
 
     with mock.patch.object(TokenInfo, "of", of):
         yield
@@ -486,6 +678,121 @@ def padding_has_a_probability():
         yield
 
 
+# ---------------------------------------------------------------- memory and optimizers
+
+
+@contextmanager
+def muon_of_shards():
+    """Every rank orthogonalises the rows that it has."""
+    with mock.patch("megatron_moe.optimizer.muon.cuts_of", return_value=[]):
+        yield
+
+
+@contextmanager
+def muon_of_a_stack_as_one_matrix():
+    """Experts side by side are no matrix of anything."""
+    from megatron_moe.optimizer import muon
+
+    original = muon.newton_schulz
+
+    def as_one(x_kRC, steps):
+        one_RkC = original(x_kRC.transpose(0, 1).flatten(1)[None], steps)[0]
+        return one_RkC.view(x_kRC.shape[1], x_kRC.shape[0], x_kRC.shape[2]).transpose(0, 1)
+
+    with mock.patch.object(muon, "newton_schulz", as_one):
+        yield
+
+
+@contextmanager
+def last_chunk_of_the_vocabulary_dropped():
+    from megatron_moe.kernels import linear_cross_entropy as kernel
+
+    original = kernel._chunks
+    with mock.patch.object(kernel, "_chunks", lambda *args: iter([*original(*args)][:-1])):
+        yield
+
+
+@contextmanager
+def gradient_of_the_last_hidden_states_from_own_columns():
+    """Declared replicated: no rank adds what the columns of the others say."""
+    from torch.distributed.tensor import Replicate
+
+    with mock.patch("megatron_moe.parallel.tensor.Partial", Replicate):
+        yield
+
+
+# ---------------------------------------------------------------- pipeline
+
+
+@contextmanager
+def pipeline_divides_by_its_microbatches():
+    """torch's default."""
+    from megatron_moe.parallel.pipeline import SCHEDULES
+
+    def scaled(kind):
+        return lambda of, n, loss_fn, scale_grads: kind(of, n, loss_fn=loss_fn)
+
+    with mock.patch.dict(SCHEDULES, {name: scaled(kind) for name, kind in SCHEDULES.items()}):
+        yield
+
+
+@contextmanager
+def tied_gradients_stay_apart():
+    """First and last stage each move the matrix by what they alone know."""
+    from megatron_moe.parallel.pipeline import PipelinedGPT
+
+    with mock.patch.object(PipelinedGPT, "_add_tied_gradients"):
+        yield
+
+
+@contextmanager
+def norm_counts_tied_weights_twice():
+    """Both stages have the gradient, and both add its squares."""
+    from megatron_moe.parallel.pipeline import PipelinedGPT
+
+    with mock.patch.object(PipelinedGPT, "counted_parameters", lambda self: self.parameters()):
+        yield
+
+
+def before_a_pipeline_runs(change):
+    """`change(model, keys)` gives the keys that its micro-batches get."""
+    from megatron_moe.parallel.pipeline import PipelinedGPT
+
+    original = PipelinedGPT.forward_backward
+    run = lambda self, batches, keys, share: original(self, batches, change(self, keys), share)  # noqa: E731
+    return mock.patch.object(PipelinedGPT, "forward_backward", run)
+
+
+@contextmanager
+def auxiliary_losses_on_the_last_stage_alone():
+    """Where the loss is."""
+
+    def change(model, keys):
+        for moe in moe_layers(model):
+            moe.loss_weight *= model.has_last
+        return keys
+
+    with before_a_pipeline_runs(change):
+        yield
+
+
+@contextmanager
+def keys_of_the_next_microbatch():
+    """Stages behind the first draw from the samples that are still to come."""
+    with before_a_pipeline_runs(lambda model, keys: keys if model.has_first else [*keys[1:], keys[0]]):
+        yield
+
+
+@contextmanager
+def shapes_found_out_by_running():
+    """torch runs the model on memory that nobody has written, to see what comes out."""
+    from megatron_moe.parallel import pipeline
+
+    original = pipeline.PipelineStage
+    with mock.patch.object(pipeline, "PipelineStage", lambda *args, input_args, output_args, **rest: original(*args, **rest)):
+        yield
+
+
 # ---------------------------------------------------------------- the table
 
 EP2, TP2 = "--moe-expert-parallel-size 2", "--tensor-model-parallel-size 2"
@@ -494,6 +801,18 @@ LATENT = "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-si
 LOSSES_EP2 = f"--zero-stage 2 {EP2}"
 LOSSES_TP4 = "--zero-stage 1 --tensor-model-parallel-size 4 --moe-expert-parallel-size 4"
 NOISY = "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"
+CUT = [  # by an all-gather, by an all-to-all, padded, with a capacity
+    ("pyramid", 2, f"--zero-stage 3 {rows.ETP2}"),
+    ("pyramid", 4, f"--zero-stage 3 {EP2} {rows.ETP2} {rows.ALLTOALL}"),
+    ("dropping", 2, f"--zero-stage 1 {rows.ETP2} {rows.PADDED}"),
+    ("dropping", 4, f"--zero-stage 2 {EP2} {rows.ETP2} {rows.ALLGATHER}"),
+]
+SP2 = ("pyramid", 2, f"--zero-stage 1 {TP2} --sequence-parallel {parity.DIVISIBLE}")
+CP2 = ("pyramid", 2, f"--zero-stage 2 --context-parallel-size 2 {parity.DIVISIBLE}")
+LOSSES_CP2 = ("losses", 4, f"--zero-stage 2 --context-parallel-size 2 {EP2} {parity.DIVISIBLE}")
+NOISY_SP = ("noisy", 4, f"--zero-stage 3 {TP2} --sequence-parallel {EP2} --recompute-granularity selective {parity.DIVISIBLE}")
+BALANCED_CP2 = ("balanced", 2, f"--zero-stage 1 --context-parallel-size 2 {EP2} {parity.DIVISIBLE}")
+HYBRID = ("pyramid", 4, "--zero-stage 1 --num-distributed-optimizer-instances 2")
 
 PLANTED = [  # fault, the row that turns red, the quantity that sees it, its error at least
     (fsdp_averages, ("pyramid", 2, f"--zero-stage 1 {EP2}"), "gradient layers.1.mlp.fc1.weight", 0.4),
@@ -526,6 +845,15 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
     (padded_rows_by_rank, ("dropping", 2, f"--zero-stage 1 {EP2} {rows.PADDED}"), "loss 0", 1e-6),
     (modules_drawn_by_local_number, ("modules", 4, f"--zero-stage 1 {EP2} --moe-token-dispatcher allgather"), "loss 0", 1e-6),
     (modules_without_gate_weight, ("modules", 2, f"--zero-stage 0 {TP2}"), "gradient layers.3.moe.experts.stack.scale", 1e-3),
+    (expert_gradients_multiplied_by_etp, CUT[0], "gradient layers.3.moe.experts.w1", 0.9),
+    (expert_gradients_multiplied_by_etp, CUT[1], "gradient layers.3.moe.experts.w1", 0.9),
+    (output_bias_of_every_slice, CUT[1], "gradient layers.3.moe.experts.b2", 0.9),
+    (parts_of_results_not_summed, CUT[0], "loss 0", 1e-6),
+    (parts_of_results_not_summed, CUT[1], "loss 0", 1e-6),
+    (parts_of_results_not_summed, CUT[2], "loss 0", 1e-6),
+    (capacity_of_one_slice, CUT[3], "loss 0", 1e-6),
+    (rows_sent_to_other_nodes, ("dropping", 4, f"--zero-stage 1 --moe-expert-parallel-size 4 {rows.NODES2}"), "loss 0", 1e-6),
+    (parts_in_another_order, ("dropping", 4, "--zero-stage 2 --moe-expert-parallel-size 4 --moe-overlap-chunks 3"), "loss 0", 1e-6),
     (replay_draws_anew, ("noisy", 4, NOISY), "gradient layers.1.mlp.fc1.weight", 0.05),
     (routing_recomputed, ("pyramid", 4, EP4_RECOMPUTED), "routing 3 in step 0", 0.5),
     (replicas_start_apart, ("pyramid", 2, "--zero-stage 0"), "loss 0", 1e-3),
@@ -541,6 +869,40 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
     (divergence_of_masked_tokens, ("student", 2, f"--zero-stage 1 {EP2}"), "gradient layers.1.mlp.fc1.weight", 0.01),
     (temperature_not_squared, ("student", 2, f"--zero-stage 1 {EP2}"), "gradient layers.1.mlp.fc1.weight", 1e-3),
     (optimizer_of_the_parameters_before_sharding, ("pyramid", 2, "--zero-stage 3"), "weight layers.1.mlp.fc1.weight", 0.01),
+    (muon_of_shards, ("muon", 2, "--zero-stage 3"), "weight layers.1.mlp.fc1.weight", 1e-3),
+    (muon_of_shards, ("muon", 4, f"--zero-stage 3 {EP2}"), "weight layers.3.moe.experts.w1", 1e-3),
+    (muon_of_a_stack_as_one_matrix, ("muon", 2, f"--zero-stage 0 {EP2}"), "weight layers.3.moe.experts.w1", 1e-3),
+    (last_chunk_of_the_vocabulary_dropped, ("pyramid", 2, f"--zero-stage 1 {TP2} --cross-entropy-loss-chunk-size 24"), "loss 0", 1e-3),
+    (
+        gradient_of_the_last_hidden_states_from_own_columns,
+        ("pyramid", 2, f"--zero-stage 1 {TP2} --cross-entropy-loss-chunk-size 24"),
+        "gradient layers.1.mlp.fc1.weight",
+        0.05,
+    ),
+    (norms_not_declared_partial, SP2, "gradient layers.1.attn_norm.weight", 0.05),
+    (norms_not_declared_partial, SP2, "gradient layers.3.coefficient.weight", 0.05),
+    (gate_not_declared_partial, SP2, "gradient layers.3.moe.gate.weight", 0.05),
+    (keys_of_the_first_run, NOISY_SP, "loss 0", 1e-4),
+    (counts_not_shared, LOSSES_CP2, "gradient layers.3.moe.gate.weight", 1e-3),
+    (tokens_counted_as_if_all_were_here, LOSSES_CP2, "gradient layers.3.moe.gate.weight", 1e-3),
+    (chunks_that_are_neighbours, BALANCED_CP2, "loss 0", 1e-6),
+    (key_gradients_of_own_queries, CP2, "gradient layers.1.attn.k_proj.weight", 0.05),
+    (queries_taken_for_the_first, CP2, "loss 0", 1e-6),
+    (
+        shared_heads_of_one_rank,
+        ("pyramid", 4, "--zero-stage 1 --tensor-model-parallel-size 4"),
+        "gradient layers.1.attn.v_proj.weight",
+        0.05,
+    ),
+    (replicas_not_summed, HYBRID, "gradient layers.1.mlp.fc1.weight", 0.1),
+    (pipeline_divides_by_its_microbatches, ("pyramid", 2, rows.PP2), "gradient layers.1.mlp.fc1.weight", 0.7),
+    (pipeline_divides_by_its_microbatches, ("deep", 2, rows.INTERLEAVED), "gradient layers.4.moe.gate.weight", 0.7),
+    (tied_gradients_stay_apart, ("pyramid", 2, rows.PP2), "gradient embedding.weight", 0.01),
+    (tied_gradients_stay_apart, ("pyramid", 4, f"--zero-stage 3 {rows.PP2} {EP2}"), "weight embedding.weight", 0.01),
+    (norm_counts_tied_weights_twice, ("pyramid", 2, rows.PP2), "norm 0", 1e-3),
+    (auxiliary_losses_on_the_last_stage_alone, ("pyramid", 2, rows.PP2), "gradient layers.2.moe.gate.weight", 0.01),
+    (keys_of_the_next_microbatch, ("noisy", 4, f"--zero-stage 3 {rows.PP2} {TP2} {EP2} {rows.RECOMPUTE}"), "loss 0", 1e-6),
+    (shapes_found_out_by_running, ("pyramid", 2, rows.PP2), "routing 3 in step 0", 0.1),
 ]
 
 

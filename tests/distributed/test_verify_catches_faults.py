@@ -77,7 +77,7 @@ def expert_bias_not_reduced():
     """Each rank balances the tokens that it sees."""
 
     def local(_):
-        def move(model):
+        def move(model, *_):
             for moe in step.moe_layers(model):
                 moe.gate.move_bias(moe.stats.counts_E, moe.config.moe_router_bias_update_rate)
 
@@ -119,9 +119,9 @@ def clip_by_a_local_norm():
     """The norm of the step is right; what gradients are scaled by is that of the shards here."""
 
     def local(clip):
-        def call(parameters, norm, max_norm):
+        def call(parameters, norm, max_norm, *rest):
             grads = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in parameters if p.grad is not None]
-            return clip(parameters, torch.nn.utils.get_total_norm(grads), max_norm)
+            return clip(parameters, torch.nn.utils.get_total_norm(grads), max_norm, *rest)
 
         return call
 
@@ -161,8 +161,8 @@ def norms_of_one_rank_in_wrong_memory():
     """A replica that is none: nothing that rank 0 holds is wrong."""
 
     def damaged(zero_like):
-        def move(model):
-            zero_like(model)
+        def move(model, *rest):
+            zero_like(model, *rest)
             if dist.get_rank() == dist.get_world_size() - 1:
                 parameter = model.layers["1"].attn_norm.weight
                 parameter.to_local().view(torch.int64)[0] ^= 1

@@ -56,6 +56,6 @@ def test_plain_cores_are_back_after_an_error():
 
 
 def test_more_tokens_than_the_cache_holds_are_refused():
-    core, q = CachedCore(1, max_length=3), torch.zeros(1, 1, 4, 2)
+    core, q = CachedCore(max_length=3), torch.zeros(1, 1, 4, 2)
     with pytest.raises(AssertionError, match="4 tokens in a cache of 3"):
         core(q, q, q, Context(torch.arange(4)[None]))

@@ -9,6 +9,7 @@ from megatron_moe.arguments import parse_args
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
+from megatron_moe.config.training import TrainingConfig
 from megatron_moe.model.attention import Context
 from megatron_moe.model.flops import flops_per_token, parameter_counts
 from megatron_moe.model.gpt import GPT
@@ -29,6 +30,10 @@ KINDS = {
     "latent": {"moe_latent_size": 6, "moe_ffn_hidden_size": 5},
     "latent and shared": {"moe_latent_size": 6, "moe_shared_expert_intermediate_size": 10},
 }
+
+
+def recomputed_by(granularity):
+    return TrainingConfig(recompute_granularity=granularity).recomputed_modules
 
 
 def model_config(**changes):
@@ -130,7 +135,7 @@ def test_gradients_with_full_recomputation_are_bit_equal(kind, activation):
     for recompute in (False, True):
         gpt = build(model, **KINDS[kind])
         if recompute:
-            apply_recompute(gpt, "full")
+            apply_recompute(gpt, recomputed_by("full"))
         tokens = torch.randint(0, VOCAB, (B, S), generator=torch.Generator().manual_seed(0))
         keys = token_keys(1, 2, torch.arange(B), S)
         gpt(tokens, torch.arange(S).expand(B, S), tokens, None, keys).mean().backward()
@@ -142,7 +147,7 @@ def test_gradients_with_full_recomputation_are_bit_equal(kind, activation):
 def test_the_dense_branches_are_recomputed_and_a_plain_layer_is_not():
     for kind, finished_twice in ((KINDS["shared"], True), (KINDS["plain sum"], True), ({}, False)):
         gpt = build(**kind)
-        apply_recompute(gpt, "full")
+        apply_recompute(gpt, recomputed_by("full"))
         block, runs = gpt.layers["2"], []
         block.run_mlp = lambda function, *args, runs=runs: runs.append(function.__name__) or function(*args)
         tokens = torch.zeros(B, S, dtype=torch.int64)

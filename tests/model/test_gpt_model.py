@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
+from megatron_moe.config.training import TrainingConfig
 from megatron_moe.model.attention import Context
 from megatron_moe.model.flops import parameter_counts
 from megatron_moe.model.gpt import GPT
@@ -21,6 +22,10 @@ from megatron_moe.utils.random import Purpose, dropout, stream, token_keys
 
 B, S, VOCAB = 2, 12, 50
 EXACT = {"rtol": 0, "atol": 1e-10}
+
+
+def recomputed_by(granularity):
+    return TrainingConfig(recompute_granularity=granularity).recomputed_modules
 
 
 def config(**changes):
@@ -321,7 +326,7 @@ def test_recomputation_is_bit_equal_with_dropout_and_routing_noise_and_routes_on
     for recompute in (None, granularity):
         gpt = build(model, experts(**moe))
         if recompute:
-            apply_recompute(gpt, recompute)
+            apply_recompute(gpt, recomputed_by(recompute))
         for layer in moe_layers(gpt):
             layer.loss_weight = 1.0 / (B * S)
         loss = gpt(tokens, positions, labels, keys_BS=keys)
@@ -338,7 +343,7 @@ def test_recomputation_is_bit_equal_with_dropout_and_routing_noise_and_routes_on
 
 def test_full_recomputation_runs_the_experts_twice_and_the_gate_once():
     gpt, calls = build(moe=experts()), []
-    apply_recompute(gpt, "full")
+    apply_recompute(gpt, recomputed_by("full"))
     moe = gpt.layers["2"].moe
     moe.gate.register_forward_hook(lambda *_: calls.append("gate"))
     moe.experts.register_forward_hook(lambda *_: calls.append("experts"))
@@ -350,13 +355,61 @@ def test_full_recomputation_runs_the_experts_twice_and_the_gate_once():
 
 def test_selective_recomputation_runs_attention_twice_and_nothing_else():
     gpt, calls = build(moe=experts()), []
-    apply_recompute(gpt, "selective")
+    apply_recompute(gpt, recomputed_by("selective"))
     gpt.layers["2"].moe.experts.register_forward_hook(lambda *_: calls.append("experts"))
     gpt.layers["1"].mlp.register_forward_hook(lambda *_: calls.append("mlp"))
     gpt.layers["1"].attn.register_forward_hook(lambda *_: calls.append("attention"))
     tokens, positions, labels = batch()
     gpt(tokens, positions, labels).sum().backward()
     assert sorted(calls) == ["attention", "attention", "experts", "mlp"]
+
+
+@pytest.mark.parametrize(
+    ("modules", "twice"),
+    [
+        (["moe"], {"experts"}),
+        (["mlp"], {"mlp", "residual"}),
+        (["core_attn", "moe"], {"attention", "experts"}),
+        (["shared_experts"], {"shared"}),
+    ],
+    ids=lambda v: "-".join(sorted(v)),
+)
+def test_selective_recomputation_runs_the_named_modules_twice_and_never_the_router(modules, twice):
+    shared = {"moe_shared_expert_intermediate_size": 8} if "shared" in twice else RESIDUAL
+    gpt, calls = build(moe=experts(**shared)), []
+    apply_recompute(gpt, TrainingConfig(recompute_granularity="selective", recompute_modules=tuple(modules)).recomputed_modules)
+    dense, block = gpt.layers["1"], gpt.layers["2"]
+    for name, module in {"attention": block.attn, "mlp": dense.mlp, "residual": block.mlp, "shared": block.shared_expert,
+                         "experts": block.moe.experts, "gate": block.moe.gate}.items():  # fmt: skip
+        if module is not None:
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    tokens, positions, labels = batch()
+    gpt(tokens, positions, labels).sum().backward()
+    assert {name for name in calls if calls.count(name) == 2} == twice
+    assert calls.count("gate") == 1
+
+
+def test_moe_layer_recompute_adds_the_experts_to_whatever_is_recomputed():
+    assert TrainingConfig(moe_layer_recompute=True).recomputed_modules == {"moe"}
+    assert TrainingConfig(moe_layer_recompute=True, recompute_activations=True).recomputed_modules == {"core_attn", "moe"}
+
+
+# ---------------------------------------------------------------- the loss in chunks of the vocabulary
+
+
+@pytest.mark.parametrize("chunk", [7, 16, 49])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_losses_in_chunks_are_those_of_whole_logits(chunk, is_tied):
+    tokens, positions, labels = batch()
+    found = []
+    for size in (0, chunk):
+        gpt = build(config(untie_embeddings_and_output_weights=not is_tied))
+        gpt.loss_chunk_size = size
+        losses = gpt(tokens, positions, labels)
+        (losses * torch.linspace(0, 1, losses.numel()).view_as(losses)).sum().backward()
+        found.append({"losses": losses, **{n: p.grad for n, p in gpt.named_parameters()}})
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted, **EXACT, msg=name)
 
 
 # ---------------------------------------------------------------- dropout and noise of the whole model

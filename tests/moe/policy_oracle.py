@@ -97,13 +97,17 @@ def sinkhorn(layer, rows, scores, tokens):
     return [largest([math.log(v) + 1e-4 * logit for v, logit in zip(*both)], k) for both in zip(plan, rows)]
 
 
+def places_of(tokens, rows):
+    return list(range(len(rows))) if tokens.places_T is None else tokens.places_T.tolist()
+
+
 def balanced(layer, rows, scores, tokens):
-    return [dealt(tokens.first + t, key_of(layer), layer.num_experts, layer.config.topk) for t in range(len(rows))]
+    return [dealt(place, key_of(layer), layer.num_experts, layer.config.topk) for place in places_of(tokens, rows)]
 
 
 def zipf(layer, rows, scores, tokens):
     c, E, key = layer.config, layer.num_experts, key_of(layer)
-    keys = mix((tokens.first + torch.arange(len(rows))) ^ key)
+    keys = mix(torch.tensor(places_of(tokens, rows)) ^ key)
     if layer.training and tokens.keys_T is not None:
         keys = layer_keys(tokens.keys_T, layer.layer)
     noise = gumbel(keys, Purpose.ASSIGNMENT, E).tolist()

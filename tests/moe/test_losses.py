@@ -125,7 +125,7 @@ def test_parts_of_a_microbatch_add_up_to_it_wherever_it_is_cut(case, ranks):
     bounds = [slice(min(r * each, total), min((r + 1) * each, total)) for r in range(ranks)]
 
     def losses(part, reducer):
-        of_part = info.of(part, None)
+        of_part = info.of(part, None, logits)
         choice = choice_of(logits[part], k, first_choices_only)
         if used is not None:
             choice.ids_TK = torch.where(of_part.used_T[:, None], choice.ids_TK, -1)

@@ -230,7 +230,7 @@ def test_a_slice_of_the_tokens_is_routed_as_in_the_whole(moe):
     if layer.config.moe_router_policy in ("expert_choice", "sinkhorn"):
         return
     whole = route(layer, x, of).ids_TK
-    parts = [route(layer, x[p], of.of(p, None)).ids_TK for p in (slice(0, 9), slice(9, 10), slice(10, T))]
+    parts = [route(layer, x[p], of.of(p, None, x)).ids_TK for p in (slice(0, 9), slice(9, 10), slice(10, T))]
     assert torch.equal(torch.cat(parts), whole)
 
 

@@ -9,6 +9,7 @@ import torch
 from distributed_pool import run_distributed
 
 from megatron_moe.arguments import parse_args
+from megatron_moe.checkpoint.files import read_manifest, write_manifest
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.metrics.reader import read_records
 from megatron_moe.training.preflight import prepare
@@ -105,11 +106,19 @@ def test_a_student_comes_nearer_to_its_teacher(text, teacher, tmp_path):
 # ---------------------------------------------------------------- refused before anything starts
 
 
-def problems_of(text, flags: str) -> list[str]:
+def problems_or_none(text, flags: str) -> list[str]:
     run = parse_args(f"{runs.SMALL} --data-path {text} --vocab-size 64 --split 80,20,0 --train-iters 3 {flags}".split()).run
-    with pytest.raises(ConfigError) as refused:
+    try:
         prepare(run, 1)
-    return refused.value.problems
+    except ConfigError as refused:
+        return refused.problems
+    return []
+
+
+def problems_of(text, flags: str) -> list[str]:
+    problems = problems_or_none(text, flags)
+    assert problems, "not refused"
+    return problems
 
 
 def test_another_architecture_is_refused_with_what_differs(text, teacher):
@@ -134,7 +143,20 @@ def test_all_that_is_wrong_is_said_at_once(text, tmp_path):
         assert len(problems) == 2 and any(p.startswith(f"--load-teacher {directory}: {said}") for p in problems)
 
 
-def test_a_damaged_manifest_and_another_tokenizer_are_named(text, teacher, tmp_path):
+def test_a_teacher_of_another_tokenizer_is_refused_with_both_fingerprints(text, teacher, tmp_path):
+    copy = tmp_path / "iter_0000006"
+    copy.mkdir()
+    manifest = read_manifest(teacher / copy.name)
+    manifest.meta["tokenizer"] = {"fingerprint": "0123456789abcdef"}
+    write_manifest(copy, manifest)
+    flags = f"{STUDENT} {runs.FP64} --load-teacher {tmp_path}"
+    assert not [p for p in problems_or_none(text, flags) if "tokenizer" in p]  # this run names none: nothing to compare
+    of_vocabulary, problem = problems_of(text, f"{flags} --tokenizer-type NullTokenizer")  # which adds an eod to the 64
+    assert "--vocab-size  64          65" in of_vocabulary
+    assert "trained with another tokenizer (fingerprint 0123456789abcdef) than this run has (fingerprint " in problem
+
+
+def test_a_damaged_manifest_is_named(text, teacher, tmp_path):
     copy = tmp_path / "teacher" / "iter_0000006"
     copy.mkdir(parents=True)
     (copy / "manifest.json").write_text("{")

@@ -25,6 +25,7 @@ from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_mode
 from megatron_moe.parallel.zero import sync_gradients
 from megatron_moe.training.distillation import Distillation, build_teacher
 from megatron_moe.training.plan import as_json, build_plan, rank_footprint
+from megatron_moe.training.step import count_loss_tokens, forward_backward
 from training import runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,7 +153,7 @@ def test_upstream_commands_are_planned_whole(name):
     assert plan["length"]["tokens"] - 300_000_000_000 < plan["batch"]["tokens_per_step"]
     assert plan["learning_rate"]["warmup"] == 375_000_000
     assert plan["before_training"] == []
-    assert any(p.startswith("--fp16: ") for p in plan["not_built_yet"])
+    assert not any("fp16" in p for p in plan["not_built_yet"])
     assert not any("rampup" in p or "--mos" in p or "teacher" in p for p in plan["not_built_yet"])
 
 
@@ -177,10 +178,16 @@ def test_a_short_command_gets_named_defaults():
 WORLDS = [  # ranks and flags: the pyramid of runs.SMALL has 2 and 4 experts, so EP 4 makes two degrees
     (2, "--zero-stage 0 --moe-expert-parallel-size 2"),
     (2, "--zero-stage 1 --optimizer sgd"),
+    (2, "--zero-stage 3 --optimizer muon --moe-expert-parallel-size 2"),
+    (2, "--zero-stage 1 --fp16"),
+    (2, "--zero-stage 2 --fp16 --fp16-master-weights-and-grads"),
     (4, "--zero-stage 1 --moe-expert-parallel-size 4"),
     (4, "--zero-stage 2 --moe-expert-parallel-size 2 --bf16 --num-experts 1 2 2"),
     (4, "--zero-stage 3 --moe-expert-parallel-size 4 --tensor-model-parallel-size 2 --bf16"),
     (4, "--zero-stage 3 --hidden-size 36 --num-experts 1 2 6 --moe-expert-parallel-size 2 --params-dtype float64"),
+    (4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --enable-expert-tensor-parallelism --bf16"),
+    (4, "--zero-stage 1 --tensor-model-parallel-size 2 --expert-tensor-parallel-size 4"),
+    (4, "--zero-stage 0 --moe-expert-parallel-size 4 --moe-token-dispatcher hierarchical --moe-node-size 2"),
 ]
 VOCAB = 60
 
@@ -233,6 +240,51 @@ def test_a_rank_holds_what_the_plan_says(world, flags):
     assert planned[-1].parameters == min(p.parameters for p in planned), "the last rank is the emptiest"
 
 
+def hold_stage_here(flags: str) -> dict:
+    """The same of a rank of a pipeline, in a step of several micro-batches."""
+    run = parse_args(f"{runs.SMALL} {flags}".split()).run
+    mesh = build_parallel_mesh(run, "cpu")
+    model = build_parallel_model(run, VOCAB, mesh, torch.device("cpu"))
+    optimizer = build_optimizer(model, run.optimizer)
+    elements = {name: local(p).numel() for name, p in model.named_parameters()}
+    found = {
+        "expert_parameters": sum(n for name, n in elements.items() if ".experts." in name),
+        "dense_parameters": sum(n for name, n in elements.items() if ".experts." not in name),
+        "parameters": size(model.parameters()),
+    }
+    seen, blocks = [], list(model.layers.values())
+    blocks[0].register_forward_pre_hook(lambda *_: seen.append(size(model.parameters())))  # what a backward has left
+    blocks[-1].register_forward_hook(lambda *_: seen.append(size(model.parameters())))
+    tokens = torch.arange(16).repeat(2, 1)
+    batches = [Batch(tokens, tokens, torch.ones(2, 16), tokens, None, tokens[:, 0]) for _ in range(4)]
+    forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, 1, 0)
+    found |= {"gathered": max(seen), "gradients": size(p.grad for p in model.parameters())}
+    optimizer.step()
+    found["optimizer"] = size(t for state in optimizer.state.values() for name, t in state.items() if name != "step")
+    dist.barrier()
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("world", "flags"),
+    [
+        (4, "--pipeline-model-parallel-size 2 --zero-stage 1 --moe-expert-parallel-size 2"),
+        (4, "--pipeline-model-parallel-size 2 --zero-stage 3 --moe-expert-parallel-size 2 --bf16"),
+        (
+            4,
+            "--pipeline-model-parallel-size 2 --num-layers 4 --num-experts 1 1 2 8 --num-layers-per-virtual-pipeline-stage 1 --zero-stage 2",
+        ),
+    ],
+)
+def test_a_rank_of_a_stage_holds_what_the_plan_says(world, flags):
+    found = run_distributed(hold_stage_here, world, flags)
+    run = parse_args(f"{runs.SMALL} {flags}".split()).run
+    for rank, here in enumerate(found):
+        plan = rank_footprint(run, world, VOCAB, rank)
+        assert here == {name: getattr(plan, name) for name in here}, f"rank {rank}"
+
+
 def test_stage_3_gathers_the_largest_block_and_what_lies_outside():
     """tests/distributed counts the same on running ranks."""
     run = parse_args(f"{runs.SMALL} --zero-stage 3 --bf16".split()).run
@@ -241,6 +293,21 @@ def test_stage_3_gathers_the_largest_block_and_what_lies_outside():
     outside_of_layers = (128 + 16 + 2) * h  # padded vocabulary, positions, norm
     gate = 4 * h  # stays float32
     assert rank_footprint(run, 2, VOCAB, 0).gathered == 2 * (largest + outside_of_layers) + 4 * gate
+
+
+def test_the_plan_says_how_many_logits_there_are_at_a_time():
+    large = f"{TINY} --vocab-size 128000 --max-position-embeddings 4096 --seq-length 4096 --micro-batch-size 2 --bf16"
+    whole = plan_of(f"{large} --cross-entropy-loss-chunk-size 0")["loss"]
+    assert whole == {"columns": 128000, "columns_at_a_time": 128000, "logits_bytes": 2 * 8192 * 128000}
+    assert plan_of(large)["loss"] == {"columns": 128000, "columns_at_a_time": 2048, "logits_bytes": 2 * 8192 * 2048}
+    assert plan_of(f"{large} --cross-entropy-loss-chunk-size 500")["loss"]["columns_at_a_time"] == 500
+    split = plan_of(f"{large} --tensor-model-parallel-size 2", 2)["loss"]
+    assert (split["columns"], split["columns_at_a_time"]) == (64000, 2048)
+
+
+def test_the_plan_says_what_lives_on_the_host():
+    assert plan_of(TINY)["per_rank"]["fullest"]["on_host"] == []
+    assert plan_of(f"{TINY} --cpu-optimizer")["per_rank"]["fullest"]["on_host"] == ["parameters", "gradients", "optimizer"]
 
 
 def test_whole_gradients_are_those_of_the_experts_here_and_of_everything_else():
@@ -306,14 +373,45 @@ def test_sizes_of_a_ramp_and_a_curriculum_are_listed_and_counted():
     assert plain["flops"]["whole_run"] == plain["flops"]["per_token"] * plain["length"]["tokens"]
 
 
-def test_a_layout_that_is_not_built_is_said_and_not_guessed():
-    plan = plan_of(f"{TINY} --pipeline-model-parallel-size 2", 4)
-    assert plan["per_rank"] is None
-    assert "--pipeline-model-parallel-size would change what a rank holds" in plan["per_rank_unknown"]
+# ---------------------------------------------------------------- pipelines
+
+
+def test_stages_are_listed_and_add_up_to_the_model():
+    words = f"{TINY} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 32"
+    plan = plan_of(words, 4)
+    pipeline, tied = plan["pipeline"], plan["vocabulary"]["padded"] * 128
+    assert (pipeline["schedule"], pipeline["micro_batches"], pipeline["idle"]) == ("interleaved", 4, round(0.5 / 4.5, 4))
+    assert [(s["layers"], s["pipeline_rank"]) for s in pipeline["stages"]] == [([1], 0), ([2], 1), ([3], 0), ([4], 1)]
+    assert [s["parts"] for s in pipeline["stages"]] == [["embedding", "positions"], [], [], ["norm", "tied_logits"]]
+    assert sum(s["parameters"] for s in pipeline["stages"]) == plan["parameters"]["total"] + tied
+    assert sum(s["flops_per_token"] for s in pipeline["stages"]) == plan["flops"]["per_token"]
+    assert [s["moe_layers"] for s in pipeline["stages"]] == [int(layer["experts"] > 1) for layer in plan["layers"]]
     assert plan["groups"]["pp"] == {"number": 2, "size": 2, "stride": 2, "ranks": [[0, 2], [1, 3]]}
-    assert plan["not_built_yet"] == [
-        "--pipeline-model-parallel-size must be 1, not 2: pipeline parallelism is not built yet; leave the flag out"
-    ]
+    assert plan["per_rank_unknown"] is None and plan["not_built_yet"] == []
+    assert plan_of(TINY)["pipeline"] is None
+
+
+def test_of_all_stages_the_fullest_and_the_emptiest_rank_are_shown():
+    """The last stage has most experts, the first one none; within a stage nothing is cut unevenly here."""
+    words = f"{runs.SMALL} --num-layers 4 --num-experts 1 1 4 16 --vocab-size 64 --mock-data --pipeline-model-parallel-size 4"
+    per_rank = plan_of(words, 8)["per_rank"]
+    assert (per_rank["fullest"]["rank"], per_rank["emptiest"]["rank"]) == (6, 3)
+    assert per_rank["emptiest"]["expert_parameters"] == 0 < per_rank["fullest"]["expert_parameters"]
+
+
+def test_a_short_step_and_what_zero_does_not_save_are_warned_of():
+    told = plan_of(f"{TINY} --pipeline-model-parallel-size 4 --zero-stage 3 --global-batch-size 8", 4)["warnings"]
+    assert any("2 micro-batch(es) per step are fewer than the 4 pipeline ranks" in w for w in told)
+    assert any("--zero-stage 3 saves less memory" in w and "parameters stay gathered" in w for w in told)
+
+
+def test_a_known_command_is_planned_in_stages():
+    """The published 52-billion model in four stages of 16 ranks each."""
+    words = "--preset gpt-1.3b-moe-128 --pipeline-model-parallel-size 4 --moe-expert-parallel-size 16 --global-batch-size 512"
+    plan = plan_of(f"{words} --micro-batch-size 4", 64)
+    assert [s["layers"] for s in plan["pipeline"]["stages"]] == [list(range(first, first + 6)) for first in (1, 7, 13, 19)]
+    whole = plan_of("--preset gpt-1.3b-moe-128 --moe-expert-parallel-size 64", 64)["per_rank"]["fullest"]["expert_parameters"]
+    assert plan["per_rank"]["fullest"]["expert_parameters"] == whole  # a quarter of the layers, four times the experts
 
 
 # ---------------------------------------------------------------- groups, time, data

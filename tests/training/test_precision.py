@@ -1,7 +1,8 @@
-"""bf16 runs: parameters and moments float32, compute bfloat16, router and reductions float32 - read inside the forward."""
+"""16-bit runs: parameters and moments float32, compute in 16 bits, router and reductions float32 - read inside the forward."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from distributed import parity
@@ -13,7 +14,7 @@ from megatron_moe.training.step import count_loss_tokens, forward_backward
 
 
 def dtypes_of_a_step(flags: str) -> dict[str, set[str]]:
-    c = parity.config("pyramid", f"--bf16 {flags}")
+    c = parity.config("pyramid", flags)
     mesh = build_parallel_mesh(c, "cpu")
     model = build_parallel_model(c, parity.VOCAB, mesh, torch.device("cpu"))
     optimizer = build_optimizer(model, c.optimizer)
@@ -49,15 +50,34 @@ def dtypes_of_a_step(flags: str) -> dict[str, set[str]]:
     return seen
 
 
-def test_bf16_computes_in_bf16_and_keeps_everything_else_in_float32():
-    for flags in ("--zero-stage 3 --moe-expert-parallel-size 2", "--zero-stage 1 --tensor-model-parallel-size 2"):
-        seen = run_distributed(dtypes_of_a_step, 2, flags)[0]
-        for what in ("attention", "mlp", "experts"):
-            assert seen[what] == {"bfloat16"}, what
-        for what in ("router", "gradients", "parameters", "moments"):
-            assert seen[what] == {"float32"}, what
-        if "zero-stage 3" in flags:  # the other layout has one data rank: nothing to reduce
-            assert seen["reduction"] == {"float32"}
+@pytest.mark.parametrize(("precision", "half"), [("--bf16", "bfloat16"), ("--fp16", "float16")])
+@pytest.mark.parametrize("flags", ["--zero-stage 3 --moe-expert-parallel-size 2", "--zero-stage 1 --tensor-model-parallel-size 2"])
+def test_compute_is_in_16_bits_and_everything_else_in_float32(precision, half, flags):
+    seen = run_distributed(dtypes_of_a_step, 2, f"{precision} {flags}")[0]
+    for what in ("attention", "mlp", "experts"):
+        assert seen[what] == {half}, what
+    for what in ("router", "gradients", "parameters", "moments"):
+        assert seen[what] == {"float32"}, what
+    if "zero-stage 3" in flags:  # the other layout has one data rank: nothing to reduce
+        assert seen["reduction"] == {"float32"}
+
+
+def test_float16_master_weights_leave_router_and_moments_in_float32():
+    flags = "--fp16 --fp16-master-weights-and-grads --zero-stage 3 --moe-expert-parallel-size 2"
+    seen = run_distributed(dtypes_of_a_step, 2, flags)[0]
+    assert seen["router"] == seen["moments"] == {"float32"}
+    assert seen["attention"] == seen["mlp"] == seen["experts"] == {"float16"}
+    for what in ("parameters", "gradients", "reduction"):
+        assert seen[what] == {"float16", "float32"}, what  # float32: those of the router
+
+
+def test_float16_follows_float32():
+    """A tripwire as below: with a scale at which nothing overflows, with float16 weights too."""
+    expected = parity.reference("modern", "")
+    for more, tolerance in (("", 5e-3), ("--fp16-master-weights-and-grads", 2e-2)):
+        found = run_distributed(parity.layout, 2, "modern", f"--fp16 --moe-expert-parallel-size 2 {more}", 2.0**10)[0]
+        for step in range(parity.STEPS):
+            torch.testing.assert_close(found[f"loss {step}"], expected[f"loss {step}"], rtol=tolerance, atol=0)
 
 
 def test_bf16_follows_float32():

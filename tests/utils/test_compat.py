@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from megatron_moe.utils import compat
 
 TESTED = {
-    "grouped_mm", "all_gather_into_tensor", "local_slices", "all_to_all_rows", "all_gather_rows", "reduce_scatter_rows",
+    "grouped_mm", "all_gather_into_tensor", "local_slices", "all_gather_rows", "reduce_scatter_rows",
     "sum_over_ranks", "fake_process_group", "last_collective", "Collective",
 }  # fmt: skip
 
@@ -54,18 +54,6 @@ def _slices():
     return all(torch.equal(p.to_local(), whole[compat.local_slices(p)]) for p in shards), str(compat.local_slices(shards[0]))
 
 
-def _exchange():
-    """Rank r sends r + 1 rows to rank 0 and one row to rank 1; row values name sender and number."""
-    rank = dist.get_rank()
-    send = [rank + 1, 1]
-    receive = [1, 2] if rank == 0 else [1, 1]
-    x = torch.tensor([[10.0 * rank + i] for i in range(sum(send))], requires_grad=True)
-    y = compat.all_to_all_rows(x, receive, send, dist.group.WORLD)
-    # weights by arrival, so that the gradient tells where each row went
-    (y * torch.tensor([[100.0 * rank + i] for i in range(len(y))])).sum().backward()
-    return y.flatten().tolist(), x.grad.flatten().tolist()
-
-
 def _gather():
     rank = dist.get_rank()
     x = torch.full((2, 1), float(rank), requires_grad=True)
@@ -87,14 +75,6 @@ def test_local_slices_say_where_the_shard_lies():
     first, second = run_distributed(_slices, 2)
     assert first == (True, "(slice(0, 3, None), slice(0, 6, None))")
     assert second == (True, "(slice(3, 5, None), slice(0, 6, None))")
-
-
-@pytest.mark.distributed
-def test_all_to_all_rows_exchanges_unequal_numbers_and_sends_gradients_back():
-    assert run_distributed(_exchange, 2) == [
-        ([0.0, 10.0, 11.0], [0.0, 100.0]),
-        ([1.0, 12.0], [1.0, 2.0, 101.0]),
-    ]
 
 
 @pytest.mark.distributed

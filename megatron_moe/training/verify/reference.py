@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_moe.config.run import RunConfig
+from megatron_moe.config.training import OptimizerConfig
 from megatron_moe.data.batch import Batch, make_batch
 from megatron_moe.data.mock import MockDataset
 from megatron_moe.model.gpt import GPT
@@ -177,22 +178,68 @@ def _divergence(logits_BSV: Tensor, teacher: GPT, b: Batch, temperature: float) 
 # ---------------------------------------------------------------- rules of the step
 
 
-def plain_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer:
+def plain_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer | PlainMuon:
     """A group for every parameter. What is a vector, in one expert, is not decayed; experts have multipliers."""
     o, groups = run.optimizer, []
     for name, p in model.named_parameters():
         is_expert = ".experts." in name
         is_matrix = p.ndim - is_expert > 1
         groups.append({
-            "params": [p], "share_of_rate": o.moe_expert_lr_mult if is_expert else 1.0,
+            "params": [p], "is_turned": is_matrix and not name.endswith(_TABLES), "share_of_rate": o.moe_expert_lr_mult if is_expert else 1.0,
             "share_of_decay": (o.moe_expert_wd_mult if is_expert else 1.0) * is_matrix,
         })  # fmt: skip
+    if o.optimizer == "muon":
+        return PlainMuon(groups, o)
     if o.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=o.lr, momentum=o.sgd_momentum, foreach=False)
     return torch.optim.AdamW(groups, lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps, foreach=False, fused=False)
 
 
-def set_plain_rates(optimizer: torch.optim.Optimizer, now: Rates) -> None:
+# Matrices whose rows are words, experts or weights of a sum: Muon leaves them to AdamW.
+_TABLES = ("embedding.weight", "head.weight", ".gate.weight", "coefficient.weight", "shared_expert_gate.weight")
+
+
+class PlainMuon:
+    """Muon matrix by matrix (arXiv 2502.16982), and AdamW for what it leaves."""
+
+    def __init__(self, groups: list[dict], o: OptimizerConfig):
+        self.param_groups, self.config = groups, o
+        betas = (o.adam_beta1, o.adam_beta2)
+        self.adam = torch.optim.AdamW([g for g in groups if not g["is_turned"]], lr=o.lr, betas=betas, eps=o.adam_eps, foreach=False)
+        turned = [g for g in groups if g["is_turned"]]
+        self.param_groups = [*self.adam.param_groups, *turned]
+        self.momenta = {p: torch.zeros_like(p) for g in turned for p in g["params"]}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in (g for g in self.param_groups if g["is_turned"]):
+            for p in group["params"]:
+                momentum = self.momenta[p].mul_(self.config.muon_momentum).add_(p.grad, alpha=1 - self.config.muon_momentum)
+                way = momentum
+                if self.config.muon_use_nesterov:
+                    way = (1 - self.config.muon_momentum) * p.grad + self.config.muon_momentum * momentum
+                size = self.config.muon_extra_scale_factor * max(p.shape[-2:]) ** 0.5
+                turned = torch.stack([turn(m, self.config.muon_num_ns_steps) for m in way.reshape(-1, *p.shape[-2:])])
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(turned.view_as(p), alpha=group["lr"] * size)
+        self.adam.step()
+
+    def zero_grad(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
+def turn(m: Tensor, steps: int) -> Tensor:
+    """Newton-Schulz: all singular values of a matrix towards 1, by the polynomial of Keller Jordan."""
+    x = m / m.norm().clamp_min(1e-7)
+    for _ in range(steps):
+        square = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
+        change = -4.7750 * square + 2.0315 * square @ square
+        x = 3.4445 * x + (change @ x if x.shape[0] <= x.shape[1] else x @ change)
+    return x
+
+
+def set_plain_rates(optimizer: torch.optim.Optimizer | PlainMuon, now: Rates) -> None:
     for group in optimizer.param_groups:
         group["lr"] = now.learning_rate * group["share_of_rate"]
         group["weight_decay"] = now.weight_decay * group["share_of_decay"]

@@ -18,11 +18,13 @@ from typing import Any
 from megatron_moe.config.curriculum import CurriculumConfig
 from megatron_moe.config.data import DataConfig, TokenizerConfig
 from megatron_moe.config.flags import ConfigError
+from megatron_moe.config.memory import MemoryConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.output import CheckpointConfig, LoggingConfig
 from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.config.pipeline import fits_rounds, num_stages
 from megatron_moe.config.run import RunConfig
-from megatron_moe.moe.dispatch import MOST_ROOM, room
+from megatron_moe.moe.dispatch import choose
 
 MOST_PROCESSES = 8
 STEPS = 2
@@ -36,7 +38,10 @@ DEGREES = {
     "expert_tensor_parallel_size": "ETP",
     "num_distributed_optimizer_instances": "replicas of the sharded parameters",
 }
-NO_DEGREES = ("zero_stage", "distributed_timeout_minutes")
+NO_DEGREES = (
+    "zero_stage", "distributed_timeout_minutes", "num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def shrink(run: RunConfig, world_size: int) -> Small:
     """For ranks that are here: degrees stay."""
     p, degrees = run.parallel, run.expert_degrees()
     stage = world_size // p.pipeline_model_parallel_size
-    expert_data = {ep: (stage // (ep * p.expert_tensor_parallel_size),) * 2 for ep in degrees}
+    expert_data = {ep: (stage // (ep * p.etp),) * 2 for ep in degrees}
     return _small(run, world_size, _Layout(p, world_size, {ep: ep for ep in degrees}, expert_data))
 
 
@@ -95,21 +100,20 @@ def _folded(run: RunConfig, world_size: int | None, fixed: dict[str, int]) -> _L
     """`fixed`: axes that are left out, because all of them together are too many."""
     p = run.parallel
     degrees = {name: fixed.get(name, min(getattr(p, name), 2)) for name in DEGREES}
-    pp, cp, tp, etp, replicas = (
+    pp, cp, tp, replicas = (
         degrees[name]
-        for name in ("pipeline_model_parallel_size", "context_parallel_size", "tensor_model_parallel_size",
-                     "expert_tensor_parallel_size", "num_distributed_optimizer_instances")
+        for name in ("pipeline_model_parallel_size", "context_parallel_size", "tensor_model_parallel_size", "num_distributed_optimizer_instances")
     )  # fmt: skip
-    experts = _folded_experts(run.expert_degrees())
+    parallel = dataclasses.replace(p, **degrees)
+    etp = parallel.etp
+    experts = _folded_experts(run.expert_degrees(), run.moe.moe_token_dispatcher == "hierarchical")
     most = max(experts.values(), default=1) * etp
     has_data = world_size is None or run.data_parallel_size(world_size) > 1
     dp = 2 if has_data else 1
     while dp * cp * tp % most or dp * cp % replicas:
         dp += 1
     # copies of the experts, and shards beside replicas: where the run has them and there is room
-    copies = {
-        ep: world_size // (p.pipeline_model_parallel_size * ep * p.expert_tensor_parallel_size) if world_size else 2 for ep in experts
-    }
+    copies = {ep: world_size // (p.pipeline_model_parallel_size * ep * p.etp) if world_size else 2 for ep in experts}
     has_copies = most > 1 and copies[max(experts)] > 1
     is_hybrid = replicas > 1 and (world_size is None or run.data_parallel_size(world_size) * p.context_parallel_size > replicas)
     wants_more = (has_data and has_copies and dp * cp * tp == most) or (is_hybrid and dp * cp == replicas)
@@ -125,15 +129,15 @@ def _folded(run: RunConfig, world_size: int | None, fixed: dict[str, int]) -> _L
         notes.append(
             f"without {DEGREES[name]} here, which another layout below has: all axes at once are more than {MOST_PROCESSES} processes"
         )
-    parallel = dataclasses.replace(p, **degrees)
     expert_data = {ep: (copies[ep], size // (pp * new * etp)) for ep, new in experts.items()}
     return _Layout(parallel, size, experts, expert_data, notes)
 
 
-def _folded_experts(degrees: Sequence[int]) -> dict[int, int]:
-    """1 stays; the smallest above becomes 2, the others 4."""
+def _folded_experts(degrees: Sequence[int], has_two_stages: bool) -> dict[int, int]:
+    """1 stays; the smallest above becomes 2, the others 4. Rows that travel within nodes and then between them need a 4."""
     above = [ep for ep in sorted(degrees) if ep > 1]
-    return {ep: 1 if ep == 1 else 2 if ep == above[0] else 4 for ep in degrees}
+    smallest = 4 if has_two_stages and len(above) == 1 and above[0] > 2 else 2
+    return {ep: 1 if ep == 1 else smallest if ep == above[0] else 4 for ep in degrees}
 
 
 # ---------------------------------------------------------------- sizes
@@ -142,11 +146,12 @@ def _folded_experts(degrees: Sequence[int]) -> dict[int, int]:
 def _small(run: RunConfig, world_size: int | None, layout: _Layout) -> Small:
     notes = _Notes()
     moe, layers, teacher = _experts(run, layout, notes)
+    layout.parallel = _stages(run, layout, layers, notes)
     tp, cp = layout.parallel.tensor_model_parallel_size, layout.parallel.context_parallel_size
     if tp * cp > 1:
         moe = _same_under_every_split(moe, notes)
     moe = _dispatch_as_now(moe, run, layout, notes)
-    etp = layout.parallel.expert_tensor_parallel_size
+    etp = layout.parallel.etp
     data_ranks = layout.world_size // layout.parallel.model_parallel_size
     training = _training(run, world_size, layout, data_ranks, notes)
     model, vocab_size = _model(run, layout, layers, training.seq_length, data_ranks * cp, notes)
@@ -160,8 +165,10 @@ def _small(run: RunConfig, world_size: int | None, layout: _Layout) -> Small:
         if (old := getattr(moe, name)) is not None and old > size:
             notes.size(name, old, size)
             moe = dataclasses.replace(moe, **{name: size})
-    optimizer = dataclasses.replace(run.optimizer, adam_eps=max(run.optimizer.adam_eps, 1e-5))
-    if optimizer.optimizer == "adam" and optimizer.adam_eps != run.optimizer.adam_eps:
+    optimizer = dataclasses.replace(run.optimizer, adam_eps=max(run.optimizer.adam_eps, 1e-5), adam_kernel="torch")
+    if run.optimizer.adam_kernel != "torch":
+        notes.changed.append(f"--adam-kernel {run.optimizer.adam_kernel} -> torch")
+    if optimizer.optimizer != "sgd" and optimizer.adam_eps != run.optimizer.adam_eps:
         notes.changed.append(
             f"--adam-eps {run.optimizer.adam_eps:g} -> 1e-05: a smaller one makes steps out of the rounding of gradients that are zero"
         )
@@ -174,7 +181,8 @@ def _small(run: RunConfig, world_size: int | None, layout: _Layout) -> Small:
         notes.changed.append("the teacher: random weights in place of those of --load-teacher")
     try:
         small = RunConfig(
-            model=model, moe=moe, parallel=layout.parallel, training=training, optimizer=optimizer, curriculum=CurriculumConfig(),
+            model=model, moe=moe, parallel=layout.parallel, training=training, memory=_memory(run, vocab_size, notes),
+            optimizer=optimizer, curriculum=CurriculumConfig(),
             distillation=distillation, tokenizer=TokenizerConfig(), data=data, checkpoint=CheckpointConfig(), logging=LoggingConfig(),
         )  # fmt: skip
         problems = list(small.world_problems(layout.world_size))
@@ -185,6 +193,39 @@ def _small(run: RunConfig, world_size: int | None, layout: _Layout) -> Small:
     return Small(
         small, vocab_size, layout.world_size, tuple(layout.folded), tuple(notes.sizes), tuple(notes.changed), tuple(notes.not_compared)
     )
+
+
+def _stages(run: RunConfig, layout: _Layout, num_layers: int, notes: _Notes) -> ParallelConfig:
+    """The same schedule over the small number of layers."""
+    p, changes = layout.parallel, {}
+    if p.pipeline_model_parallel_size == 1:
+        changes = {"num_layers_per_virtual_pipeline_stage": None, "pipeline_schedule": "auto", "enable_zbh1_pipeline": False}
+    elif p.num_layers_per_virtual_pipeline_stage:
+        changes = {"num_layers_per_virtual_pipeline_stage": num_layers // (p.pipeline_model_parallel_size * _virtual(run, layout))}
+    if p.decoder_first_pipeline_num_layers or p.decoder_last_pipeline_num_layers:
+        notes.changed.append("layers are spread evenly over the pipeline stages")
+        changes |= {"decoder_first_pipeline_num_layers": None, "decoder_last_pipeline_num_layers": None}
+    for name, value in changes.items():
+        if name.startswith("num_layers"):
+            notes.size(name, getattr(p, name), value)
+    return dataclasses.replace(p, **changes)
+
+
+def _virtual(run: RunConfig, layout: _Layout) -> int:
+    """Stages of a rank: two stand for several."""
+    pp = run.parallel.pipeline_model_parallel_size
+    return min(num_stages(run.parallel, run.model.num_layers) // pp, 2) if layout.parallel.pipeline_model_parallel_size > 1 else 1
+
+
+def _memory(run: RunConfig, vocab_size: int, notes: _Notes) -> MemoryConfig:
+    m = run.memory
+    if m.cpu_optimizer:
+        notes.changed.append("--cpu-optimizer is left out: the update is made on the device")
+    chunk = m.cross_entropy_loss_chunk_size
+    if chunk and chunk > vocab_size // 3:
+        notes.size("cross_entropy_loss_chunk_size", chunk, vocab_size // 3)
+        chunk = vocab_size // 3
+    return dataclasses.replace(m, cpu_optimizer=False, cross_entropy_loss_chunk_size=chunk)
 
 
 class _Notes:
@@ -210,11 +251,11 @@ def _training(run: RunConfig, world_size: int | None, layout: _Layout, data_rank
     given = run.num_microbatches(world_size) if world_size else t.gradient_accumulation_steps or (2 if t.global_batch_size else 1)
     pp = p.pipeline_model_parallel_size
     steps = min(given, 2 * pp if pp > 1 else 2)
+    while pp > 1 and not fits_rounds(steps, pp):
+        steps -= 1
     notes.size("micro_batch_size", t.micro_batch_size, micro)
     notes.size("micro_batches of a step and rank", given, steps)
-    unit = math.lcm(
-        2 * p.context_parallel_size if p.context_parallel_size > 1 else 1, p.tensor_model_parallel_size if p.sequence_parallel else 1
-    )
+    unit = p.sequence_unit
     length = min(t.seq_length, 15 if unit == 1 else _near(16, unit))  # odd where it may be: slices of unequal length
     notes.size("seq_length", t.seq_length, length)
     was = "float16" if t.fp16 else "bfloat16" if t.bf16 else t.params_dtype
@@ -229,7 +270,7 @@ def _training(run: RunConfig, world_size: int | None, layout: _Layout, data_rank
     return dataclasses.replace(
         t, micro_batch_size=micro, global_batch_size=micro * steps * data_ranks, gradient_accumulation_steps=None, seq_length=length,
         train_iters=STEPS, train_samples=None, train_tokens=None, rampup_batch_size=None, bf16=False, fp16=False, params_dtype="float64",
-        moe_kernels="reference", compile=False,
+        moe_kernels="reference", compile=False, fp16_master_weights_and_grads=False,
     )  # fmt: skip
 
 
@@ -244,7 +285,7 @@ def _model(run: RunConfig, layout: _Layout, num_layers: int, length: int, data_r
     # as many channels as can be shared out over the data ranks, where those of the run can
     ranks = data_ranks if m.hidden_size % data_ranks == 0 and data_ranks <= 64 else 1
     hidden = _near(32, math.lcm(2 * heads, ranks) if m.kv_channels is None else ranks)
-    unit = math.lcm(tp, layout.parallel.expert_tensor_parallel_size)
+    unit = math.lcm(tp, layout.parallel.etp)
     ffn, vocab_multiple = _near(48, unit), math.lcm(16, tp)
     vocab_size = max(5 * vocab_multiple - 4, 60)  # not a multiple: there is padding, as in most runs
     for name, old, new in (
@@ -367,9 +408,10 @@ def _layers(run: RunConfig, student: RunConfig, interval: int, sizes: dict[int, 
     experts, old = run.moe.experts_per_layer(run.model.num_layers), student.moe.expert_interval
     slots = tuple(dict.fromkeys(sizes[n] for n in experts[old - 1 :: old]))
     pp = layout.parallel.pipeline_model_parallel_size
+    stages = pp * _virtual(student, layout)
     if all(n == 1 for n in slots):
-        return (1,), _near(2, 2 * pp)
-    count = _near(len(slots), pp)
+        return (1,), _near(2, interval * stages)
+    count = _near(len(slots), stages)
     has_tail = len(experts) % old and interval == 2 and pp == 1
     return tuple(slots[i % len(slots)] for i in range(count)), interval * count + bool(has_tail)
 
@@ -404,14 +446,16 @@ def _same_under_every_split(moe: MoEConfig, notes: _Notes) -> MoEConfig:
 def _dispatch_as_now(moe: MoEConfig, run: RunConfig, layout: _Layout, notes: _Notes) -> MoEConfig:
     """What `auto` takes depends on the sizes: name what it takes in the run."""
     old = run.moe
+    if old.moe_token_dispatcher == "hierarchical" and layout.folded:  # two nodes of two ranks
+        notes.size("moe_node_size", old.moe_node_size or "(of the machines)", 2 * layout.parallel.etp)
+        return dataclasses.replace(moe, moe_node_size=2 * layout.parallel.etp)
     if old.moe_token_dispatcher != "auto" or old.moe_pad_expert_input_to_capacity:
         return moe
     factor = 1.0 if old.moe_router_policy == "expert_choice" else old.moe_train_capacity_factor if old.moe_token_dropping else math.inf
-    taken = []
+    taken, p = [], run.parallel
     for n in old.experts_per_layer(run.model.num_layers):
-        if n > 1 and (ranks := old.expert_parallel_degree(n)) > 1:
-            gathers = old.topk >= ranks and room(n, old.topk, ranks, factor) <= MOST_ROOM
-            taken.append("allgather" if gathers else "alltoall")
+        if n > 1 and (ep := old.expert_parallel_degree(n)) * p.etp > 1:
+            taken.append(choose("auto", n, old.topk, ep, p.etp, factor, chunks=old.moe_overlap_chunks).kind)
     if not taken:
         return moe
     kind = max(set(taken), key=taken.count)

@@ -1,0 +1,99 @@
+"""Which dispatcher a layer gets, and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_moe.moe.dispatch.allgather import AllGatherDispatcher
+from megatron_moe.moe.dispatch.alltoall import AllToAllDispatcher
+from megatron_moe.moe.dispatch.base import LocalDispatcher
+from megatron_moe.moe.dispatch.hierarchical import HierarchicalDispatcher
+from megatron_moe.moe.dispatch.overlap import OverlappedDispatcher
+from megatron_moe.moe.dispatch.padded import PaddedDispatcher
+from megatron_moe.moe.dispatch.slices import Slices
+
+MOST_ROOM = 1.25  # that `auto` lets an all-gather reserve
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Of a layer."""
+
+    kind: str  # local, padded, allgather, alltoall, hierarchical
+    chunks: int = 1
+    why: str = ""  # nothing, where it is what was asked for
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.chunks == 1 else f"{self.kind} in {self.chunks} chunks"
+
+
+def choose(
+    kind: str, num_experts: int, k: int, ep: int, etp: int = 1, capacity_factor: float = math.inf, pad: bool = False, chunks: int = 1,
+    nodes: int = 1,
+) -> Choice:  # fmt: skip
+    """For experts over `ep` ranks, each cut into `etp` slices. kind: that of --moe-token-dispatcher. capacity_factor: inf when nothing is
+    dropped. pad: fill up to the capacity. nodes: over how many the `ep` ranks are spread, several of them on each.
+    """
+    if pad:
+        return Choice("padded")
+    if ep * etp == 1:
+        return Choice("local")
+    chunks = chunks if ep > 1 else 1
+    if kind == "hierarchical" and nodes == 1:
+        return Choice("alltoall", chunks, f"EP {ep}: alltoall, there are no two stages: its ranks are all on one node, or each on its own")
+    if kind != "auto":
+        return Choice(kind, chunks)
+    about = f"{num_experts} experts, k {k}, EP {ep}{f', ETP {etp}' if etp > 1 else ''}"
+    if chunks > 1:
+        return Choice("alltoall", chunks, f"{about}: alltoall, which --moe-overlap-chunks {chunks} cuts")
+    copies, reserved = ep * etp - 1, room(num_experts, k, ep, capacity_factor)
+    name = "allgather" if k >= ep and reserved <= MOST_ROOM else "alltoall"
+    return Choice(name, 1, (
+        f"{about}: {name}. A token is sent to other ranks {k * copies / ep:.3g} times by an all-to-all, {copies} times by an all-gather, "
+        f"which has room for {reserved:.3g} times the rows of equally busy experts (and is taken up to {MOST_ROOM})"
+    ))  # fmt: skip
+
+
+def room(num_experts: int, k: int, ranks: int, capacity_factor: float) -> float:
+    """Rows for which an all-gather has room, over the rows of equally busy experts. Dropless, 8 experts, k 2, 2 ranks: 2.0."""
+    return min(ranks * min(k, num_experts // ranks) / k, capacity_factor)
+
+
+def build_dispatcher(
+    kind: str,
+    num_experts: int,
+    k: int,
+    group: dist.ProcessGroup | None,
+    capacity_factor: float = math.inf,
+    pad: bool = False,
+    *,
+    slices: dist.ProcessGroup | None = None,
+    nodes: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
+    chunks: int = 1,
+) -> Any:
+    """`group`: ranks that share the experts out; `slices`: ranks that share each of them; nodes: (those of `group` on this node, those of
+    equal number on all nodes)."""
+    ep, etp = (1 if g is None else dist.get_world_size(g) for g in (group, slices))
+    num_nodes = 1 if nodes is None else dist.get_world_size(nodes[1])
+    choice = choose(kind, num_experts, k, ep, etp, capacity_factor, pad, chunks, num_nodes)
+    cut = Slices(slices)
+    if choice.kind == "local":
+        dispatcher: Any = LocalDispatcher(num_experts)
+    elif choice.kind == "padded":
+        dispatcher = PaddedDispatcher(num_experts, group, cut)
+    elif choice.kind == "allgather":
+        dispatcher = AllGatherDispatcher(num_experts, group, cut)
+    elif choice.kind == "hierarchical":
+        dispatcher = HierarchicalDispatcher(num_experts, group, *nodes, cut)
+    else:
+        dispatcher = AllToAllDispatcher(num_experts, group, cut)
+    if choice.chunks > 1:
+        dispatcher = OverlappedDispatcher(dispatcher, choice.chunks)
+    assert dispatcher.name == choice.name, f"{dispatcher.name} is not {choice.name}"
+    dispatcher.why = choice.why
+    return dispatcher

@@ -1,0 +1,98 @@
+"""Exchanges of rows that may be under way while something else is computed, in the forward and in the backward.
+
+    flight = launch(x, receive, send, group)      the rows set off
+    ...                                           compute something else
+    y = flight.land()                             wait for those that come here
+
+Autograd sees two functions for one exchange. In the backward they swap their roles: that of `land` sends the gradients off, that of
+`launch` waits for them. Between the two autograd runs what is ready, the node that was made last first - so what was computed
+between launch and land in the forward is differentiated between them in the backward.
+
+A tensor that is under way is read by nobody: only `land` gives it away.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Sizes = list[int]
+
+
+class _Link:
+    """One exchange and its reverse. At most one of them is under way at a time."""
+
+    def __init__(self, receive: Sizes, send: Sizes, group: dist.ProcessGroup):
+        self.receive, self.send, self.group = receive, send, group
+        self.under_way: tuple[Any, Tensor, Tensor] | None = None
+
+    def start(self, x: Tensor, receive: Sizes, send: Sizes) -> Tensor:
+        """Where the rows will be; not to be read before they are."""
+        x = x.contiguous()
+        y = x.new_empty(sum(receive), *x.shape[1:])
+        work = dist.all_to_all_single(y, x, receive, send, group=self.group, async_op=True)
+        self.under_way = work, x, y  # x is read until the exchange has ended
+        return y
+
+    def wait(self) -> Tensor:
+        assert self.under_way is not None, "nothing is under way"
+        work, _, y = self.under_way
+        work.wait()
+        self.under_way = None
+        return y
+
+
+class _Launch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, link: _Link) -> Tensor:
+        ctx.link = link
+        return link.start(x, link.receive, link.send)
+
+    @staticmethod
+    def backward(ctx, _: Tensor):
+        return ctx.link.wait(), None
+
+
+class _Land(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, link: _Link) -> Tensor:
+        ctx.link = link
+        link.wait()
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ctx.link.start(grad, ctx.link.send, ctx.link.receive)
+        return grad, None  # of the shape that autograd asks for; what _Launch gives on is what comes back over the link
+
+
+class Flight:
+    """Rows under way."""
+
+    def __init__(self, rows: Tensor, link: _Link):
+        self._rows, self._link = rows, link
+
+    def land(self) -> Tensor:
+        return _Land.apply(self._rows, self._link)
+
+
+def launch(x: Tensor, receive: Sizes, send: Sizes, group: dist.ProcessGroup) -> Flight:
+    """Rows [sum(send), ...] set off to the ranks of `group`; [sum(receive), ...] will land here."""
+    link = _Link(receive, send, group)
+    return Flight(_Launch.apply(x, link), link)
+
+
+def exchange_rows(x: Tensor, receive: Sizes, send: Sizes, group: dist.ProcessGroup) -> Tensor:
+    """The same with nothing between: rows [sum(send), ...] -> rows [sum(receive), ...]."""
+    return launch(x, receive, send, group).land()
+
+
+def exchange_counts(counts_CP: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[C, P, ...] of what goes to each rank P -> of what comes from each. The host need not know them for that."""
+    send_PC = counts_CP.transpose(0, 1).contiguous()
+    receive_PC = torch.empty_like(send_PC)
+    dist.all_to_all_single(receive_PC, send_PC, group=group)
+    return receive_PC.transpose(0, 1)
