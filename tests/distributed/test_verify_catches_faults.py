@@ -45,6 +45,11 @@ HONEST = [  # world, flags
     (4, f"{PYRAMID} {TP2} --moe-expert-parallel-size 4 --zero-stage 3 --recompute-granularity full"),
     (4, f"{BIAS} {TP2} {EP2} --swiglu --normalization RMSNorm --position-embedding-type rope --num-key-value-heads 4 --moe-latent-size 96"),
     (4, f"--num-experts 4 --topk 1 --moe-noisy-gate-policy Jitter {TP2} {EP2} --moe-shared-expert-intermediate-size 64 --zero-stage 2"),
+    (2, f"{PYRAMID} {TP2} --sequence-parallel {EP2} --zero-stage 3"),
+    (2, f"{PYRAMID} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2 --optimizer muon"),
+    (2, f"{PYRAMID} {TP2} --enable-expert-tensor-parallelism --cross-entropy-loss-chunk-size 8192 --fp16-master-weights-and-grads --fp16 --no-bf16"),
+    (4, f"{PYRAMID} --context-parallel-size 2 {EP2} --moe-overlap-chunks 2 --num-distributed-optimizer-instances 2 --zero-stage 2"),
+    (4, f"{PYRAMID} --pipeline-model-parallel-size 2 {TP2} --sequence-parallel --pipeline-schedule zero-bubble --zero-stage 2"),
 ]  # fmt: skip
 
 
@@ -189,6 +194,8 @@ FAULTS = [  # fault, world, flags, what is named first
     (rows_of_two_experts_swapped, 2, f"{BIAS} {EP2}", r"loss in step 1"),
     (optimizer_skips_a_group, 2, f"{PYRAMID} {EP2} --zero-stage 0", r"weight of layers\.1\.attn_norm\.bias in step 1"),
     (planted.experts_at_the_common_rate, 2, f"{PYRAMID} {EP2} --moe-expert-lr-mult 0.3", r"weight of layers\.2\.moe\.experts\.\w+ in step 1"),
+    (planted.norms_not_declared_partial, 2, f"{PYRAMID} {TP2} --sequence-parallel", r"gradient of norm\.bias in step 1"),
+    (planted.pipeline_divides_by_its_microbatches, 2, f"{PYRAMID} --pipeline-model-parallel-size 2", r"gradient of norm\.bias in step 1"),
     (planted.gather_backward_sums, 2, f"{PYRAMID} {TP2} {EP2}", r"gradient of layers\.4\.moe\.experts\.\w+ in step 1 .* 2 times"),
 ]  # fmt: skip
 

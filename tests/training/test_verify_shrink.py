@@ -69,6 +69,8 @@ def test_degrees_stay_where_the_ranks_are_here():
     "--zero-stage 3", "--recompute-granularity full", "--optimizer sgd", "--clip-grad 0.3", "--moe-expert-lr-mult 0.3", "--swiglu",
     "--moe-router-enable-expert-bias --moe-router-score-function sigmoid --disable-moe-top2-2nd-expert-sampling", "--hidden-dropout 0.2",
     "--moe-token-dispatcher allgather", "--moe-pad-expert-input-to-capacity", "--moe-seq-loss-coeff 0.1 --moe-global-loss-coeff 0.1",
+    "--optimizer muon", "--expert-tensor-parallel-size 2", "--num-distributed-optimizer-instances 2", "--moe-overlap-chunks 4",
+    "--cross-entropy-loss-chunk-size 4096", "--moe-layer-recompute", "--context-parallel-size 2",
     "--untie-embeddings-and-output-weights", "--position-embedding-type rope", "--normalization RMSNorm", "--moe-router-policy hash",
 ])  # fmt: skip
 def test_a_switch_of_the_run_is_a_switch_of_the_small_one(flags):
@@ -96,6 +98,36 @@ def test_what_tensor_parallelism_makes_incomparable_is_named(flags, word):
     assert small.not_compared == (), "without TP a rank routes whole micro-batches, and all can be compared"
 
 
+def test_all_axes_at_once_are_shown_in_two_layouts():
+    flags = "--tensor-model-parallel-size 4 --sequence-parallel --pipeline-model-parallel-size 4 --context-parallel-size 2 --global-batch-size 64"
+    first, second = fold(run_of(f"{BASE} --num-experts 8 --moe-expert-parallel-size 4 {flags}"), 128)
+    assert first.world_size == second.world_size == 8
+    assert {first.run.parallel.pipeline_model_parallel_size, second.run.parallel.pipeline_model_parallel_size} == {1, 2}
+    assert {first.run.parallel.context_parallel_size, second.run.parallel.context_parallel_size} == {1, 2}
+    assert any("PP" in note and "8 processes" in note for note in first.folded)
+    assert second.run.training.seq_length % second.run.parallel.sequence_unit == 0
+
+
+@pytest.mark.parametrize(("flags", "layers", "per_stage"), [
+    ("--pipeline-model-parallel-size 4", 4, None),  # a layer with experts on each of the two stages
+    ("--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 1", 8, 2),  # four stages on a rank -> two
+    ("--pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 1", 4, None),
+    ("--pipeline-model-parallel-size 2 --pipeline-schedule zero-bubble", 4, None),
+])  # fmt: skip
+def test_a_pipeline_keeps_its_schedule(flags, layers, per_stage):
+    (small,) = fold(run_of(f"{BASE} --num-experts 8 --moe-expert-parallel-size 2 --micro-batch-size 1 --global-batch-size 64 {flags}"), 16)
+    p = small.run.parallel
+    assert (p.pipeline_model_parallel_size, small.run.model.num_layers, p.num_layers_per_virtual_pipeline_stage) == (2, layers, per_stage)
+    assert small.run.num_microbatches(small.world_size) == 4
+    assert p.pipeline_schedule == ("zero-bubble" if "zero" in flags else "auto")
+
+
+def test_rows_that_travel_in_two_stages_still_do():
+    run = run_of(f"{BASE} --num-experts 64 --moe-expert-parallel-size 16 --moe-token-dispatcher hierarchical --moe-node-size 8")
+    (small,) = fold(run, 16)
+    assert small.run.expert_degrees() == [4] and small.run.node_size(4) == 2 and small.run.moe.moe_token_dispatcher == "hierarchical"
+
+
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_every_upstream_command_has_a_small_model(name):
     run = parse_args(
@@ -116,18 +148,20 @@ def test_every_preset_has_a_small_model(name):
 @given(
     tp=st.sampled_from([1, 2, 4, 8]), dp=st.sampled_from([1, 2, 3, 4, 16]), ep=st.sampled_from([1, 2, 4, 8, 16]),
     experts=st.lists(st.sampled_from([1, 2, 4, 8, 16, 32, 6, 48]), min_size=1, max_size=4), k=st.integers(1, 6),
-    kv=st.sampled_from([None, 1, 2, 8, 16]), flags=st.lists(st.sampled_from([
+    kv=st.sampled_from([None, 1, 2, 8, 16]), pp=st.sampled_from([1, 1, 2, 4]), cp=st.sampled_from([1, 1, 2]), etp=st.sampled_from([1, 1, 2]), flags=st.lists(st.sampled_from([
         "--moe-pyramid-ep auto", "--swiglu", "--mlp-type residual", "--moe-latent-size 96", "--position-embedding-type rope", "--expert-interval 1",
         "--disable-moe-token-dropping", "--kv-channels 48", "--micro-batch-size 3", "--moe-router-num-groups 2 --moe-router-group-topk 1",
-        "--mos --load-teacher here --num-experts-teacher 8 --num-layers-teacher 24", "--moe-router-policy expert_choice",
+        "--mos --load-teacher here --num-experts-teacher 8 --num-layers-teacher 24", "--moe-router-policy expert_choice", "--sequence-parallel",
+        "--num-layers-per-virtual-pipeline-stage 2", "--num-distributed-optimizer-instances 2", "--optimizer muon", "--fp16",
     ]), max_size=4, unique=True),
 )  # fmt: skip
-def test_whatever_is_valid_has_a_small_model(tp, dp, ep, experts, k, kv, flags):
+def test_whatever_is_valid_has_a_small_model(tp, dp, ep, experts, k, kv, pp, cp, etp, flags):
     words = (
         f"{BASE} --tensor-model-parallel-size {tp} --moe-expert-parallel-size {ep} --num-experts {' '.join(map(str, experts))} --topk {k} "
     )
+    words += f"--pipeline-model-parallel-size {pp} --context-parallel-size {cp} --expert-tensor-parallel-size {etp} --global-batch-size {192 * dp} "
     words += ("" if kv is None else f"--num-key-value-heads {kv} ") + " ".join(flags)
-    world = tp * dp
+    world = tp * dp * pp * cp
     try:
         run = run_of(words)
     except ConfigError:

@@ -107,14 +107,14 @@ def _folded(run: RunConfig, world_size: int | None, fixed: dict[str, int]) -> _L
     parallel = dataclasses.replace(p, **degrees)
     etp = parallel.etp
     experts = _folded_experts(run.expert_degrees(), run.moe.moe_token_dispatcher == "hierarchical")
-    most = max(experts.values(), default=1) * etp
+    most = max(experts.values()) * etp if experts else 1
     has_data = world_size is None or run.data_parallel_size(world_size) > 1
     dp = 2 if has_data else 1
     while dp * cp * tp % most or dp * cp % replicas:
         dp += 1
     # copies of the experts, and shards beside replicas: where the run has them and there is room
     copies = {ep: world_size // (p.pipeline_model_parallel_size * ep * p.etp) if world_size else 2 for ep in experts}
-    has_copies = most > 1 and copies[max(experts)] > 1
+    has_copies = most > 1 and copies[max(experts)] > 1  # most > 1: there are experts
     is_hybrid = replicas > 1 and (world_size is None or run.data_parallel_size(world_size) * p.context_parallel_size > replicas)
     wants_more = (has_data and has_copies and dp * cp * tp == most) or (is_hybrid and dp * cp == replicas)
     if wants_more and 2 * pp * dp * cp * tp <= MOST_PROCESSES:
