@@ -39,7 +39,9 @@ def verify_on_ranks(small: Small, mesh: ParallelMesh, device: torch.device) -> V
 
 def verify_or_exit(run: RunConfig, mesh: ParallelMesh, world: World) -> None:
     """Before a run on these ranks. A layout that is not right ends the program on all of them, with nothing written."""
-    small = shrink(run, world.size)
+    held = [shrink(run, world.size) if world.rank == 0 else None]
+    dist.broadcast_object_list(held, 0, device=world.device)  # one small run, whoever made it
+    small: Small = held[0]
     if sorted(small.run.expert_degrees()) != sorted(mesh.experts):
         raise AssertionError(f"{small.run.expert_degrees()} are not the degrees of the run, {sorted(mesh.experts)}")
     if world.rank == 0:

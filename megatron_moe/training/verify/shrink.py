@@ -145,12 +145,12 @@ def _folded_experts(degrees: Sequence[int], has_two_stages: bool) -> dict[int, i
 
 def _small(run: RunConfig, world_size: int | None, layout: _Layout) -> Small:
     notes = _Notes()
-    moe, layers, teacher = _experts(run, layout, notes)
+    moe, layers, teacher, sizes = _experts(run, layout, notes)
     layout.parallel = _stages(run, layout, layers, notes)
     tp, cp = layout.parallel.tensor_model_parallel_size, layout.parallel.context_parallel_size
     if tp * cp > 1:
         moe = _same_under_every_split(moe, notes)
-    moe = _dispatch_as_now(moe, run, layout, notes)
+    moe = _dispatch_as_now(moe, run, sizes, layout, notes)
     etp = layout.parallel.etp
     data_ranks = layout.world_size // layout.parallel.model_parallel_size
     training = _training(run, world_size, layout, data_ranks, notes)
@@ -317,13 +317,13 @@ def _teacher_widths(run: RunConfig, model: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------- experts
 
 
-def _experts(run: RunConfig, layout: _Layout, notes: _Notes) -> tuple[MoEConfig, int, dict[str, Any]]:
-    """Experts of the small run, its number of layers, and those of its teacher."""
+def _experts(run: RunConfig, layout: _Layout, notes: _Notes) -> tuple[MoEConfig, int, dict[str, Any], dict[int, int]]:
+    """Experts of the small run, its number of layers, those of its teacher, and what became of each number of experts."""
     old, interval = run.moe, min(run.moe.expert_interval, 2)
     ep = max(layout.expert_degrees.values(), default=1)
     kept = {n: layout.expert_degrees[old.expert_parallel_degree(n)] for n in _sizes(run)}
-    k, sampling, order = _topk(run, kept, notes)
-    groups = _groups(run, kept, k, notes)
+    k, sampling, order = _topk(run, kept, ep, notes)
+    groups = _groups(run, kept, ep, k, notes)
     sizes = _small_sizes(run, layout, kept, ep, k, groups)
     slots, num_layers = _layers(run, run, interval, sizes, layout)
     teacher: dict[str, Any] = {}
@@ -341,7 +341,7 @@ def _experts(run: RunConfig, layout: _Layout, notes: _Notes) -> tuple[MoEConfig,
         moe_router_group_topk=groups[1], moe_top2_2nd_expert_sampling=sampling, moe_token_drop_policy=order,
         moe_loss_warmup_iters=min(old.moe_loss_warmup_iters, STEPS), moe_min_capacity=min(old.moe_min_capacity, 1),
     )  # fmt: skip
-    return moe, num_layers, teacher
+    return moe, num_layers, teacher, sizes
 
 
 def _sizes(run: RunConfig) -> list[int]:
@@ -350,15 +350,15 @@ def _sizes(run: RunConfig) -> list[int]:
     return sorted({n for r in runs for n in r.moe.experts_per_layer(r.model.num_layers) if n > 1})
 
 
-def _can_grow(run: RunConfig, n: int) -> bool:
+def _can_grow(run: RunConfig, degree: int, ep: int) -> bool:
     """Whether a layer may get more experts without another degree: with fewer experts than EP it has as many ranks as experts."""
-    return run.moe.moe_pyramid_ep == "auto" or n >= run.moe.moe_expert_parallel_size
+    return run.moe.moe_pyramid_ep == "auto" or degree == ep
 
 
-def _topk(run: RunConfig, kept: dict[int, int], notes: _Notes) -> tuple[int, bool, Any]:
+def _topk(run: RunConfig, kept: dict[int, int], ep: int, notes: _Notes) -> tuple[int, bool, Any]:
     """(experts per token, sampling of a second one, who is dropped). 1 and 2 have rules of their own, so they stay what they are."""
     m = run.moe
-    room_for = min((degree for n, degree in kept.items() if not _can_grow(run, n)), default=m.topk)
+    room_for = min((degree for n, degree in kept.items() if not _can_grow(run, degree, ep)), default=m.topk)
     k = min(m.topk, 3, room_for)
     notes.size("topk", m.topk, k)
     is_special = m.topk > 2 and k <= 2
@@ -368,11 +368,11 @@ def _topk(run: RunConfig, kept: dict[int, int], notes: _Notes) -> tuple[int, boo
     return k, m.moe_top2_2nd_expert_sampling and not is_special, order
 
 
-def _groups(run: RunConfig, kept: dict[int, int], k: int, notes: _Notes) -> tuple[int | None, int | None]:
+def _groups(run: RunConfig, kept: dict[int, int], ep: int, k: int, notes: _Notes) -> tuple[int | None, int | None]:
     """(groups, groups of a token): two, of which a token may send to one where a group has room for its experts."""
     if run.moe.moe_router_num_groups is None:
         return None, None
-    if all(_can_grow(run, n) or degree >= 2 * k for n, degree in kept.items()):
+    if all(_can_grow(run, degree, ep) or degree >= 2 * k for degree in kept.values()):
         return 2, 1
     if k % 2 == 0:
         return 2, 2
@@ -397,7 +397,8 @@ def _small_sizes(
         return size >= max(2, k, above) and has_degree and has_groups and same_shards
 
     for n in sorted(kept):
-        above = max(sizes.values()) + 1 if _can_grow(run, n) else 0
+        # more than those of a smaller layer, and, where the run has a choice of experts, more than k
+        above = max(max(sizes.values()), k if n > m.topk else 0) + 1 if _can_grow(run, kept[n], ep) else 0
         here = next((h for more in (above, 0) for h in range(1, 129) if fits(n, h, more)), None)
         sizes[n] = kept[n] * (here or max(1, -(-max(2, k) // kept[n])))
     return sizes
@@ -443,7 +444,7 @@ def _same_under_every_split(moe: MoEConfig, notes: _Notes) -> MoEConfig:
     return moe
 
 
-def _dispatch_as_now(moe: MoEConfig, run: RunConfig, layout: _Layout, notes: _Notes) -> MoEConfig:
+def _dispatch_as_now(moe: MoEConfig, run: RunConfig, sizes: dict[int, int], layout: _Layout, notes: _Notes) -> MoEConfig:
     """What `auto` takes depends on the sizes: name what it takes in the run."""
     old = run.moe
     if old.moe_token_dispatcher == "hierarchical" and layout.folded:  # two nodes of two ranks
@@ -451,20 +452,24 @@ def _dispatch_as_now(moe: MoEConfig, run: RunConfig, layout: _Layout, notes: _No
         return dataclasses.replace(moe, moe_node_size=2 * layout.parallel.etp)
     if old.moe_token_dispatcher != "auto" or old.moe_pad_expert_input_to_capacity:
         return moe
-    factor = 1.0 if old.moe_router_policy == "expert_choice" else old.moe_train_capacity_factor if old.moe_token_dropping else math.inf
-    taken, p = [], run.parallel
-    for n in old.experts_per_layer(run.model.num_layers):
-        if n > 1 and (ep := old.expert_parallel_degree(n)) * p.etp > 1:
-            taken.append(choose("auto", n, old.topk, ep, p.etp, factor, chunks=old.moe_overlap_chunks).kind)
-    if not taken:
+    taken = {(sizes[n], kind): None for n, kind in _taken(old, old.experts_per_layer(run.model.num_layers), run.parallel.etp)}
+    if not taken or set(taken) == set(_taken(moe, moe.num_experts, layout.parallel.etp)):
         return moe
-    kind = max(set(taken), key=taken.count)
-    if len(set(taken)) > 1:
+    kinds = sorted(kind for _, kind in taken)  # the same order on every rank
+    kind = max(dict.fromkeys(kinds), key=kinds.count)
+    if len(set(kinds)) > 1:
         notes.not_compared.append(
-            f"--moe-token-dispatcher auto takes both {' and '.join(sorted(set(taken)))}; compared with {kind} in all layers"
+            f"--moe-token-dispatcher auto takes {' and '.join(dict.fromkeys(kinds))}; compared with {kind} in all layers"
         )
     notes.changed.append(f"--moe-token-dispatcher auto -> {kind}, what it takes in this run")
     return dataclasses.replace(moe, moe_token_dispatcher=kind)
+
+
+def _taken(moe: MoEConfig, experts: Sequence[int], etp: int) -> list[tuple[int, str]]:
+    """(experts, what `auto` takes) of the layers whose rows travel."""
+    factor = 1.0 if moe.moe_router_policy == "expert_choice" else moe.moe_train_capacity_factor if moe.moe_token_dropping else math.inf
+    chunks, degree = moe.moe_overlap_chunks, moe.expert_parallel_degree
+    return [(n, choose("auto", n, moe.topk, degree(n), etp, factor, chunks=chunks).kind) for n in experts if n > 1 and degree(n) * etp > 1]
 
 
 def lines(small: Small) -> Iterator[str]:
