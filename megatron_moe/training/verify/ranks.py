@@ -8,6 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.parallel.apply import build_parallel_mesh
@@ -39,11 +40,8 @@ def verify_on_ranks(small: Small, mesh: ParallelMesh, device: torch.device) -> V
 
 def verify_or_exit(run: RunConfig, mesh: ParallelMesh, world: World) -> None:
     """Before a run on these ranks. A layout that is not right ends the program on all of them, with nothing written."""
-    held = [shrink(run, world.size) if world.rank == 0 else None]
-    dist.broadcast_object_list(held, 0, device=world.device)  # one small run, whoever made it
-    small: Small = held[0]
-    if sorted(small.run.expert_degrees()) != sorted(mesh.experts):
-        raise AssertionError(f"{small.run.expert_degrees()} are not the degrees of the run, {sorted(mesh.experts)}")
+    small = _shrunk_alike(run, world)
+    assert sorted(small.run.expert_degrees()) == sorted(mesh.experts), f"{small.run.expert_degrees()} are not {sorted(mesh.experts)}"
     if world.rank == 0:
         tell(f"{world.size} rank(s) on {world.device.type}, {STEPS} steps of a small model, against one device", lines(small))
     started = time.monotonic()
@@ -55,6 +53,20 @@ def verify_or_exit(run: RunConfig, mesh: ParallelMesh, world: World) -> None:
         sys.stderr.flush()
         dist.barrier()  # nobody leaves before rank 0 has spoken: the launcher ends all at the first exit
         raise SystemExit(EXIT_CODE)
+
+
+def _shrunk_alike(run: RunConfig, world: World) -> Small:
+    """What rank 0 makes of the run, on all ranks; or its problem."""
+    held: list[Small | ConfigError | None] = [None]
+    if world.rank == 0:
+        try:
+            held = [shrink(run, world.size)]
+        except ConfigError as error:
+            held = [error]
+    dist.broadcast_object_list(held, 0, device=world.device)
+    if isinstance(held[0], ConfigError):
+        raise held[0]
+    return held[0]
 
 
 def verify_here(run: RunConfig) -> None:
