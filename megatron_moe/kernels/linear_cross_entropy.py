@@ -3,8 +3,10 @@
     log_sum_t = log sum_v exp(h_t . w_v)        picked_t = h_t . w_label(t)        loss_t = log_sum_t - picked_t
 
 The columns may be spread over ranks: each has a log_sum of its own columns, and what is picked there. The backward computes the
-logits once more, which costs a third of the projection's time and saves two matrices of its size. Columns in turn rather than
-tokens: then it is the gradient of the hidden states that is added up, the smaller one, and every row of the matrix's is written once.
+logits once more, a third of the projection's products on top, and saves two matrices of their size. (Gradients made in the forward,
+from chunks of tokens, took 1.2 times as long as whole logits on a CPU, where this takes 0.9 times: they add up the gradient of the
+large matrix for every chunk.) Columns in turn rather than tokens: then it is the gradient of the hidden states that is added up,
+the smaller one, and every row of the matrix's is written once.
 
 It is an operator of its own, opaque to torch.compile, which would unroll the loop.
 """

@@ -39,8 +39,8 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
 class MoELayer(nn.Module):
     """x_TD -> y_TD, the sum over each token's experts of gate weight times expert output.
 
-    `loss_weight` is 1 / tokens of the global batch (times the warm-up of the coefficients), set once per step before the first
-    forward; at 0, and in evaluation, the auxiliary losses are only measured.
+    `loss_weight` is 1 / tokens of the global batch (times the warm-up of the coefficients, times the loss scale of the main loss: a
+    tensor then), set once per step before the first forward; at 0, and in evaluation, the auxiliary losses are only measured.
 
         x_TD --gate--> logits_TE --policy--> Choice --capacity--> ids_TK, weights_TK      route: once, never recomputed
           |                |                                          |
@@ -70,14 +70,13 @@ class MoELayer(nn.Module):
         self.dispatcher: Any = build_dispatcher("auto", num_experts, moe.topk, None, pad=moe.moe_pad_expert_input_to_capacity)
         self.reducer = Reducer()
         self.run = call
-        self.loss_weight = 0.0
-        self.loss_scale: Tensor | None = None
+        self.loss_weight: float | Tensor = 0.0
         self.batch_counts_E: Tensor | None = None
         self.stats = RoutingStats(num_experts)
 
-    def begin_step(self, loss_weight: float, loss_scale: Tensor | None = None) -> None:
-        """Before the first forward of a step. `loss_scale`: what the main loss is multiplied by."""
-        self.loss_weight, self.loss_scale, self.batch_counts_E = loss_weight, loss_scale, None
+    def begin_step(self, loss_weight: float | Tensor) -> None:
+        """Before the first forward of a step."""
+        self.loss_weight, self.batch_counts_E = loss_weight, None
         self.stats.reset()
 
     def forward(self, x_TD: Tensor, tokens: TokenInfo = NO_INFO) -> Tensor:
@@ -104,10 +103,11 @@ class MoELayer(nn.Module):
         if most_tokens is None and self.has_capacity:  # only then: the host waits for the answer
             most_tokens = self.reducer.most_tokens(x_TD.shape[0])
         capacity = self.capacity(most_tokens) if self.has_capacity else None
-        is_attached = self.loss_weight and self.training
-        loss_weight = torch.full((), self.loss_weight, dtype=logits_TE.dtype, device=logits_TE.device) if is_attached else None
-        if loss_weight is not None and self.loss_scale is not None:
-            loss_weight = loss_weight * self.loss_scale
+        weight, dtype = self.loss_weight, logits_TE.dtype
+        is_attached = self.training and (isinstance(weight, Tensor) or weight)  # a tensor's value would be a wait
+        loss_weight = None
+        if is_attached:
+            loss_weight = weight.to(dtype) if isinstance(weight, Tensor) else torch.full((), weight, dtype=dtype, device=logits_TE.device)
         counts_E = None  # of the step so far; evaluation has no part in them
         if is_attached and self.config.moe_global_loss_coeff:
             counts_E = self.batch_counts_E

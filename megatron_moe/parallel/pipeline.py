@@ -21,13 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import (
-    Schedule1F1B,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-)
 from torch.distributed.tensor import DTensor
 
 from megatron_moe.config.pipeline import fits_rounds, schedule_of, stages_of_rank
@@ -37,11 +30,11 @@ from megatron_moe.model.gpt import GPT
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.parallel.zero import reshard
 
-SCHEDULES: dict[str, type] = {
-    "gpipe": ScheduleGPipe,
-    "1f1b": Schedule1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
-    "zero-bubble": ScheduleInterleavedZeroBubble,
+SCHEDULES = {  # names in torch.distributed.pipelining, which is imported with the first schedule: it takes seconds, for torch's compiler
+    "gpipe": "ScheduleGPipe",
+    "1f1b": "Schedule1F1B",
+    "interleaved": "ScheduleInterleaved1F1B",
+    "zero-bubble": "ScheduleInterleavedZeroBubble",
 }
 ShareOfStep = Callable[[Tensor, Tensor], Tensor]  # (losses, loss mask) of a micro-batch -> what is differentiated
 
@@ -66,7 +59,7 @@ class PipelinedGPT(nn.Module):
         self.dtype = stream_dtype(config)
         self.runs = mesh.size("tp") if config.parallel.sequence_parallel else 1  # of a sequence, between the stages
         self._share: ShareOfStep | None = None  # of the step under way
-        self._schedule: tuple[Any, Any] = (None, None)  # what it was made for, and it
+        self._schedules: dict[tuple[bool, int, torch.Size], Any] = {}  # by what they were made for, see `_schedule`
 
     # ------------------------------------------------------------ a model like any other
 
@@ -102,7 +95,10 @@ class PipelinedGPT(nn.Module):
         self._share = share
         losses: list[Tensor] = []
         target = {"target": torch.cat([b.loss_mask for b in microbatches]), "losses": losses} if self.has_last else {}
-        self._walk(self._training_schedule(len(microbatches), microbatches[0]), microbatches, keys, **target)
+        n = len(microbatches)
+        # fewer micro-batches than stages never get to alternate: then 1f1b is gpipe, and torch wants it called so
+        kind = "gpipe" if self.kind == "1f1b" and n < self.num_stages else self.kind
+        self._walk(self._schedule(kind, n, microbatches[0], is_trained=True), microbatches, keys, **target)
         if self.is_tied:
             self._add_tied_gradients()
         total = torch.zeros((), dtype=torch.float64, device=microbatches[0].tokens.device)
@@ -117,7 +113,7 @@ class PipelinedGPT(nn.Module):
             n = len(microbatches)
             while several and not fits_rounds(n, self.mesh.size("pp")):
                 n -= 1
-            schedule = self._build("interleaved" if several else "gpipe", n, microbatches[0], None)
+            schedule = self._schedule("interleaved" if several else "gpipe", n, microbatches[0], is_trained=False)
             parts.append(self._walk(schedule, microbatches[:n], ()))
             microbatches = microbatches[n:]
         for stage in self.stages.values():
@@ -133,30 +129,37 @@ class PipelinedGPT(nn.Module):
         given = {name: torch.cat(list(parts)) for name, parts in beside.items() if len(parts) and parts[0] is not None}
         return schedule.step(*([tokens] if self.has_first else []), tokens_BS=tokens, **given, **target)
 
-    def _training_schedule(self, n: int, like: Batch) -> Any:
-        made_for = (n, like.tokens.shape)
-        if self._schedule[0] != made_for:
-            # fewer micro-batches than stages never get to alternate: then 1f1b is gpipe, and torch wants it called so
-            kind = "gpipe" if self.kind == "1f1b" and n < self.num_stages else self.kind
-            self._schedule = (made_for, self._build(kind, n, like, lambda losses_BS, mask_BS: self._share(losses_BS, mask_BS)))
-        return self._schedule[1]
+    def _schedule(self, kind: str, n: int, like: Batch, is_trained: bool) -> Any:
+        """One is kept, with its buffers: for training, or a few of an evaluation, whose last micro-batches are fewer."""
+        made_for = (is_trained, n, like.tokens.shape)
+        if made_for not in self._schedules:
+            if is_trained or any(was_trained for was_trained, *_ in self._schedules):
+                self._schedules.clear()
+            loss_fn = (lambda losses_BS, mask_BS: self._share(losses_BS, mask_BS)) if is_trained else None
+            self._schedules[made_for] = self._build(kind, n, like, loss_fn)
+        return self._schedules[made_for]
 
     def _build(self, kind: str, n: int, like: Batch, loss_fn: ShareOfStep | None) -> Any:
         """Local: torch's stages talk to each other in the first step."""
-        stages = [self._stage(number, part, like, is_trained=loss_fn is not None) for number, part in self.stages.items()]
+        from torch.distributed import pipelining
+
+        stages = [
+            pipelining.PipelineStage(
+                part, number, self.num_stages, like.tokens.device, group=self.mesh.group("pp"),
+                **self._examples(number, like, is_trained=loss_fn is not None),
+            )
+            for number, part in self.stages.items()
+        ]  # fmt: skip
         of = stages[0] if kind in ("gpipe", "1f1b") else stages
         # scale_grads would divide all gradients by n; the loss carries the one division
-        return SCHEDULES[kind](of, n, loss_fn=loss_fn, scale_grads=False)
+        return getattr(pipelining, SCHEDULES[kind])(of, n, loss_fn=loss_fn, scale_grads=False)
 
-    def _stage(self, number: int, part: GPT, like: Batch, is_trained: bool) -> PipelineStage:
-        """Examples of what comes in and goes out; requires_grad tells torch which gradients travel."""
+    def _examples(self, number: int, like: Batch, is_trained: bool) -> dict[str, Tensor]:
+        """Of what comes into a stage and goes out; requires_grad tells torch which gradients travel."""
         kind = {"device": "meta", "requires_grad": is_trained}
         tokens, stream = torch.empty_like(like.tokens, device="meta"), torch.empty(self.stream_shape(like), dtype=self.dtype, **kind)
         losses = torch.empty(like.tokens.shape, dtype=torch.promote_types(self.dtype, torch.float32), **kind)
-        return PipelineStage(
-            part, number, self.num_stages, like.tokens.device, group=self.mesh.group("pp"),
-            input_args=tokens if number == 0 else stream, output_args=losses if number == self.num_stages - 1 else stream,
-        )  # fmt: skip
+        return {"input_args": tokens if number == 0 else stream, "output_args": losses if number == self.num_stages - 1 else stream}
 
     def stream_shape(self, like: Batch) -> tuple[int, int, int]:
         """Of the hidden states that this rank hands on, for a micro-batch of this shape."""

@@ -66,7 +66,8 @@ def forward_backward(
         objective = distillation.objective
     tokens_in_step = sum(b.tokens.numel() for b in microbatches) * mesh.size("dp")
     for moe in moe_layers(model):
-        moe.begin_step(min((iteration + 1) / (moe.config.moe_loss_warmup_iters or 1), 1.0) / tokens_in_step, loss_scale)
+        weight = min((iteration + 1) / (moe.config.moe_loss_warmup_iters or 1), 1.0) / tokens_in_step
+        moe.begin_step(weight if loss_scale is None else weight * loss_scale.double())
     if isinstance(model, PipelinedGPT):
         keys = [token_keys(seed, iteration, b.sample_ids, b.tokens.shape[1]) for b in microbatches]
         parts, keys = zip(*(part_of(b, k, mesh) for b, k in zip(microbatches, keys)))

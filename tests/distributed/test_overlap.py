@@ -47,6 +47,36 @@ def test_rows_are_exchanged_in_unequal_numbers_and_gradients_go_back():
     ]
 
 
+class _Watch(torch.autograd.Function):
+    """Beside the way of the rows: waits, and then looks whether they have arrived although nobody asked for them."""
+
+    @staticmethod
+    def forward(ctx, x, link, seen):
+        ctx.link, ctx.seen = link, seen
+        time.sleep(1.0)
+        seen.append(link.under_way[0].is_completed())
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(1.0)
+        ctx.seen.append(ctx.link.under_way[0].is_completed())
+        return grad, None, None
+
+
+def watched() -> list[bool]:
+    x, seen = torch.ones(20000, 64, requires_grad=True), []
+    flight = exchange.launch(x, [10000] * 2, [10000] * 2, dist.group.WORLD)
+    beside = _Watch.apply(torch.ones(1, requires_grad=True), flight._link, seen)
+    (flight.land().sum() + beside.sum()).backward()
+    return seen
+
+
+def test_rows_arrive_while_nobody_waits_for_them():
+    """5 MB over gloo, forward and backward: complete after a second of something else."""
+    assert run_distributed(watched, 2) == [[True, True]] * 2
+
+
 # ---------------------------------------------------------------- what runs while rows travel
 
 

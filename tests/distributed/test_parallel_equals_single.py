@@ -136,7 +136,21 @@ EXPERT_LAYOUTS = [
     ("dropping", 4, "--zero-stage 2 --moe-expert-parallel-size 4 --moe-overlap-chunks 3"),
     ("modern", 4, f"--zero-stage 3 --tensor-model-parallel-size 4 {EP2} --moe-overlap-chunks 3"),  # 8 or 6
 ]
-for further in (EXPERT_LAYOUTS, PRECISION_LAYOUTS, PIPELINE_LAYOUTS, sequence_layouts.LAYOUTS):
+SP2, CP2 = f"{TP2} --sequence-parallel {parity.DIVISIBLE}", f"--context-parallel-size 2 {parity.DIVISIBLE}"
+CROSS_LAYOUTS = [  # where the parts meet
+    ("pyramid", 4, f"--zero-stage 1 {PP2} {SP2} {EP2}"),
+    ("pyramid", 4, f"--zero-stage 3 {SP2} {EP2} {ETP2} --cross-entropy-loss-chunk-size 24"),
+    ("modern", 4, f"--zero-stage 3 {PP2} {CP2} {EP2} {RECOMPUTE}"),
+    ("losses", 4, f"--zero-stage 2 {TP2} {CP2} {ETP2} --cross-entropy-loss-chunk-size 7"),
+    ("deep", 4, f"--zero-stage 0 {INTERLEAVED} {ETP2} --cross-entropy-loss-chunk-size 24"),
+    ("muon", 4, f"--zero-stage 2 {PP2} {EP2}"),
+    ("muon", 4, f"--zero-stage 3 {SP2} {EP2}"),
+    ("noisy", 4, f"--zero-stage 1 {SP2} {EP2} --moe-overlap-chunks 2 {FULL}"),
+    ("deep", 8, f"--zero-stage 3 {PP2} {SP2} --context-parallel-size 2 --moe-expert-parallel-size 4"),
+    ("pyramid", 8, f"--zero-stage 3 {PP2} {EP2} --num-distributed-optimizer-instances 2 {FULL}"),
+    ("shared", 8, f"--zero-stage 1 {SP2} --context-parallel-size 2 {EP2} {ETP2} {ALLTOALL}"),
+]
+for further in (EXPERT_LAYOUTS, PRECISION_LAYOUTS, PIPELINE_LAYOUTS, sequence_layouts.LAYOUTS, CROSS_LAYOUTS):
     QUICK += further[::4]
     MATRIX += [row for row in further if row not in QUICK]
 LAYOUTS = QUICK + MATRIX

@@ -533,7 +533,7 @@ def bias_moved_by_the_counts_of_one_rank():
     """Each rank balances its own tokens: the biases, and soon the choices, drift apart."""
     from megatron_moe.training import step
 
-    def move(model, mesh):
+    def move(model, mesh, found_inf=None):
         for moe in moe_layers(model):
             if moe.gate.expert_bias is not None:
                 moe.gate.move_bias(moe.stats.counts_E, moe.config.moe_router_bias_update_rate)
@@ -727,12 +727,12 @@ def gradient_of_the_last_hidden_states_from_own_columns():
 @contextmanager
 def pipeline_divides_by_its_microbatches():
     """torch's default."""
-    from megatron_moe.parallel.pipeline import SCHEDULES
+    from torch.distributed.pipelining import schedules
 
-    def scaled(kind):
-        return lambda of, n, loss_fn, scale_grads: kind(of, n, loss_fn=loss_fn)
-
-    with mock.patch.dict(SCHEDULES, {name: scaled(kind) for name, kind in SCHEDULES.items()}):
+    for_all = mock.patch.object(
+        schedules._PipelineSchedule, "scale_grads", property(lambda self: True, lambda self, value: None), create=True
+    )
+    with for_all:
         yield
 
 
@@ -786,10 +786,10 @@ def keys_of_the_next_microbatch():
 @contextmanager
 def shapes_found_out_by_running():
     """torch runs the model on memory that nobody has written, to see what comes out."""
-    from megatron_moe.parallel import pipeline
+    from torch.distributed import pipelining
 
-    original = pipeline.PipelineStage
-    with mock.patch.object(pipeline, "PipelineStage", lambda *args, input_args, output_args, **rest: original(*args, **rest)):
+    original = pipelining.PipelineStage
+    with mock.patch.object(pipelining, "PipelineStage", lambda *args, input_args, output_args, **rest: original(*args, **rest)):
         yield
 
 
@@ -877,7 +877,7 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
         gradient_of_the_last_hidden_states_from_own_columns,
         ("pyramid", 2, f"--zero-stage 1 {TP2} --cross-entropy-loss-chunk-size 24"),
         "gradient layers.1.mlp.fc1.weight",
-        0.05,
+        0.01,
     ),
     (norms_not_declared_partial, SP2, "gradient layers.1.attn_norm.weight", 0.05),
     (norms_not_declared_partial, SP2, "gradient layers.3.coefficient.weight", 0.05),
@@ -902,7 +902,7 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
     (norm_counts_tied_weights_twice, ("pyramid", 2, rows.PP2), "norm 0", 1e-3),
     (auxiliary_losses_on_the_last_stage_alone, ("pyramid", 2, rows.PP2), "gradient layers.2.moe.gate.weight", 0.01),
     (keys_of_the_next_microbatch, ("noisy", 4, f"--zero-stage 3 {rows.PP2} {TP2} {EP2} {rows.RECOMPUTE}"), "loss 0", 1e-6),
-    (shapes_found_out_by_running, ("pyramid", 2, rows.PP2), "routing 3 in step 0", 0.1),
+    (shapes_found_out_by_running, ("pyramid", 2, rows.PP2), "routing 3 in step 0", 0.05),
 ]
 
 

@@ -70,6 +70,7 @@ def places(world_flags: str) -> tuple[list[int], list[int]]:
         seen.append((info.places(logits).tolist(), info.ids_T.tolist()))
         return policy(logits, info, *rest)
 
+    look.keeps_capacity = policy.keeps_capacity
     moe.policy = look
     model(part.tokens, part.position_ids, part.labels)
     return seen[0]
@@ -105,3 +106,12 @@ def test_an_evaluation_is_that_of_one_process(model, world, flags):
     loss, tokens = run_distributed(evaluation, 1, model, data)[0]
     for found in run_distributed(evaluation, world, model, f"{flags} {data}"):
         assert found == (pytest.approx(loss, abs=1e-10), tokens)
+
+
+def test_bf16_follows_float32():
+    """A tripwire, as in training/test_precision.py: the norms' weights are gathered in bf16, and their partial gradients added."""
+    flags = f"{CP2} {TP2} {SP} {EP2} {EVEN}"
+    found = run_distributed(parity.layout, 4, "modern", f"--bf16 {flags}")[0]
+    expected = parity.expected("modern", 4, flags, "")
+    for step in range(parity.STEPS):
+        torch.testing.assert_close(found[f"loss {step}"], expected[f"loss {step}"], rtol=2e-2, atol=0)

@@ -82,7 +82,8 @@ def test_the_logits_never_exist_as_a_whole():
 @pytest.mark.parametrize(
     ("asked", "tokens", "columns", "wanted"),
     [
-        (None, 1024, 50304, 0),
+        (None, 512, 50304, 0),
+        (None, 1024, 50304, LOGITS_AT_A_TIME // 1024),
         (None, 8192, 128256, LOGITS_AT_A_TIME // 8192),
         (None, MOST_LOGITS, 2, 0),  # fewer columns than one chunk
         (0, 8192, 128256, 0),

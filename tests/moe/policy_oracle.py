@@ -107,7 +107,7 @@ def balanced(layer, rows, scores, tokens):
 
 def zipf(layer, rows, scores, tokens):
     c, E, key = layer.config, layer.num_experts, key_of(layer)
-    keys = mix(torch.tensor(places_of(tokens, rows)) ^ key)
+    keys = mix(torch.tensor(places_of(tokens, rows), dtype=torch.int64) ^ key)
     if layer.training and tokens.keys_T is not None:
         keys = layer_keys(tokens.keys_T, layer.layer)
     noise = gumbel(keys, Purpose.ASSIGNMENT, E).tolist()

@@ -108,7 +108,7 @@ def start_lines(flags: str) -> list[str]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if dist.get_rank() == 0 else logging.ERROR)
     try:
-        runs.train_here(f"--mock-data --vocab-size 60 --train-iters 1 {flags}")
+        runs.train_here(f"--mock-data --vocab-size 60 --train-iters 4 {flags}")
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)

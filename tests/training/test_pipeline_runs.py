@@ -155,6 +155,18 @@ def test_tied_weights_are_saved_once_and_tools_read_the_checkpoint(text, tmp_pat
     for words in (
         ["tools/inspect_checkpoint.py", "--load", str(save)],
         ["tools/generate_text.py", "--load", str(save), "--prompt", "5 17 2", "--max-new-tokens", "3"],
+        [
+            "tools/convert_checkpoint.py",
+            "--from",
+            "native",
+            "--to",
+            "safetensors",
+            "--load",
+            str(save),
+            "--save",
+            f"{tmp_path}/flat",
+            "--verify",
+        ],
     ):
         done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]

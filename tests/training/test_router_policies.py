@@ -99,10 +99,10 @@ def _broken_from_layer(layer: int, step: int, flags: str) -> str:
 
     def train_step(model, optimizer, microbatches, mesh, rate, clip, seed, iteration, *rest):
         if iteration == step - 1:
-            moe = next(m for m in moe_layers(model) if m.layer == layer)
-            weight = model_state(moe)["model.gate.weight"]
-            with torch.no_grad():
-                (weight.to_local() if hasattr(weight, "to_local") else weight).fill_(float("nan"))
+            for moe in (m for m in moe_layers(model) if m.layer == layer):  # on one stage of a pipeline
+                weight = model_state(moe)["model.gate.weight"]
+                with torch.no_grad():
+                    (weight.to_local() if hasattr(weight, "to_local") else weight).fill_(float("nan"))
         return original(model, optimizer, microbatches, mesh, rate, clip, seed, iteration, *rest)
 
     with mock.patch.object(pretrain, "train_step", train_step):
@@ -113,10 +113,9 @@ def _broken_from_layer(layer: int, step: int, flags: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_broken_logits_stop_the_run_and_name_layer_step_and_remedy(world, tmp_path):
-    ep = f"--moe-expert-parallel-size {world}"
-    flags = f"{RUN} --num-experts 4 --topk 2 --train-iters 6 --log-interval 1 {ep} --save {tmp_path}/run --save-interval 2"
+@pytest.mark.parametrize(("world", "layout"), [(1, ""), (2, "--moe-expert-parallel-size 2"), (2, "--pipeline-model-parallel-size 2")])
+def test_broken_logits_stop_the_run_and_name_layer_step_and_remedy(world, layout, tmp_path):
+    flags = f"{RUN} --num-experts 4 --topk 2 --train-iters 6 --log-interval 1 {layout} --save {tmp_path}/run --save-interval 2"
     for told in run_distributed(_broken_from_layer, world, 2, 4, flags):
         assert "iteration 4" in told and "layer 2 is the first whose router logits are not finite" in told and "--lr" in told, told
     stop = next(r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["event"] == "stop")

@@ -38,7 +38,8 @@ class OverlappedPlan:
 
 
 class OverlappedDispatcher:
-    """An all-to-all, direct or hierarchical, in `chunks` parts. What overlaps is its last leg, between nodes if there are two."""
+    """An all-to-all, direct or hierarchical, in `chunks` parts. What overlaps is its last leg, which is the one between nodes if there are
+    two; neighbours on a node, and slices of an expert, are waited for."""
 
     why = ""
 
