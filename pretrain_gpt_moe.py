@@ -5,6 +5,7 @@ python pretrain_gpt_moe.py --list-presets                                       
 python pretrain_gpt_moe.py --preset tiny --mock-data --train-iters 20                        one process, no data needed
 torchrun --nproc-per-node 2 pretrain_gpt_moe.py --preset tiny --mock-data --moe-expert-parallel-size 2
 python pretrain_gpt_moe.py --preset gpt-350m-moe-128 --dry-run --dry-run-world-size 64       what 64 ranks would train, as JSON
+python pretrain_gpt_moe.py --preset gpt-350m-moe-128 --verify-parallelism --exit-after-verify  does that layout train the same model?
 
 --dry-run prints one JSON object, or ends with exit code 2 and all problems; megatron_moe/training/plan.py names its keys.
 """
@@ -24,6 +25,9 @@ def main() -> None:
             if rank == 0:
                 look(parsed, world_size)
             return
+        if parsed.command.exit_after_verify:
+            verify(parsed, world_size)
+            return
         check_to_train(parsed, world_size)
         # Large CPU tensors in huge pages: a step makes and frees many, and a tenth of its time went into mapping 4 KiB pages.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it is imported
@@ -37,7 +41,7 @@ def main() -> None:
 
     from megatron_moe.training.pretrain import pretrain
 
-    record(pretrain)(prepared, parsed.warnings, sys.argv)
+    record(pretrain)(prepared, parsed.warnings, sys.argv, parsed.command.verify_parallelism)
 
 
 def look(parsed: Parsed, world_size: int) -> None:
@@ -55,6 +59,34 @@ def look(parsed: Parsed, world_size: int) -> None:
     for warning in parsed.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(as_json(plan))
+
+
+def verify(parsed: Parsed, world_size: int) -> None:
+    """--exit-after-verify: on the ranks of a launcher, or in one process for ranks that are not here. Needs no data."""
+    command, ranks = parsed.command, world_size
+    if world_size == 1:
+        ranks = command.verify_world_size
+    problems = [
+        *map(str, parsed.missing),
+        *parsed.not_yet,
+        *parsed.run.not_built_yet(),
+        *(parsed.run.world_problems(ranks) if ranks else ()),
+    ]
+    if world_size > 1 and command.verify_world_size:
+        problems.append(
+            f"--verify-world-size ({command.verify_world_size}) is for one process, and this is one of {world_size}; leave it out"
+        )
+    if problems:
+        raise ConfigError(problems)
+    from megatron_moe.training.verify.folded import verify_folded
+    from megatron_moe.training.verify.ranks import verify_here
+    from megatron_moe.utils.logging import setup_logging
+
+    setup_logging()
+    if world_size > 1:
+        verify_here(parsed.run)
+    elif code := verify_folded(parsed.run, ranks):
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -211,6 +211,10 @@ class RunConfig:
         yield from pipeline_warnings(self.parallel)
         if self.checkpoint.save_interval and not self.checkpoint.save:
             yield f"--save-interval ({self.checkpoint.save_interval}) has no effect without --save DIR"
+        t = self.training
+        if t.check_replicas_interval and t.train_iters and t.check_replicas_interval > t.train_iters:
+            yield (f"--check-replicas-interval ({t.check_replicas_interval}) is longer than the run ({t.train_iters} steps): replicas are "
+                   "never compared")  # fmt: skip
         yield from self._expert_layout_warnings()
         yield from (f"{option} has no effect: it is a setting of --mos and --kd" for option in self.distillation.idle)
         yield from (f"{option} has no effect: it is a setting of {of}" for option, of in self.curriculum.idle.items())

@@ -67,6 +67,11 @@ class TrainingConfig:
     exit_interval: int | None = flag(None, "save and exit when the iteration is divisible by this", minimum=1)
     exit_duration_in_mins: float | None = flag(None, "save and exit after this many minutes", above=0)
     kill_switch_file: str | None = flag(None, "save and exit when this file appears", metavar="FILE")
+    check_replicas_interval: int | None = flag(
+        None, "steps between two comparisons of what several ranks hold alike: a hash of parameters, expert biases and optimizer state, one small "
+        "all-gather; ranks that differ stop the run, and the message names them and the parameter",
+        names=("check-weight-hash-across-dp-replicas-interval",), minimum=1,
+    )  # fmt: skip
     exit_signal_handler: bool = flag(
         True, "on SIGTERM, SIGINT or SIGUSR1 finish the step, save and exit; a second signal ends at once. --no-...: the first one does"
     )

@@ -36,6 +36,8 @@ def init_distributed(config: ParallelConfig) -> World:
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE", "1") == str(size)
     if is_one_machine and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine: listen to no other
+    if not os.environ.keys() & {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"}:
+        os.environ["TORCH_FR_BUFFER_SIZE"] = "2000"  # torch's flight recorder: what the last words of a rank are read from
     options = {"timeout": timedelta(minutes=config.distributed_timeout_minutes)}
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if "RANK" in os.environ:
@@ -72,9 +74,9 @@ def in_turn(world: World, work: Callable[[], Any]) -> Any:
     return result
 
 
-def explain_lost_rank(error: RuntimeError, rank: int, timeout_minutes: float) -> str | None:
+def explain_lost_rank(error: Exception, rank: int, timeout_minutes: float) -> str | None:
     """What an error of the backend means when another rank hangs or is gone; None for any other error."""
-    text = str(error).lower()
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
     if any(sign in text for sign in ("timed out waiting", "watchdog caught collective operation timeout")):
         return (
             f"rank {rank} waited for another rank longer than --distributed-timeout-minutes {timeout_minutes:g}. Each rank has printed "

@@ -41,6 +41,9 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
     missing_paths           files that the command names and that are not here
     not_built_yet           why this cannot be trained yet: features
     before_training         why this cannot be trained yet: settings
+    checks                  what guards the run: replicas_interval, timeout_minutes (of a collective), and verify_parallelism: what
+                            --verify-parallelism --exit-after-verify would train in one process (processes, folded, changed,
+                            not_compared of each layout)
     warnings                what is allowed but has no effect, or is probably not meant
 """
 
@@ -75,6 +78,7 @@ from megatron_moe.parallel.footprint import Footprint, footprint
 from megatron_moe.tokenizers import Tokenizer, build_tokenizer
 from megatron_moe.training.preflight import schedule_problems, tokenizer_problems, vocab_size_of
 from megatron_moe.training.stages import idle_of, schedule_name, stages_of
+from megatron_moe.training.verify.shrink import fold
 from megatron_moe.utils.compat import fake_process_group
 
 LISTED_RANKS = 128
@@ -122,6 +126,7 @@ def build_plan(
         "missing_paths": [*missing, *here.missing],
         "not_built_yet": [*not_yet, *run.not_built_yet()],
         "before_training": list(run.missing_to_train()),
+        "checks": _checks(run, world_size),
         "warnings": [*warnings, *run.world_warnings(world_size)],
     }  # fmt: skip
 
@@ -489,6 +494,25 @@ def _vocabulary_note(run: RunConfig, here: Here) -> str:
         "the tokenizer's" if here.tokenizer else "that of mock data"
     )  # fmt: skip
     return f"{whose}; padded to {padded} by --make-vocab-size-divisible-by {run.model.make_vocab_size_divisible_by}"
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _checks(run: RunConfig, world_size: int) -> dict[str, Any]:
+    """What would be noticed, and what is left for a user to switch on."""
+    try:
+        layouts = [] if list(run.not_built_yet()) else fold(run, world_size)
+    except ConfigError:  # a limit of the proof is none of the run
+        layouts = []
+    return {
+        "replicas_interval": run.training.check_replicas_interval,
+        "timeout_minutes": run.parallel.distributed_timeout_minutes,
+        "verify_parallelism": [
+            {"processes": s.world_size, "folded": list(s.folded), "changed": list(s.changed), "not_compared": list(s.not_compared)}
+            for s in layouts
+        ],
+    }
 
 
 # ---------------------------------------------------------------- print

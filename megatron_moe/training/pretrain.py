@@ -42,14 +42,18 @@ from megatron_moe.training.checkpoints import Progress, describe, resume, save
 from megatron_moe.training.distillation import Distillation, build_teacher, load_teacher
 from megatron_moe.training.distributed import World, end_distributed, explain_lost_rank, in_turn, init_distributed
 from megatron_moe.training.evaluate import evaluate
+from megatron_moe.training.last_words import LastWords, open_store
 from megatron_moe.training.preflight import Prepared
+from megatron_moe.training.replicas import ReplicaDriftError, ReplicaWatch
 from megatron_moe.training.signals import Stopper
 from megatron_moe.training.stages import idle_of, layer_ranges, schedule_name, stages_of
 from megatron_moe.training.step import StepResult, train_step
+from megatron_moe.training.verify.ranks import verify_or_exit
 from megatron_moe.training.watchdog import Watchdog
 from megatron_moe.utils.logging import logger, setup_logging
 
 EXIT_MARKER = "exit.json"
+AGREED = (FloatingPointError, ReplicaDriftError, CheckpointError)  # all ranks raise these together: there is no rank to look for
 
 
 @dataclass
@@ -70,6 +74,7 @@ class Run:
     alerts: ExpertAlerts | None
     stopper: Stopper
     watchdog: Watchdog
+    replicas: ReplicaWatch | None
     manager: CheckpointManager | None
     lock: DirectoryLock | None  # on rank 0, with --save
     progress: Progress
@@ -92,28 +97,39 @@ class Run:
             self.lock.close()
 
 
-def pretrain(prepared: Prepared, warnings: list[str], command: list[str]) -> None:
-    """Train as configured. Every rank calls it; collective from here on."""
+def pretrain(prepared: Prepared, warnings: list[str], command: list[str], verify_first: bool = False) -> None:
+    """Train as configured, after a proof of the layout with --verify-parallelism. Every rank calls it; collective from here on."""
     setup_logging()
     for warning in warnings:
         logger.warning(warning)
     world = init_distributed(prepared.run.parallel)
+    last_words = LastWords(world.rank, world.size, open_store(world.size))
     try:
-        run = set_up(prepared, world, command)
+        mesh = build_parallel_mesh(prepared.run, world.device.type)
+        if verify_first:
+            verify_or_exit(prepared.run, mesh, world)  # before anything is written
+        run = set_up(prepared, world, command, mesh, last_words)
         train(run)
         run.close()
         if world.rank == 0:
             print(next_commands(run), flush=True)
-    except RuntimeError as error:
-        if (text := explain_lost_rank(error, world.rank, prepared.run.parallel.distributed_timeout_minutes)) is not None:
-            raise RuntimeError(text) from error
+    except Exception as error:
+        text = explain_lost_rank(error, world.rank, prepared.run.parallel.distributed_timeout_minutes)
+        digest = "" if isinstance(error, AGREED) else last_words.digest(error, is_cause=text is None)
+        if text is not None:
+            raise RuntimeError(f"{text}\n{digest}") from error
+        if digest:
+            logger.error("%s", digest)
         raise
     finally:
+        last_words.close()
         mpu.set_default_mesh(None)
         end_distributed()
 
 
-def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
+def set_up(
+    prepared: Prepared, world: World, command: list[str], mesh: mpu.ParallelMesh | None = None, last_words: LastWords | None = None
+) -> Run:
     """Meshes, model, optimizer, data, checkpoint: in the order in which they need each other."""
     config = prepared.run
     if config.training.deterministic_mode:
@@ -122,7 +138,7 @@ def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
     pace, total = config.pace(world.size), config.train_iterations(world.size)
     schedule = build_schedule(config.optimizer, pace, total)
     weight_decay = build_weight_decay(config.optimizer, pace, total)
-    mesh = build_parallel_mesh(config, world.device.type)
+    mesh = mesh or build_parallel_mesh(config, world.device.type)
     mpu.set_default_mesh(mesh)
     model = build_parallel_model(config, prepared.vocab_size, mesh, world.device)
     for warning in offload_warnings(config, world.device.type):
@@ -147,12 +163,16 @@ def set_up(prepared: Prepared, world: World, command: list[str]) -> Run:
     seq_length, seed = config.training.seq_length, config.training.seed
     datasets = in_turn(world, lambda: build_datasets(config.data, seq_length, seed, prepared.vocab_size, progress.ordered_samples))
     stopper = Stopper(config.training, world.cpu_group)
-    watchdog = Watchdog(world.rank, config.parallel.distributed_timeout_minutes)
+    watchdog = Watchdog(world.rank, config.parallel.distributed_timeout_minutes, last_words)
+    replicas = ReplicaWatch(model, optimizer, world.device) if config.training.check_replicas_interval else None
+    if replicas and world.size == 1:
+        logger.warning("--check-replicas-interval has no effect with one rank: there is nothing to compare")
+        replicas = None
     alerts = None
     if config.logging.moe_alerts and config.moe.has_experts:
         alerts = ExpertAlerts(config.moe, config.logging.moe_alert_dropped_fraction)
     return Run(prepared, world, mesh, model, optimizer, loss_scale, schedule, weight_decay, pace, datasets, tracker, alerts, stopper, watchdog,
-               manager, lock, progress, total, distillation)  # fmt: skip
+               replicas, manager, lock, progress, total, distillation)  # fmt: skip
 
 
 def set_up_distillation(
@@ -179,7 +199,7 @@ def train(run: Run) -> None:
     evaluated = progress.iteration if run_evaluation(run) else -1
     throughput.restart()
     while reason is None:
-        run.watchdog.step()
+        run.watchdog.step(progress.iteration + 1)
         if run.distillation and config.distillation.is_over(progress.iteration, progress.consumed_tokens):
             run.distillation = None  # frees the teacher
             run.tracker.event("alert", iteration=progress.iteration, reason="distillation is over: the language-model loss goes on alone")
@@ -195,6 +215,8 @@ def train(run: Run) -> None:
         progress.advance(samples, tokens)
         throughput.add(tokens)
         i = progress.iteration
+        if run.replicas and i % config.training.check_replicas_interval == 0:
+            stop_if_drifted(run)
         reason = run.stopper.reason(i) or ("done" if i >= run.total_iterations else None)
         if i % config.logging.log_interval == 0 or reason or i == 1:
             log_step(run, result, Step(samples, length, rate, decay), throughput)
@@ -369,6 +391,23 @@ def stop_if_not_finite(run: Run, lm_loss: float, norm: float) -> None:
             f"iteration {run.progress.iteration}: loss {lm_loss}, gradient norm {norm}{where}; the last checkpoint is intact. "
             f"Lower --lr, lengthen the warm-up, or add --moe-router-z-loss-coeff 1e-3, and resume from it"
         )
+
+
+def stop_if_drifted(run: Run) -> None:
+    """Replicas that differ train a model that nobody has: all ranks stop together, and nothing of it is saved."""
+    drifts = run.replicas.check()
+    if not drifts:
+        return
+    i, more = run.progress.iteration, f", and {len(drifts) - 1} more tensors" if len(drifts) > 1 else ""
+    run.tracker.event(
+        "alert", iteration=i, reason=f"replicas have drifted: {drifts[0]}{more}", condition="replica_drift",
+        parameters=[d.name for d in drifts], ranks=[list(map(list, d.ranks)) for d in drifts],
+    )  # fmt: skip
+    run.tracker.event("stop", iteration=i, reason="replicas have drifted")
+    raise ReplicaDriftError(
+        f"iteration {i}: {drifts[0]}{more}. They were equal at the last check, {run.config.training.check_replicas_interval} steps ago or at "
+        f"the start; resume from a checkpoint before that, and look at the memory of those ranks"
+    )
 
 
 def save_checkpoint(run: Run, result: StepResult | None = None) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -50,3 +52,49 @@ def fake_process_group(rank: int, size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Collective:
+    """An entry of torch's flight recorder."""
+
+    name: str
+    number: int  # of its group, counted alike on all ranks
+    group: str
+    sizes: str
+    is_completed: bool
+    sequence: int  # of all collectives of this rank
+
+    def __str__(self) -> str:
+        return f"{self.name} (number {self.number} of {self.group}, {self.sizes})"
+
+
+def last_collective() -> Collective | None:
+    """The first collective of this rank that has not ended, or the last one if all have; None where torch keeps no record.
+
+    NCCL and gloo have a recorder each (of TORCH_FR_BUFFER_SIZE or TORCH_NCCL_TRACE_BUFFER_SIZE entries).
+    """
+    from torch._C import _distributed_c10d as c10d
+
+    entries = []
+    for dump in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
+        if function := getattr(c10d, dump, None):
+            entries += json.loads(function() or "{}").get("entries") or []
+    if not entries:
+        return None
+    entries.sort(key=lambda e: (e.get("time_created_ns", 0), e.get("record_id", 0)))
+    entry = next((e for e in entries if not _has_ended(e)), entries[-1])
+    group = entry.get("process_group") or ["?"]
+    return Collective(
+        name=entry.get("profiling_name", "?").rpartition(":")[2],
+        number=entry.get("p2p_seq_id" if entry.get("is_p2p") else "collective_seq_id", 0),
+        group=f"group {group[0]}" + (f" {group[1]}" if len(group) > 1 and group[1] not in ("", "undefined") else ""),
+        sizes=f"{entry.get('input_sizes', '')} to {entry.get('output_sizes', '')}",
+        is_completed=_has_ended(entry),
+        sequence=entry.get("record_id", 0),
+    )
+
+
+def _has_ended(entry: dict) -> bool:
+    """gloo never says completed: it takes what has ended off its list. NCCL also takes off what has timed out."""
+    return entry["state"] == "completed" or (entry.get("retired", False) and entry.get("profiling_name", "").startswith("gloo:"))

@@ -45,6 +45,14 @@ def hanging():
     time.sleep(600)
 
 
+def stopped():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def endless_evaluation():
     evaluate = pretrain.evaluate
 
@@ -69,6 +77,8 @@ def slow_save():
 FAULTS = {
     "raises": lambda: on_rank_1_at_step_3(broken),
     "hangs": lambda: on_rank_1_at_step_3(hanging),
+    "stopped": lambda: on_rank_1_at_step_3(stopped),
+    "killed": lambda: on_rank_1_at_step_3(killed),
     "endless evaluation": endless_evaluation,
     "slow save": slow_save,
 }

@@ -520,3 +520,12 @@ def test_all_problems_of_a_plan_come_at_once():
         assert part in done.stderr
     done = run_command("--dry-run-world-size", "4")
     assert done.returncode == 2 and "--dry-run-world-size (4) needs --dry-run" in done.stderr
+
+
+def test_plan_names_the_checks_and_what_a_proof_of_the_layout_would_train():
+    checks = plan_of(
+        f"{TINY} --moe-expert-parallel-size 8 --tensor-model-parallel-size 4 --global-batch-size 64 --check-replicas-interval 50", 32
+    )["checks"]
+    assert (checks["replicas_interval"], checks["timeout_minutes"]) == (50, 10.0)
+    (layout,) = checks["verify_parallelism"]
+    assert layout["processes"] == 8 and {"TP 4 -> 2", "EP 4 -> 2", "EP 8 -> 4", "data ranks 8 -> 4"} <= set(layout["folded"])

@@ -1,6 +1,9 @@
 """Every name of utils.compat: that this torch has what it stands on, and that it does what its docstring says."""
 
 import inspect
+import re
+import threading
+import time
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from megatron_moe.utils import compat
 
 TESTED = {
     "grouped_mm", "all_gather_into_tensor", "local_slices", "all_gather_rows", "reduce_scatter_rows",
-    "sum_over_ranks", "fake_process_group",
+    "sum_over_ranks", "fake_process_group", "last_collective", "Collective",
 }  # fmt: skip
 
 
@@ -23,7 +26,7 @@ def test_every_name_has_a_test_here():
         for name, value in vars(compat).items()
         if not name.startswith("_") and not inspect.ismodule(value) and name not in ("annotations", "Tensor", "DTensor", "Iterator")
     }
-    assert defined - {"compute_local_shape_and_global_offset", "contextmanager"} == TESTED
+    assert defined - {"compute_local_shape_and_global_offset", "contextmanager", "dataclass"} == TESTED
 
 
 def test_fake_process_group_shards_like_a_rank_of_a_real_one():
@@ -98,3 +101,26 @@ def test_reduce_scatter_rows_sums_over_ranks_and_its_backward_gathers():
         ([10.0, 12.0], [1.0, 1.0, 2.0, 2.0]),
         ([14.0, 16.0], [1.0, 1.0, 2.0, 2.0]),
     ]
+
+
+def _collectives():
+    """The last collective when all have ended, and the one that this rank waits in."""
+    rank, group = dist.get_rank(), dist.new_group([0, 1])
+    dist.all_reduce(torch.ones(3, 5), group=group)
+    ended, waiting = compat.last_collective(), []
+    if rank == 0:
+        thread = threading.Thread(target=lambda: (time.sleep(0.5), waiting.append(compat.last_collective())))
+        thread.start()
+    else:
+        time.sleep(1)
+    dist.all_reduce(torch.ones(7))
+    if rank == 0:
+        thread.join()
+    return ended, waiting
+
+
+def test_last_collective_is_the_one_that_is_waited_in():
+    (ended, waiting), (ended_on_1, _) = run_distributed(_collectives, 2)
+    assert re.match(r"all_reduce \(number 1 of group \d+.*\[3, 5\]", str(ended)), str(ended)
+    assert ended.is_completed and str(ended_on_1) == str(ended)
+    assert "[7]" in str(waiting[0]) and not waiting[0].is_completed and waiting[0].sequence > ended.sequence
