@@ -27,8 +27,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, without an install
 
 from megatron_moe.arguments import build_parser, parse_args
+from megatron_moe.config.data import MOCK_VOCAB_SIZE
 from megatron_moe.config.flags import ConfigError, checked, fields_of, flag, given_options, parse_tool
-from megatron_moe.config.presets import GPT2_VOCAB_SIZE
 from megatron_moe.config.run import RunConfig
 from megatron_moe.training.planning.layout import SETTINGS
 from megatron_moe.training.planning.machines import MACHINES, Assumptions, Machine
@@ -142,10 +142,21 @@ def read_command(argv: list[str]) -> tuple[PlanConfig, RunConfig]:
     return config, run
 
 
+def vocabulary_of(run: RunConfig) -> int:
+    """As --dry-run finds it: the tokenizer's, or GPT-2's where that is not here."""
+    if run.model.vocab_size:
+        return run.model.vocab_size
+    if run.data.mock_data and not run.tokenizer.kind:
+        return MOCK_VOCAB_SIZE
+    from megatron_moe.training.plan import look_here  # and torch with it: only where a tokenizer has to be looked at
+
+    return look_here(run).vocab_size
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     config, run = read_command(argv)
-    vocab_size = run.model.vocab_size or GPT2_VOCAB_SIZE
+    vocab_size = vocabulary_of(run)
     machine, assumed = config.described(), config.assumed()
     fixed = frozenset(axis for axis in map(axis_of, config.fixed) if axis)
     from tqdm import tqdm

@@ -214,14 +214,17 @@ def answer(x: Shapes) -> Kept:
     return Kept(x.s * x.run.model.hidden_size * x.a)
 
 
-def recomputed(x: Shapes, num_experts: int) -> Kept:
-    """What one recomputed part has again in the backward, while everything else is there: of the part that has most."""
-    how, parts = x.layout.recompute, []
-    if how:
-        parts.append(attend(x))
-    if how == "full":
-        parts += [feed_forward(x)] if num_experts == 1 else [compute(x, num_experts), finish(x)]
-    return max(parts, key=lambda p: p.total + p.work, default=Kept())
+def backward(x: Shapes, num_experts: int) -> float:
+    """What the backward of a layer has at its fullest moment beyond what the layer kept: a part at a time, from the last, is computed
+    again where it was not kept, has gradients of its own, and is gone when the next one begins."""
+    how = x.layout.recompute
+    parts = [(finish(x), how == "full"), (compute(x, num_experts), how == "full")] if num_experts > 1 else [(feed_forward(x), how == "full")]
+    freed, most = 0.0, 0.0
+    for part, is_recomputed in (*parts, (attend(x), how is not None)):
+        again = part.total if is_recomputed else 0.0
+        most = max(most, again + part.work - freed)
+        freed += 0.0 if is_recomputed else part.total
+    return most
 
 
 def loss(x: Shapes, vocab_size: int, threads: int = 1) -> Kept:
@@ -232,4 +235,5 @@ def loss(x: Shapes, vocab_size: int, threads: int = 1) -> Kept:
         masked = v * x.w if V > vocab_size else 0
         return Kept(kept + x.T * v * x.w, work=x.T * (v * (2 * x.w + x.a + (x.w if x.a != x.w else 0)) + masked))
     block = max((CPU_BLOCK * threads if x.is_cpu else BLOCK) // V, 1)
-    return Kept(kept + x.T * V * x.a, work=x.T * V * x.a + BLOCKS_OF_LOSS * min(x.T, block) * V * x.w)  # logits; their gradient, blocks
+    rows = min(x.T, BLOCKS_OF_LOSS * block)
+    return Kept(kept + x.T * V * x.a, work=x.T * V * x.a + rows * V * x.w)  # logits; their gradient, blocks

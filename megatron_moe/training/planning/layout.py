@@ -128,12 +128,18 @@ class Layout:
             return error.problems
         return [*laid_out.not_built_yet(), *laid_out.world_problems(self.devices)]
 
-    def flags(self) -> list[str]:
-        """The words that make a command this layout, wherever it differs from what a command without them means."""
+    def flags(self, command: RunConfig) -> list[str]:
+        """The words that, behind those of `command`, make it this layout at its global batch: the last word counts."""
+        target = self.applied(command).training
+        steps = None
+        if command.training.gradient_accumulation_steps is not None:
+            steps = self.microbatches(target.global_batch_size)
+        wanted = {**_NEUTRAL, **self.settings(), "gradient_accumulation_steps": steps}
         out: list[str] = []
-        for name, value in self.settings().items():
-            always = name in ("zero_stage", "micro_batch_size")
-            if value is not None and (always or value != FIELDS[name].default):
+        for name, value in wanted.items():
+            has = next(getattr(g, name) for g in (command.parallel, command.moe, command.training) if hasattr(g, name))
+            is_shown = name in ("zero_stage", "micro_batch_size") or value != FIELDS[name].default
+            if value is not None and (is_shown or value != has):
                 out += words_of(FIELDS[name], value)
         return out
 

@@ -43,19 +43,19 @@ def memory_of_rank(run: RunConfig, layout: Layout, vocab_size: int, global_batch
                    rank: int) -> Memory:  # fmt: skip
     n = layout.microbatches(global_batch)
     held, unit = _states(run, layout.at_rest, vocab_size, rank)
-    kept, last, again, loss = _activations(run, layout.of_tokens, vocab_size, skew, is_cpu, threads, rank)
+    kept, last, loss = _activations(run, layout.of_tokens, vocab_size, skew, is_cpu, threads, rank)
     flying = in_flight(layout, n, run.model.num_layers, rank)
     dense, routed = kept.dense * flying, kept.routed * flying
     fsdp = held.whole_gradients > 0
     keeps_whole = fsdp and (layout.zero <= 1 or layout.pp > 1)
     carried = 0 if n == 1 else held.whole_gradients if keeps_whole else held.gradients  # of earlier micro-batches
     # at the loss; in the backward of the last layer; at the end of the backward, when all gradients are there
-    at_loss = (carried, dense, routed, loss.total + loss.work, 0.0)
-    in_block = (max(carried, unit), dense, routed, 0.0, last.work + again.total + again.work)
+    at_loss = (held.gathered_outside, carried, dense, routed, loss.total + loss.work, 0.0)
+    in_block = (held.gathered, max(carried, unit), dense, routed, 0.0, last)
     whole_at_end = held.whole_gradients if keeps_whole and n > 1 else held.gradients + (unit if fsdp else 0)
-    at_end = (whole_at_end, 0.0, 0.0, 0.0, 0.0)
-    gradients, dense, routed, logits, backward = max((at_loss, in_block, at_end), key=sum)
-    return Memory(held.parameters, held.gathered, gradients, held.optimizer, dense, routed, logits, backward, rank)
+    at_end = (held.gathered, whole_at_end, 0.0, 0.0, 0.0, 0.0)
+    gathered, gradients, dense, routed, logits, backward = max((at_loss, in_block, at_end), key=sum)
+    return Memory(held.parameters, gathered, gradients, held.optimizer, dense, routed, logits, backward, rank)
 
 
 def in_flight(layout: Layout, microbatches: int, num_layers: int, rank: int) -> float:
@@ -84,8 +84,8 @@ def _states(run: RunConfig, layout: Layout, vocab_size: int, rank: int) -> tuple
 @functools.lru_cache(maxsize=1 << 16)
 def _activations(
     run: RunConfig, layout: Layout, vocab_size: int, skew: float, is_cpu: bool, threads: int, rank: int
-) -> tuple[act.Kept, act.Kept, act.Kept, act.Kept]:
-    """(of all layers of the rank, of the last, what that recomputes, the loss) of one micro-batch."""
+) -> tuple[act.Kept, float, act.Kept]:
+    """(kept by all layers of the rank, what the backward of its heaviest has beside that, the loss) of one micro-batch."""
     x = act.Shapes(run, layout, skew, is_cpu)
     experts = run.moe.experts_per_layer(run.model.num_layers)
     here = [experts[i - 1] for i in layout.layers_of_rank(run.model.num_layers, rank)]
@@ -94,5 +94,4 @@ def _activations(
     for n in here:
         kept += by_kind[n]
     loss = act.loss(x, vocab_size, threads) if rank == layout.pp - 1 else act.Kept()
-    heaviest = max(set(here), key=lambda n: act.recomputed(x, n).total + by_kind[n].work)
-    return kept, by_kind[heaviest], act.recomputed(x, heaviest), loss
+    return kept, max(act.backward(x, n) for n in set(here)), loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_moe.config.run import RunConfig
@@ -34,7 +34,7 @@ def as_json(found: Found, run: RunConfig, vocab_size: int, machine: Machine, dev
 
 def _one(p: Planned, run: RunConfig, vocab_size: int, devices: int) -> dict[str, Any]:
     return {
-        "layout": asdict(p.layout), "flags": p.layout.flags() + batch_flags(run, devices),
+        "layout": asdict(p.layout), "flags": command_flags(p, run, devices),
         "memory": {name: round(getattr(p.memory, name)) for name in COMPONENTS} | {"total": round(p.memory.total)},
         "seconds": {name: getattr(p.time, name) for name in TERMS} | {"total": p.time.total, "hidden": p.time.hidden},
         "bound_by": p.time.bound, "tokens_per_second_per_device": tokens_per_second(p, run, devices),
@@ -42,8 +42,10 @@ def _one(p: Planned, run: RunConfig, vocab_size: int, devices: int) -> dict[str,
     }  # fmt: skip
 
 
-def batch_flags(run: RunConfig, devices: int) -> list[str]:
-    return ["--global-batch-size", str(pinned(run, devices).training.global_batch_size)]
+def command_flags(p: Planned, run: RunConfig, devices: int) -> list[str]:
+    batch = pinned(run, devices).training.global_batch_size
+    laid = replace(run, training=replace(run.training, global_batch_size=batch))
+    return [*p.layout.flags(laid), "--global-batch-size", str(batch)]
 
 
 def tokens_per_second(p: Planned, run: RunConfig, devices: int) -> float:
@@ -77,7 +79,7 @@ def _lines(found: Found, run: RunConfig, vocab_size: int, machine: Machine, devi
             times = [f"{name} {getattr(p.time, name):.3g}" for name in TERMS if getattr(p.time, name) > 0.005 * p.time.total]
             yield f"{i:3}  {', '.join(parts)} | {', '.join(times)}"
         yield "\nFlags, to be put behind the command:"
-        yield from (f"{i:3}  {shlex.join(p.layout.flags() + batch_flags(run, devices))}" for i, p in enumerate(found.best, start=1))
+        yield from (f"{i:3}  {shlex.join(command_flags(p, run, devices))}" for i, p in enumerate(found.best, start=1))
     else:
         yield "no layout fits. What would have to change:"
         yield from (f"  - {remedy}" for remedy in remedies(found, run, vocab_size, machine, assumed))

@@ -62,6 +62,7 @@ class Space:
     num_layers: int
     start: Layout
     fixed: frozenset[str] = frozenset()
+    given: frozenset[str] = frozenset()  # settings with a value in the command for which no flag says: none
 
     def values(self, axis: str, candidates: Iterable) -> list:
         """What does not exist has the value that it would have without being asked for."""
@@ -77,6 +78,7 @@ class Space:
                 if n % (tp * cp * pp):
                     continue
                 virtual = [None, *divisors(max(self.num_layers // pp, 1))[:-1]] if pp > 1 else [None]
+                virtual = [v for v in virtual if v is not None or pp == 1 or "virtual" not in self.given]
                 for sp, v in itertools.product(self.values("sp", (False, True) if tp > 1 else (False,)), self.values("virtual", virtual)):
                     yield Layout(n, tp=tp, sp=sp, cp=cp, pp=pp, virtual=v)
 
@@ -97,7 +99,8 @@ class Space:
                 yield zero, replicas
 
     def recompute(self) -> list[str | None]:
-        return self.values("recompute", (None, "selective", "full"))
+        kinds = (None, "selective", "full")
+        return self.values("recompute", kinds[1:] if "recompute" in self.given else kinds)
 
 
 class Judge:
@@ -152,7 +155,7 @@ def search(
     fixed: frozenset[str] = frozenset(), progress: Callable[[int], None] = lambda n: None,
 ) -> Found:  # fmt: skip
     """`run` as the command says it. Every valid layout is weighed; the `top` fastest that fit come back."""
-    space = Space(devices, machine.devices_per_node, run.model.num_layers, of_run(run, devices), fixed)
+    space = space_of(run, machine, devices, fixed)
     run = pinned(run, devices)
     judge, found = Judge(run), Found()
     batch, room = run.training.global_batch_size, machine.memory_gb * 1e9 * (1 - assumed.memory_reserve)
@@ -178,6 +181,15 @@ def search(
     found.left_out += judge.left_out
     found.tried = found.valid + judge.left_out.total()
     return found
+
+
+def space_of(run: RunConfig, machine: Machine, devices: int, fixed: frozenset[str] = frozenset()) -> Space:
+    given = {axis for axis in ("virtual", "recompute") if getattr(_owner(run, axis), SETTINGS[axis], None) is not None}
+    return Space(devices, machine.devices_per_node, run.model.num_layers, of_run(run, devices), fixed, frozenset(given))
+
+
+def _owner(run: RunConfig, axis: str) -> object:
+    return run.training if axis == "recompute" else run.parallel
 
 
 def axis_of(flag: str) -> str | None:

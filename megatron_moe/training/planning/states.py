@@ -38,10 +38,11 @@ class Weight:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on a rank. As in parallel/footprint.py; `unit` is the largest gathered block, which stage 3 frees and gathers again."""
+    """Bytes on a rank. The components of parallel/footprint.py."""
 
     parameters: int
     gathered: int
+    gathered_outside: int  # of these, what is outside of the blocks, or all where blocks are not freed
     gradients: int
     whole_gradients: int
     optimizer: int
@@ -70,6 +71,7 @@ def states(run: RunConfig, layout: Layout, vocab_size: int, rank: int = 0) -> St
     return States(
         parameters=shards * stored,
         gathered=(outside + blocks) if is_wrapped else 0,
+        gathered_outside=(outside if frees else outside + blocks) if is_wrapped else 0,
         gradients=shards * stored,
         whole_gradients=whole.total() * stored if is_wrapped else 0,
         optimizer=shards * stored * moments(run),

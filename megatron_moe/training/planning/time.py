@@ -88,7 +88,7 @@ def _microbatch(run: RunConfig, layout: Layout, vocab_size: int, machine: Machin
         cp += _context_parallel(x, machine, assumed)
         again = {"full": 4 / 3, "selective": 10 / 9}.get(layout.recompute, 1.0)
         host += 3 * again * (OPERATORS["attention"] + OPERATORS["moe" if n > 1 else "mlp"]) * assumed.launch_us * 1e-6
-    kept, _, _, loss = _activations(run, replace(layout, recompute=None, pp=1, virtual=None), vocab_size, assumed.load_skew, machine.is_cpu, 1, 0)
+    kept, _, loss = _activations(run, replace(layout, recompute=None, pp=1, virtual=None), vocab_size, assumed.load_skew, machine.is_cpu, 1, 0)
     moved = (kept.total + loss.total) / layout.pp * MOVES_OF_KEPT
     elementwise = moved * {"full": 7 / 5}.get(layout.recompute, 1.0) / _memory_rate(machine, assumed)
     return compute, elementwise, host / layout.pp, tp / layout.pp, ep / layout.pp, cp / layout.pp
