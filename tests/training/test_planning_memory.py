@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from distributed.collectives import LiveParameters, elements
 from distributed_pool import run_distributed
 from live_tensors import LiveTensors
 
-from distributed.collectives import LiveParameters, elements
 from megatron_moe.arguments import parse_args
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batch import Batch

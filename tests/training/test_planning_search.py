@@ -21,7 +21,7 @@ SMALL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --num-experts 2 4 --mock-data "
     "--train-iters 2 --global-batch-size 8 --make-vocab-size-divisible-by 4"
 )
-H100 = replace(MACHINES["h100-sxm"], devices_per_node=4)
+H100, DEFAULTS = replace(MACHINES["h100-sxm"], devices_per_node=4), Assumptions()
 
 
 def run_of(flags: str) -> RunConfig:
@@ -33,7 +33,12 @@ def brute_force(run: RunConfig, devices: int, most_tp: int) -> set[Layout]:
     powers = [d for d in range(1, devices + 1) if devices % d == 0]
     found = set()
     for tp, cp, pp, ep, etp in itertools.product(powers, repeat=5):
-        if tp > most_tp or etp > most_tp or devices % (tp * cp * pp) or devices // pp % (ep * etp) and (ep > devices // pp or etp > devices // pp):
+        if (
+            tp > most_tp
+            or etp > most_tp
+            or devices % (tp * cp * pp)
+            or (devices // pp % (ep * etp) and (ep > devices // pp or etp > devices // pp))
+        ):
             continue
         virtuals = [None, *(v for v in (1, 2) if pp > 1 and v < max(4 // pp, 1))] if SETTINGS["virtual"] in FIELDS else [None]
         for sp, v, zero, b, how in itertools.product({False, tp > 1}, virtuals, range(4), MICRO_BATCHES, (None, "selective", "full")):
@@ -139,7 +144,7 @@ def test_time_of_one_device_is_that_of_its_flops():
 def test_every_term_of_the_time_answers_to_what_it_is_about():
     run = pinned(run_of(SMALL), 8)
 
-    def of(machine=H100, assumed=Assumptions(), **values):
+    def of(machine=H100, assumed=DEFAULTS, **values):
         return step_time(run, Layout(8, **values), 64, 8, machine, assumed)
 
     slow_network, slow_memory = replace(H100, intra_node_bandwidth=1.0, inter_node_bandwidth=0.1), replace(H100, memory_bandwidth=100)

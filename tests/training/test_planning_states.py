@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
-
 from distributed import parity
+
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.training.plan import rank_footprint

@@ -218,7 +218,9 @@ def backward(x: Shapes, num_experts: int) -> float:
     """What the backward of a layer has at its fullest moment beyond what the layer kept: a part at a time, from the last, is computed
     again where it was not kept, has gradients of its own, and is gone when the next one begins."""
     how = x.layout.recompute
-    parts = [(finish(x), how == "full"), (compute(x, num_experts), how == "full")] if num_experts > 1 else [(feed_forward(x), how == "full")]
+    parts = (
+        [(finish(x), how == "full"), (compute(x, num_experts), how == "full")] if num_experts > 1 else [(feed_forward(x), how == "full")]
+    )
     freed, most = 0.0, 0.0
     for part, is_recomputed in (*parts, (attend(x), how is not None)):
         again = part.total if is_recomputed else 0.0
@@ -232,7 +234,7 @@ def loss(x: Shapes, vocab_size: int, threads: int = 1) -> Kept:
     m, V = x.run.model, x.run.model.padded_vocab_size(vocab_size)
     v, kept = V // x.layout.tp, norm(x).dense + x.T * m.hidden_size * x.a + x.T * (2 * x.w + 2 * x.w + 8)
     if x.layout.tp > 1:  # parallel/tensor.py: probabilities are kept; made from wide logits, what is left of them, exponentials
-        masked = v * x.w if V > vocab_size else 0
+        masked = v * x.w if vocab_size < V else 0
         return Kept(kept + x.T * v * x.w, work=x.T * (v * (2 * x.w + x.a + (x.w if x.a != x.w else 0)) + masked))
     block = max((CPU_BLOCK * threads if x.is_cpu else BLOCK) // V, 1)
     rows = min(x.T, BLOCKS_OF_LOSS * block)

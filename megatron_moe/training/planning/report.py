@@ -101,7 +101,9 @@ HEAD = ("#", "layout", "GB", "s/step", "tokens/s/device", "TFLOP/s", "bound by")
 def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(len(row[i]) for row in (HEAD, *rows)) for i in range(len(HEAD))]
     for row in (HEAD, *rows):
-        yield "  ".join(cell.ljust(width) if i in (1, 6) else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))).rstrip()
+        yield "  ".join(
+            cell.ljust(width) if i in (1, 6) else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
 
 
 # ---------------------------------------------------------------- what would have to change
@@ -136,4 +138,3 @@ def remedies(found: Found, run: RunConfig, vocab_size: int, machine: Machine, as
 
 def _next_multiple(x: float, of: int) -> int:
     return -(-int(x + 0.999) // of) * of
-
