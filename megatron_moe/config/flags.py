@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import re
@@ -103,6 +104,7 @@ class FieldSpec:
                 yield f"{self.option} must be greater than {self.info.above}, not {v}"
 
 
+@functools.cache  # types are resolved from text, and a plan asks thousands of times
 def fields_of(cls: type) -> list[FieldSpec]:
     """The flags of a config class, in the order of declaration."""
     hints = typing.get_type_hints(cls)
@@ -331,20 +333,23 @@ def checked(config: Any) -> None:
         raise ConfigError(problems)
 
 
-def parse_tool(groups: type | tuple[type, ...], prog: str, argv: Iterable[str] | None = None) -> Any:
-    """The command line of a tool: all mistakes at once, exit code 2.
+def parse_tool(
+    groups: type | tuple[type, ...], prog: str, argv: Iterable[str] | None = None, found: Iterable[str] = (), usage: str = "FLAGS"
+) -> Any:
+    """The command line of a tool: all mistakes at once, exit code 2. `found`: mistakes of a part that the tool has read itself.
 
     One config class gives its instance, several give a tuple of instances. The help text is that of the first one's file.
     """
     import sys
 
     classes = groups if isinstance(groups, tuple) else (groups,)
-    parser = argparse.ArgumentParser(prog=prog, usage=f"{prog} FLAGS", allow_abbrev=False, formatter_class=HelpFormatter,
+    parser = argparse.ArgumentParser(prog=prog, usage=f"{prog} {usage}", allow_abbrev=False, formatter_class=HelpFormatter,
                                      description=(sys.modules[classes[0].__module__].__doc__ or "").strip() or None)  # fmt: skip
     for cls in classes:
         add_config_group(parser, cls)
     argv = sys.argv[1:] if argv is None else list(argv)
     raw, problems = read_options(parser, argv)
+    problems += found
     for warning in repeated_options(parser, argv):
         print(f"{prog}: {warning}", file=sys.stderr)
     values = convert_all(classes, raw, problems)

@@ -1,0 +1,230 @@
+"""How long a step takes: one term for each thing that takes time, added up where nothing overlaps.
+
+step = microbatches x (compute + elementwise + TP + EP + CP)     or what the host needs to launch it, if that is more
+     + bubble, pipeline sends, exposed DP/ZeRO, optimizer
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass, replace
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.model.flops import flops_per_token
+from megatron_moe.training.planning import activations as act
+from megatron_moe.training.planning.layout import Layout
+from megatron_moe.training.planning.machines import Assumptions, Machine
+from megatron_moe.training.planning.memory import _activations, _states
+from megatron_moe.training.planning.states import degree
+
+# A kept tensor is written by its operation and read by the next one; in the backward it is read once more, and a gradient of its
+# size is written and read.
+MOVES_OF_KEPT = 5
+# Operators that eager PyTorch launches for the forward of a part, views left out: counted with a dispatch mode on blocks with RMSNorm,
+# SwiGLU and rotary positions. The backward had 0.8 times as many.
+OPERATORS = {"attention": 43, "mlp": 12, "moe": 124}
+# An update of AdamW per float32 parameter: reads weight, gradient and both moments, writes weight and moments (28 bytes); before it
+# the norm reads the gradient and the clip reads and writes it (12).
+OPTIMIZER_BYTES = 40
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by term. `hidden` is not in the total: what of DP/ZeRO goes on while the device computes."""
+
+    compute: float  # matrix products and attention, recomputation too
+    elementwise: float  # memory traffic of everything between them
+    host: float  # what launching takes beyond what the device is busy
+    tp: float
+    ep: float
+    cp: float
+    dp: float
+    bubble: float
+    p2p: float
+    optimizer: float
+    hidden: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(value for name, value in asdict(self).items() if name != "hidden")
+
+    @property
+    def bound(self) -> str:
+        """The term that takes most."""
+        terms = {name: value for name, value in asdict(self).items() if name != "hidden"}
+        return max(terms, key=terms.__getitem__)
+
+
+def step_time(run: RunConfig, layout: Layout, vocab_size: int, global_batch: int, machine: Machine, assumed: Assumptions) -> StepTime:
+    n, layers = layout.microbatches(global_batch), run.model.num_layers
+    compute, elementwise, host, tp, ep, cp = _microbatch(run, layout.of_tokens, vocab_size, machine, assumed)
+    device = compute + elementwise + tp + ep + cp
+    waiting = max(host - device, 0.0)
+    chunks = layout.chunks(layers)
+    bubble = (layout.pp - 1) / chunks * (device + waiting)  # 1F1B; v parts of a rank make it v times shorter (arXiv 2104.04473, 2.2)
+    dp, hideable = _data_parallel(run, layout, vocab_size, n, machine, assumed, compute)
+    hidden = min(dp, hideable)
+    return StepTime(
+        compute=n * compute, elementwise=n * elementwise, host=n * waiting, tp=n * tp, ep=n * ep, cp=n * cp, dp=dp - hidden,
+        bubble=bubble, p2p=_sends(run, layout, n, chunks, machine, assumed),
+        optimizer=_states(run, layout.at_rest, vocab_size, 0)[0].elements * OPTIMIZER_BYTES / _memory_rate(machine, assumed), hidden=hidden,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _microbatch(run: RunConfig, layout: Layout, vocab_size: int, machine: Machine, assumed: Assumptions) -> tuple[float, ...]:
+    """Seconds of one micro-batch, forward and backward, on the pipeline rank that has most: (compute, elementwise, host, tp, ep, cp).
+
+    The layers are spread evenly here, and logits over all ranks of the pipeline: the mean rank, not the last.
+    """
+    m, x = run.model, act.Shapes(run, layout, assumed.load_skew, machine.is_cpu)
+    compute = x.T / layout.tp / layout.pp * _seconds_per_token(run, layout, vocab_size, machine, assumed)
+    elementwise = host = tp = ep = cp = 0.0
+    for n in run.moe.experts_per_layer(m.num_layers):
+        tp += _tensor_parallel(x, n, machine, assumed)
+        ep += _expert_parallel(x, n, machine, assumed)
+        cp += _context_parallel(x, machine, assumed)
+        again = {"full": 3 / 2, "selective": 6 / 5}.get(layout.recompute, 1.0)
+        host += 2 * again * (OPERATORS["attention"] + OPERATORS["moe" if n > 1 else "mlp"]) * assumed.launch_us * 1e-6
+    kept, _, loss = _activations(
+        run, replace(layout, recompute=None, pp=1, virtual=None), vocab_size, assumed.load_skew, machine.is_cpu, 1, 0
+    )
+    moved = (kept.total + loss.total) / layout.pp * MOVES_OF_KEPT
+    elementwise = moved * {"full": 7 / 5}.get(layout.recompute, 1.0) / _memory_rate(machine, assumed)
+    return compute, elementwise, host / layout.pp, tp / layout.pp, ep / layout.pp, cp / layout.pp
+
+
+def _seconds_per_token(run: RunConfig, layout: Layout, vocab_size: int, machine: Machine, assumed: Assumptions) -> float:
+    """Of forward and backward over the whole model. FLOPs are those of model/flops.py; experts wait for the busiest rank."""
+    m, moe, S = run.model, run.moe, run.training.seq_length
+    total = flops_per_token(m, moe, S, vocab_size)
+    attention = 3 * 2 * m.num_attention_heads * m.head_dim * S * m.num_layers  # scores and values, halved by the causal mask
+    experts = 0.0
+    for n in moe.experts_per_layer(m.num_layers):
+        if n > 1:
+            matrices = (3 if m.activation == "swiglu" else 2) * (moe.moe_latent_size or m.hidden_size) * moe.expert_ffn_size(m.ffn_size)
+            experts += 3 * 2 * matrices * moe.topk * (min(assumed.load_skew, degree(run, layout, n)) - 1)
+    logits = 3 * 2 * m.hidden_size * m.padded_vocab_size(vocab_size)
+    dense = total - attention + experts
+    projections = 3 * 2 * m.hidden_size * m.head_dim * 2 * (m.num_attention_heads + m.key_value_heads) * m.num_layers
+    if layout.recompute == "full":  # another forward of all but the logits
+        dense, attention = dense + (dense - logits) / 3, attention * 4 / 3
+    elif layout.recompute == "selective":
+        dense, attention = dense + projections / 3, attention * 4 / 3
+    peak = machine.peak_tflops * 1e12
+    return dense / (peak * assumed.matmul_efficiency) + attention / (peak * assumed.attention_efficiency)
+
+
+# ---------------------------------------------------------------- collectives
+
+
+def _memory_rate(machine: Machine, assumed: Assumptions) -> float:
+    return machine.memory_bandwidth * 1e9 * assumed.memory_efficiency
+
+
+def ring_rate(ranks: int, stride: int, machine: Machine, assumed: Assumptions) -> float:
+    """Bytes per second that a rank of a ring sends, of groups of ranks that are `stride` apart. Over nodes each node's members have a
+    network adapter each, and a ring per adapter."""
+    here = max(min(ranks, machine.devices_per_node // stride), 1)
+    rate = machine.intra_node_bandwidth
+    if ranks > here:
+        rate = min(rate, here * machine.inter_node_bandwidth) if here > 1 else machine.inter_node_bandwidth
+    return rate * 1e9 * assumed.network_efficiency
+
+
+def _ring(bytes_: float, ranks: int, stride: int, machine: Machine, assumed: Assumptions) -> float:
+    """An all-gather or reduce-scatter of tensors of so many bytes in all; an all-reduce is both."""
+    if ranks == 1:
+        return 0.0
+    return assumed.collective_latency_us * 1e-6 + bytes_ * (ranks - 1) / ranks / ring_rate(ranks, stride, machine, assumed)
+
+
+def _tensor_parallel(x: act.Shapes, num_experts: int, machine: Machine, assumed: Assumptions) -> float:
+    """Of a layer. An all-reduce behind attention and MLP in the forward, in front of them in the backward; sequence parallelism sends
+    as much as gathers and scatters. An MoE layer gathers what its slices gave, and their gradients."""
+    run, tp = x.run, x.layout.tp
+    if tp == 1:
+        return 0.0
+    size = x.T * run.model.hidden_size * x.a
+    one = _ring(size, tp, 1, machine, assumed)
+    again = 1 if x.layout.recompute else 0  # the forward of attention once more
+    attention = (4 + 2 * again) * one
+    dense = (4 + 2 * (x.layout.recompute == "full")) * one
+    if num_experts == 1:
+        return attention + dense
+    branch = dense if act.has_branch(run) else 0.0
+    return attention + branch + (0.0 if x.layout.sp else 2 * one)
+
+
+def _expert_parallel(x: act.Shapes, num_experts: int, machine: Machine, assumed: Assumptions) -> float:
+    """Of a layer: rows out and back, in the forward and in the backward, and in a forward that is recomputed. The all-to-all ends with
+    its busiest rank. Within a node and between nodes it goes on at once, so the slower of the two counts."""
+    if num_experts == 1:
+        return 0.0
+    run, etp, ep = x.run, x.layout.etp, degree(x.run, x.layout, num_experts)
+    rows = x.rows(num_experts) / etp
+    row = (run.moe.moe_latent_size or run.model.hidden_size) * x.a
+    times = 6 if x.layout.recompute == "full" else 4
+    seconds = 0.0
+    if ep > 1:
+        here = min(ep, max(machine.devices_per_node // etp, 1))
+        near = rows * row * (here - 1) / ep / (machine.intra_node_bandwidth * 1e9)
+        far = rows * row * (ep - here) / ep / (machine.inter_node_bandwidth * 1e9)
+        seconds += times * (max(near, far) / assumed.network_efficiency + assumed.collective_latency_us * 1e-6)
+    if etp > 1:  # rows of all that share an expert are gathered, and its answers scattered
+        seconds += times * _ring(rows * etp * row, etp, 1, machine, assumed)
+    return seconds
+
+
+def _context_parallel(x: act.Shapes, machine: Machine, assumed: Assumptions) -> float:
+    """Of a layer: keys and values gathered, their gradients scattered, gathered again where attention is recomputed."""
+    m, layout = x.run.model, x.layout
+    size = 2 * x.T * layout.cp * max(m.key_value_heads // layout.tp, 1) * m.head_dim * x.a
+    return (2 + bool(layout.recompute)) * _ring(size, layout.cp, layout.tp, machine, assumed)
+
+
+def _data_parallel(
+    run: RunConfig, layout: Layout, vocab_size: int, microbatches: int, machine: Machine, assumed: Assumptions, compute: float
+) -> tuple[float, float]:
+    """(all of it, what can go on during compute). What each stage sends: the table of docs/parallelism.md. FSDP gathers the next unit
+    while this one computes, and reduces in the background; stages 0 and 1 have the first forward and the last backward for that, 2
+    every backward, 3 everything."""
+    held, n = _states(run, layout.at_rest, vocab_size, 0)[0], microbatches
+    t = run.training
+    a = 2 if t.bf16 or t.fp16 else 4
+    zero, every = layout.zero, n if layout.zero >= 2 and layout.pp == 1 else 1
+    gathers = 0 if zero == 0 else 2 * n if zero == 3 and layout.pp == 1 else 1
+    experts = [k for k in run.moe.experts_per_layer(run.model.num_layers) if k > 1]
+    ep = degree(run, layout, max(experts)) if experts else 1
+    units = run.model.num_layers / layout.pp
+    seconds = 0.0
+    for elements, ranks, stride in (
+        (held.dense_whole, layout.data_ranks, layout.tp),
+        (held.expert_whole, layout.stage_ranks // (ep * layout.etp), ep * layout.etp),
+    ):
+        if ranks == 1 or not elements:
+            continue
+        shards = layout.shards(ranks)
+        rate, latency = ring_rate(ranks if shards == 1 else shards, stride, machine, assumed), assumed.collective_latency_us * 1e-6
+        if zero == 0:
+            seconds += 2 * (ranks - 1) / ranks * elements * 4 / rate + units * latency
+            continue
+        share = (shards - 1) / shards
+        seconds += gathers * (share * elements * a / rate + units * latency) + every * (share * elements * 4 / rate + units * latency)
+        copies = ranks // shards
+        if copies > 1:  # the replicas of hybrid sharding add up their shards once
+            far = ring_rate(copies, stride * shards, machine, assumed)
+            seconds += 2 * (copies - 1) / copies * elements / shards * 4 / far + units * latency
+    passes = {0: 2 / 3, 1: 1.0, 2: 1 / 3 + 2 / 3 * n, 3: 1.0 * n}[zero]  # a forward is a third of forward and backward
+    return seconds, passes * compute
+
+
+def _sends(run: RunConfig, layout: Layout, microbatches: int, chunks: int, machine: Machine, assumed: Assumptions) -> float:
+    """Hidden states to the next stage and their gradients back, of every micro-batch and part."""
+    if layout.pp == 1:
+        return 0.0
+    x = act.Shapes(run, layout.of_tokens, 1.0)
+    far = layout.stage_ranks >= machine.devices_per_node
+    rate = (machine.inter_node_bandwidth if far else machine.intra_node_bandwidth) * 1e9 * assumed.network_efficiency
+    one = x.s * run.model.hidden_size * x.a / rate + assumed.collective_latency_us * 1e-6
+    return 2 * microbatches * chunks * one
