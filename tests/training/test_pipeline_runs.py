@@ -78,7 +78,7 @@ OF_THE_MACHINE = {"iteration_time_ms", "tokens_per_second", "tflops_per_device",
 )
 def test_metrics_are_those_of_one_process(world, flags, text, tmp_path):
     """Losses, norms, every layer's record in layer order, evaluations."""
-    model = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-normalize chosen --eval-iters 1"
+    model = "--topk 2 --moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-normalize chosen --eval-iters 1"
     model += " --reset-attention-mask" if "reset" in flags else ""
     own = f"{EXACT} --train-iters 9 --global-batch-size 8"
     train(1, tmp_path / "one", text, f"{own} {model} {FOUR}")
@@ -143,13 +143,13 @@ def test_batches_and_lengths_that_grow_go_through_the_pipeline(text, tmp_path):
 
 def test_tied_weights_are_saved_once_and_tools_read_the_checkpoint(text, tmp_path):
     save = tmp_path / "run"
-    train(2, save, text, f"{PP2} --train-iters 2")
+    train(2, save, text, f"{PP2} --train-iters 2 --lr-warmup-iters 0")
     checkpoint = save / "iter_0000002"
     assert describe_metadata(checkpoint)["model.embedding.weight"]["shape"] == [128, 32]
     chunks = SafeReader(checkpoint).read_metadata().state_dict_metadata
     assert all(len(chunks[f"{part}.embedding.weight"].chunks) == 1 for part in ("model", "optimizer.exp_avg"))
     written = sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))
-    train(1, tmp_path / "one", text, "--train-iters 2")
+    train(1, tmp_path / "one", text, "--train-iters 2 --lr-warmup-iters 0")
     alone = sum(file.stat().st_size for file in (tmp_path / "one" / "iter_0000002").glob("*.distcp"))
     assert written == pytest.approx(alone, rel=0.02)
     for words in (
