@@ -14,7 +14,7 @@ class MemoryConfig:
 
     cross_entropy_loss_chunk_size: int | None = flag(
         None, "columns of the vocabulary whose logits are there at a time, to be computed once more in the backward; 0: all of them. "
-        "When not given, all up to 2^26 logits of a micro-batch on a rank, and 2^24 at a time above", minimum=0)  # fmt: skip
+        "When not given, all where a micro-batch has up to 2^25 logits on a rank, else so many that there are 2^23", minimum=0)  # fmt: skip
     cpu_offloading: bool = flag(
         False, "keep what the blocks save for the backward in pinned memory of the host; without effect where the host computes",
         names=("offload-activations",),
