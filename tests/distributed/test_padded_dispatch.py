@@ -123,7 +123,7 @@ def evaluated(counts: tuple[int, ...], dropping: bool, pad: bool) -> dict:
     for name, p in list(layer.experts.named_parameters()):
         layer.experts.register_parameter(name, torch.nn.Parameter(p.detach()[first : first + here]))
     layer.dispatcher = build_dispatcher("alltoall", EXPERTS, 2, group, pad=pad)
-    layer.reducer = GroupReducer(mesh.group("tp"), mesh.group("dp"), group, "cpu")
+    layer.reducer = GroupReducer([mesh.group("tp")], [mesh.group("dp")], group, "cpu")
     x, _, _ = test_dispatchers.tokens_of(rank, counts, 2)
     capacities = []
     plan = layer.dispatcher.plan
