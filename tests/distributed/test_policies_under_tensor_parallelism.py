@@ -32,7 +32,7 @@ class Halved:
         half = len(logits_TE) // 2
         parts = [slice(0, half), slice(half, None)]
         of_half = None if capacity is None else capacity // 2
-        choices = [self.policy(logits_TE[p], tokens.of(p, None), bias_E, of_half, training) for p in parts]
+        choices = [self.policy(logits_TE[p], tokens.of(p, None, logits_TE), bias_E, of_half, training) for p in parts]
         return Choice(*(torch.cat([getattr(c, name) for c in choices]) for name in ("ids_TK", "scores_TE", "probs_TE")))
 
 
