@@ -69,7 +69,6 @@ def verify(parsed: Parsed, world_size: int) -> None:
     problems = [
         *map(str, parsed.missing),
         *parsed.not_yet,
-        *parsed.run.not_built_yet(),
         *(parsed.run.world_problems(ranks) if ranks else ()),
     ]
     if world_size > 1 and command.verify_world_size:

@@ -379,7 +379,7 @@ def became_of(option: GivenOption, others: dict[str, list[str]], const: object) 
         return [option.option, *option.words], ""
     spec = FIELDS[dest]
     words = words_of(spec, const) if spec.kind is bool else [spec.option, *option.words]
-    return words, f"{spec.info.not_yet}: not built yet" if spec.info.not_yet and words == [spec.option] else ""
+    return words, ""
 
 
 def take_json(deepspeed: DeepSpeedJson, flags_alone: list[str], given: set[str], result: Translation) -> None:
@@ -399,7 +399,6 @@ def take_json(deepspeed: DeepSpeedJson, flags_alone: list[str], given: set[str],
                 notes.append(f"{' '.join(words)} is the default")
             else:
                 became.append(words)
-                notes += [f"{FIELDS[name].info.not_yet}: not built yet"] if FIELDS[name].info.not_yet else []
         result.json_rows.append(Row(str(entry), " ".join(w for words in became for w in words), "; ".join(notes)))
         result.flags += [words for words in became if words not in result.flags]
     result.problems += deepspeed.not_yet

@@ -46,8 +46,7 @@ def _setting_row(spec: FieldSpec) -> tuple[str, ...]:
     options = [*spec.options, *spec.negative_options] if spec.kind is bool else spec.options
     if spec.kind is bool and spec.default:
         options = [*spec.negative_options, *spec.options]
-    meaning = spec.info.help + (f" (**not built yet**: {spec.info.not_yet})" if spec.info.not_yet else "")
-    return " ".join(f"`{o}`" for o in options), _value_of(spec), _default_of(spec), meaning
+    return " ".join(f"`{o}`" for o in options), _value_of(spec), _default_of(spec), spec.info.help
 
 
 def _value_of(spec: FieldSpec) -> str:

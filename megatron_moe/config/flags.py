@@ -49,7 +49,6 @@ class FlagInfo:
     above: float | None = None  # exclusive lower bound
     parse: Callable[[list[str]], Any] | None = None  # words of the command line -> value
     metavar: str | None = None
-    not_yet: str | None = None  # the feature exists as a flag only: using it to train is an error
     hidden: bool = False
 
 
@@ -160,8 +159,6 @@ def _help_text(spec: FieldSpec) -> str:
     elif spec.default is not None and spec.default != ():
         shown = " ".join(map(str, spec.default)) if spec.many else spec.default
         notes.append(f"default: {shown}")
-    if spec.info.not_yet:
-        notes.append("not built yet")
     text = spec.info.help + (f" ({'; '.join(notes)})" if notes else "")
     return text.replace("%", "%%")
 

@@ -198,14 +198,10 @@ class RunConfig:
         memory = dataclasses.replace(self.memory, cpu_offloading=False, cpu_optimizer=False)
         return dataclasses.replace(self, model=model, moe=moe, training=training, memory=memory, distillation=DistillationConfig())
 
-    def _idle(self) -> tuple[str, ...]:
-        """Switches about the tensor-parallel ranks ask for nothing where there is one such rank."""
-        return ("sequence_parallel", "enable_expert_tensor_parallelism") if self.parallel.tensor_model_parallel_size == 1 else ()
-
     def warnings(self, given: Collection[str] = ()) -> Iterator[str]:
         """What is allowed but probably not meant. `given`: names of the settings that somebody chose, also where that is the default."""
-        for name in self._idle():
-            if getattr(self.parallel, name):
+        for name in ("sequence_parallel", "enable_expert_tensor_parallelism"):
+            if getattr(self.parallel, name) and self.parallel.tensor_model_parallel_size == 1:
                 yield f"--{name.replace('_', '-')} has no effect with --tensor-model-parallel-size 1"
         yield from self._precision_warnings(given)
         yield from pipeline_warnings(self.parallel)
@@ -379,22 +375,7 @@ class RunConfig:
                    f"({increment}); {cure}")  # fmt: skip
 
     def train_problems(self) -> Iterator[str]:
-        """What is fine to look at but cannot be trained."""
-        yield from self.not_built_yet()
-        yield from self.missing_to_train()
-
-    def not_built_yet(self) -> Iterator[str]:
-        """Settings of features that exist as a flag only."""
-        for group in GROUPS:
-            for s in fields_of(GROUPS[group]):
-                value = getattr(getattr(self, group), s.name)
-                if s.info.not_yet and value != s.default and s.name not in self._idle():
-                    is_degree = s.kind is int and not s.many
-                    said = f" must be {s.default}, not {value}" if is_degree else ""
-                    yield f"{s.option}{said}: {s.info.not_yet} is not built yet; leave the flag out"
-
-    def missing_to_train(self) -> Iterator[str]:
-        """What a run needs and has no default: something to train on, an end, a vocabulary."""
+        """What is fine to look at but cannot be trained: what has no default is missing, as something to train on, an end, a vocabulary."""
         t = self.training
         if not (t.train_iters or t.train_samples or t.train_tokens):
             yield "how long to train is missing: give --train-iters, --train-samples or --train-tokens"

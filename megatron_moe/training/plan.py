@@ -124,8 +124,8 @@ def build_plan(
         "settings": _settings(run),
         "defaults": list(_defaults(run, world_size, frozenset(given), here)),
         "missing_paths": [*missing, *here.missing],
-        "not_built_yet": [*not_yet, *run.not_built_yet()],
-        "before_training": list(run.missing_to_train()),
+        "not_built_yet": list(not_yet),
+        "before_training": list(run.train_problems()),
         "checks": _checks(run, world_size),
         "warnings": [*warnings, *run.world_warnings(world_size)],
     }  # fmt: skip
@@ -502,7 +502,7 @@ def _vocabulary_note(run: RunConfig, here: Here) -> str:
 def _checks(run: RunConfig, world_size: int) -> dict[str, Any]:
     """What would be noticed, and what is left for a user to switch on."""
     try:
-        layouts = [] if list(run.not_built_yet()) else fold(run, world_size)
+        layouts = fold(run, world_size)
     except ConfigError:  # a limit of the proof is none of the run
         layouts = []
     return {

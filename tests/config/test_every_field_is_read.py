@@ -42,9 +42,9 @@ def fields_of_class(cls: type) -> list:
 
 
 def unread(files: list[Path], classes: dict[str, type]) -> list[tuple[str, str]]:
-    """Fields without effect. Upstream leftovers have no field at all. A field of a feature that is not built yet is refused when it is given, which is an effect."""
+    """Fields without effect. Upstream leftovers, and flags of features that are not built yet, have no field at all."""
     alive = used(reads(files, {*classes, "RunConfig"}))
-    built = [(name, spec.name) for name, cls in classes.items() for spec in fields_of(cls) if not spec.info.not_yet]
+    built = [(name, spec.name) for name, cls in classes.items() for spec in fields_of(cls)]
     return [field for field in built if field not in alive]
 
 
@@ -70,7 +70,6 @@ class Inner:
     renamed: int = flag(0, "sets another field")
     namesake: int = flag(0, "something else has an attribute of this name")
     by_name: int = flag(0, "read by a name that is put together")
-    later: int = flag(0, "of a feature to come", not_yet="a feature")
 
     def __post_init__(self):
         if self.renamed:

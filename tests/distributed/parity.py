@@ -39,14 +39,14 @@ from megatron_moe.training.distillation import Distillation, build_teacher
 from megatron_moe.training.step import count_loss_tokens, counted_parameters, forward_backward, move_expert_biases, train_step
 from megatron_moe.utils.random import token_keys
 
-VOCAB, SEQUENCES, LENGTH, STEPS = 60, 8, 15, 4  # 15 tokens: not divisible by any tensor-parallel degree
+VOCAB, SEQUENCES, LENGTH, STEPS = 60, 8, 15, 5  # 15 tokens: not divisible by any tensor-parallel degree
 DIVISIBLE = "--seq-length 16"  # for layouts that cut every sequence into equal parts
 DOCUMENTS = "--reset-attention-mask --reset-position-ids"  # a sequence is of several documents
 SEED, CLIP = 7, 0.5
 
 COMMON = (
     "--num-layers 3 --expert-interval 1 --hidden-size 32 --num-attention-heads 4 --seq-length 15 --max-position-embeddings 16 "
-    "--micro-batch-size 2 --global-batch-size 8 --mock-data --train-iters 4 --make-vocab-size-divisible-by 16 --hidden-dropout 0 --attention-dropout 0 "
+    "--micro-batch-size 2 --global-batch-size 8 --mock-data --train-iters 5 --make-vocab-size-divisible-by 16 --hidden-dropout 0 --attention-dropout 0 "
     # eps 1e-5: with 1e-8 Adam turns the rounding noise of near-zero gradients into full steps
     "--lr 1e-2 --adam-eps 1e-5 --moe-loss-coeff 0.5 --moe-router-z-loss-coeff 0.1"
 )

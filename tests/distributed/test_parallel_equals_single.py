@@ -1,4 +1,4 @@
-"""Every layout trains the model that one process trains: loss, every gradient, norm, weights after four steps."""
+"""Every layout trains the model that one process trains: loss, every gradient, norm, weights after five steps."""
 
 from __future__ import annotations
 
@@ -167,6 +167,15 @@ FAST = [
 ]
 
 
+DEEPSPEED_TABLE = {  # combinations of DeepSpeed-MoE's tutorial, by its letters: docs/parallelism.md has them with their flags
+    "E": ("pyramid", 2, f"--zero-stage 0 {EP2}"),
+    "E+D": ("pyramid", 4, f"--zero-stage 0 {EP2}"),
+    "E+Z": ("pyramid", 4, f"--zero-stage 2 {EP2}"),
+    "E+D+M": ("pyramid", 4, f"--zero-stage 0 {TP2} {EP2}"),
+    "E+D+Z": ("pyramid", 4, f"--zero-stage 2 {EP2} --num-distributed-optimizer-instances 2"),
+    "E+Z-Off+M": ("pyramid", 4, f"--zero-stage 2 {TP2} {EP2} --cpu-optimizer"),
+}
+
 ROWS = [*QUICK, *(pytest.param(*row, marks=pytest.mark.matrix) for row in MATRIX)]
 
 
@@ -174,6 +183,11 @@ ROWS = [*QUICK, *(pytest.param(*row, marks=pytest.mark.matrix) for row in MATRIX
 def test_layout_equals_one_process_in_float64(model, world, flags):
     found = run_distributed(parity.layout, world, model, f"{parity.FP64} {flags}")[0]
     parity.check(found, parity.expected(model, world, flags), 1e-10)
+
+
+@pytest.mark.parametrize(("model", "world", "flags"), DEEPSPEED_TABLE.values(), ids=DEEPSPEED_TABLE.keys())
+def test_row_of_the_deepspeed_table_equals_one_process(model, world, flags):
+    test_layout_equals_one_process_in_float64(model, world, flags)
 
 
 @pytest.mark.parametrize(("model", "world", "flags"), FAST, ids=lambda v: str(v).replace("--", "").replace(" ", "_"))

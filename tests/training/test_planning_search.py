@@ -72,7 +72,7 @@ def test_every_layout_of_a_larger_search_is_valid_and_its_flags_say_so():
         words = [*command.split(), *p.layout.flags(replace(run, training=replace(run.training, global_batch_size=8)))]
         again = parse_args([*words, "--dry-run", "--dry-run-world-size", "8"])
         assert of_run(again.run, 8) == p.layout
-        assert again.not_yet == list(again.run.not_built_yet()) == list(again.run.world_problems(8)) == []
+        assert again.not_yet == list(again.run.world_problems(8)) == []
 
 
 def test_more_memory_never_loses_a_layout_and_less_says_what_is_missing():
@@ -87,13 +87,10 @@ def test_more_memory_never_loses_a_layout_and_less_says_what_is_missing():
     assert all(less <= more for less, more in itertools.pairwise(fitting))
 
 
-def test_reasons_are_counted_and_built_features_are_the_configurations_word():
+def test_reasons_are_counted():
     run = run_of(SMALL.replace("--global-batch-size 8", "--global-batch-size 6"))
     found = search(run, 64, replace(H100, devices_per_node=2), 4, Assumptions(), top=1)
     assert any("--global-batch-size must be divisible by" in why for why in found.left_out)
-    unbuilt = [axis for axis, name in SETTINGS.items() if name in FIELDS and FIELDS[name].info.not_yet]
-    for axis in unbuilt:
-        assert any(FIELDS[SETTINGS[axis]].option in why for why in found.left_out), axis
 
 
 def test_fixed_axes_stay_as_the_command_has_them():

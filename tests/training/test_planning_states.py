@@ -33,7 +33,7 @@ def laid_out(model: str, world: int, degrees: tuple[int, ...], zero: int, more: 
         run = parity.config(model, flags)
     except ConfigError:
         return None
-    return None if [*run.not_built_yet(), *run.world_problems(world)] else run
+    return None if list(run.world_problems(world)) else run
 
 
 def compare(model: str, world: int, degrees: tuple[int, ...], zero: int, more: str = "") -> bool:

@@ -126,7 +126,7 @@ class Layout:
             laid_out = self.applied(run)
         except ConfigError as error:
             return error.problems
-        return [*laid_out.not_built_yet(), *laid_out.world_problems(self.devices)]
+        return list(laid_out.world_problems(self.devices))
 
     def flags(self, command: RunConfig) -> list[str]:
         """The words that, behind those of `command`, make it this layout at its global batch: the last word counts."""
