@@ -6,7 +6,10 @@ what clipping did to them, as the step itself reports it: so a wrong norm does n
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -31,7 +34,27 @@ def train_layout(
     run: RunConfig, vocab_size: int, mesh: ParallelMesh, device: torch.device, clip: float, say: Say
 ) -> tuple[Trace, list[Drift]]:
     """Two steps on all ranks. Collective. The trace is complete on rank 0, and replicas that are none are known everywhere."""
-    warnings.filterwarnings("ignore", message="While redistributing")  # whole tensors are gathered axis by axis, on purpose
+    with gathers_on_purpose():
+        return _train_layout(run, vocab_size, mesh, device, clip, say)
+
+
+@contextmanager
+def gathers_on_purpose() -> Iterator[None]:
+    """Whole tensors are gathered axis by axis. torch advises against that, in a warning or (2.13) in a line of its log."""
+    log = logging.getLogger("torch.distributed.tensor._redistribute")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="While redistributing")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _train_layout(
+    run: RunConfig, vocab_size: int, mesh: ParallelMesh, device: torch.device, clip: float, say: Say
+) -> tuple[Trace, list[Drift]]:
     trace = Trace(clip=clip)
     model = fill(build_parallel_model(run, vocab_size, mesh, device), run, run.training.seed)
     optimizer = build_optimizer(model, run.optimizer)
