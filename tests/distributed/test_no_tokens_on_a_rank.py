@@ -70,3 +70,34 @@ def test_ranks_without_tokens_take_part_however_tokens_travel(world, flags, mode
         assert found[:2] == pytest.approx(alone[:2], abs=1e-10)
         for name, gradient in alone[2].items():
             torch.testing.assert_close(found[2][name], gradient, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def masked_and_short_steps(flags: str, model_name: str) -> dict[str, torch.Tensor]:
+    """Loss and gradients of a whole step and of one with half as many samples; of two data ranks the second predicts nothing that counts."""
+    c = parity.config(model_name, f"{parity.FP64} {flags}")
+    mesh = build_parallel_mesh(c, "cpu")
+    model = build_parallel_model(c, parity.VOCAB, mesh, torch.device("cpu"))
+    parity.spread_gates(model)
+    rank, ranks = mesh.rank("dp"), mesh.size("dp")
+    out = {}
+    for step in (0, 1):
+        batches = parity.microbatches(step, rank, ranks, c.training.micro_batch_size)
+        of_second = [(i * ranks + rank) % 2 for i in range(len(batches))]
+        batches = [b._replace(loss_mask=torch.zeros_like(b.loss_mask)) if second else b for b, second in zip(batches, of_second)]
+        batches = batches[: len(batches) // (1 + step)]
+        loss = forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, parity.SEED, step)
+        out[f"loss {step}"] = mesh.sum(loss, "dp")
+        out |= {f"{step} {n}": parity.whole(p.grad) for n, p in model.named_parameters()}
+        model.zero_grad()
+    return out
+
+
+@pytest.mark.parametrize("flags", [f"--zero-stage 3 {EP}", f"--zero-stage 1 {EP} --moe-token-dispatcher alltoall", f"--zero-stage 2 {ETP}"])
+@pytest.mark.parametrize("model", ["modern", "dropping"])
+def test_a_rank_without_labels_and_a_short_last_batch_change_nothing(flags, model):
+    alone = run_distributed(masked_and_short_steps, 1, "--zero-stage 1", model)[0]
+    assert float(alone["loss 0"]) > 1 and float(alone["loss 1"]) > 1
+    for found in run_distributed(masked_and_short_steps, 2, flags, model):
+        assert found.keys() == alone.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
