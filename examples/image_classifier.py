@@ -222,8 +222,8 @@ def train(args: argparse.Namespace) -> float:
         config=None if args.deepspeed_config else config_of(args),
     )
     dtype = torch.float16 if engine.fp16_enabled() else torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
-    steps, is_first = args.epochs * len(loader), dist.get_rank() == 0
-    with tqdm(total=steps, unit="step", disable=not is_first, mininterval=0.5) as bar:
+    is_first, steps = dist.get_rank() == 0, 0
+    with tqdm(total=args.epochs * len(loader), unit="step", disable=not is_first, mininterval=0.5) as bar:
         for epoch in range(args.epochs):
             for x, y in loader:
                 logits, balance = engine(x.to(engine.device, dtype))
@@ -231,7 +231,8 @@ def train(args: argparse.Namespace) -> float:
                 engine.backward(loss)
                 engine.step()
                 bar.update()
-                if bar.n % args.log_interval == 0:  # the host waits for the loss: not after every step
+                steps += 1
+                if is_first and steps % args.log_interval == 0:  # the host waits for the loss: not after every step
                     bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
     return evaluate(engine, test_images, test_labels, dtype)
 
