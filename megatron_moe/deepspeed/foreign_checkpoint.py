@@ -71,7 +71,7 @@ def import_checkpoint(
     The layout it was saved under does not matter, except that model parallelism, pipelines and ZeRO stage 3 are refused. The groups of
     its optimizer must be those of the engine's.
     """
-    ranks = Ranks()
+    ranks = Ranks(engine.cpu_group)
     reshard(engine.module)
     reading = _Reading(engine, ignore_classes)
     wants_optimizer = load_optimizer_states and not load_module_only and engine.optimizer is not None
@@ -255,7 +255,7 @@ class _Reading:
     def take_rates(self) -> None:
         """Learning rates go on where they were; other options are the engine's."""
         names = {id(t): name for name, t in tensors_of(self.engine.module).items()}
-        for group in self.engine.optimizer.param_groups:
+        for group in filter(lambda g: g["params"], self.engine.optimizer.param_groups):
             first = names[id(group["params"][0])]
             place = self.known[first]
             theirs = self.moments.group_of.get(place.name if place.module is None else place.of(0), {})
@@ -272,6 +272,8 @@ class _Reading:
         engine.global_steps = int(content["global_steps"])
         engine.skipped_steps = int(content["skipped_steps"])
         engine.global_samples = int(content.get("global_samples", engine.global_steps * engine.train_batch_size()))
+        engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+        engine.after_load()
         if wants_scheduler:
             self._take_schedule(content.get("lr_scheduler"))
         if self.moments.loss_scale is not None:
@@ -292,7 +294,7 @@ class _Reading:
             ours.load_state_dict(theirs)
 
     def _take_loss_scale(self, scale: float) -> None:
-        ours = getattr(self.engine, "loss_scale_state", None)
+        ours = self.engine.scaler
         if ours is None:
             self.left.append(f"loss scale {scale:g}: this run has none")
         else:
@@ -333,7 +335,7 @@ def export_checkpoint(
     Weights fit any run of the same model there. Moments fit one in fp32 without ZeRO and of the same expert parallelism; of a run in
     fp16 or bf16 DeepSpeed keeps them in flat tensors of one layout, which are not written.
     """
-    ranks, client_state = Ranks(), dict(client_state or {})
+    ranks, client_state = Ranks(engine.cpu_group), dict(client_state or {})
     reshard(engine.module)
     tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
     final = Path(save_dir) / tag
@@ -376,14 +378,14 @@ def _write_all(engine: Any, building: Path, client_state: dict[str, Any], save_o
         stacks = {known[n]: _whole(t, ranks.rank) for n, t in tensors.items() if known[n].module == module}
         ranks.first(f"writing the experts of {module.name}", lambda stacks=stacks: _write_experts(building, stacks))
     dense = {known[n].name: _whole(t, ranks.rank) for n, t in tensors.items() if known[n].module is None}
-    left, moments = [], None
+    left: list[str] = []
+    moments: dict[str, Tensor] | None = None
     if save_optimizer_states and engine.optimizer is not None:
         if _is_half(engine):
             left.append("moments of the optimizer: those of fp16 and bf16 are flat tensors of one layout there; weights alone were written")
         else:
             moments = {key: _whole(t, ranks.rank) for key, t in optimizer_state(model, engine.optimizer).items()}
-    ranks.first("writing the optimizer", lambda: moments and _write_optimizer(building, engine, known, moments))
-    ranks.first("writing the model", lambda: _write(building / MODEL_FILE, _model_content(engine, dense, left) | client_state))
+    ranks.first("writing the model", lambda: _write_model(building, engine, known, dense, moments, left, client_state))
     return ranks.first("what was left out", lambda: left)
 
 
@@ -408,12 +410,28 @@ def _write_experts(building: Path, stacks: dict[Place, Tensor]) -> None:
         _write(building / f"layer_{module.number}_expert_{expert}_{MODEL_FILE}", content)
 
 
+def _write_model(
+    building: Path, engine: Any, known: dict[str, Place], dense: dict[str, Tensor], moments: dict[str, Tensor] | None,
+    left: list[str], client_state: dict[str, Any],
+) -> None:  # fmt: skip
+    """What is not of an expert. The optimizer of a model with experts is in files of its own."""
+    content = _model_content(engine, dense, left) | client_state
+    contents = _optimizer_contents(engine, known, moments) if moments is not None else []
+    if moe_modules(engine.module):
+        for rank, optimizer in enumerate(contents):
+            _write(building / f"expp_rank_{rank}_mp_rank_00_optim_states.pt", {"optimizer": optimizer})
+    elif contents:
+        content["optimizer"] = contents[0]
+    _write(building / MODEL_FILE, content)
+
+
 def _model_content(engine: Any, dense: dict[str, Tensor], left: list[str]) -> dict[str, Any]:
     model = engine.module
     owners = {id(t): name for name, t in model.named_parameters()}
-    tied = {name: dense[owners[id(t)]] for name, t in model.named_parameters(remove_duplicate=False) if name not in dense and id(t) in owners and owners[id(t)] in dense}
+    aliases = {name: owners[id(t)] for name, t in model.named_parameters(remove_duplicate=False) if name != owners[id(t)]}
+    experts = [module.num_experts for module in moe_modules(model)]
     return {
-        "module": dense | tied,
+        "module": dense | {alias: dense[name] for alias, name in aliases.items() if name in dense},
         "buffer_names": [name for name, _ in model.named_buffers() if name in dense],
         "optimizer": None,
         "param_shapes": None,
@@ -427,12 +445,11 @@ def _model_content(engine: Any, dense: dict[str, Tensor], left: list[str]) -> di
         "skipped_steps": engine.skipped_steps,
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
-        "dp_world_size": Ranks().size,
+        "dp_world_size": engine.dp_world_size,
         "mp_world_size": 1,
         "ds_config": None,
         "ds_version": LAYOUT_VERSION,
-        "num_experts": [module.num_experts for module in moe_modules(model)],
-        "ds_autoep_layers": None,
+        **({"num_experts": experts, "ds_autoep_layers": None} if experts else {}),
     }
 
 
@@ -450,8 +467,8 @@ _TORCH_OPTIONS = {  # of Adam, AdamW and SGD of torch.optim; what picks a kernel
 }  # fmt: skip
 
 
-def _write_optimizer(building: Path, engine: Any, known: dict[str, Place], moments: dict[str, Tensor]) -> None:
-    """A file for each expert-parallel rank: torch's form, of the parameters that the rank has."""
+def _optimizer_contents(engine: Any, known: dict[str, Place], moments: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Of each expert-parallel rank: torch's form, of the parameters that the rank has."""
     model = engine.module
     shapes = {name: tuple(t.shape) for name, t in tensors_of(model).items()}
     groups = optimizer_groups(model, engine.optimizer, known, is_split=True)
@@ -459,6 +476,7 @@ def _write_optimizer(building: Path, engine: Any, known: dict[str, Place], momen
     for key, tensor in moments.items():
         slot, _, name = key.removeprefix("optimizer.").partition(".")
         by_name.setdefault(name, {})[slot] = tensor
+    contents = []
     for rank in range(max((m.expert_parallel_size for m in moe_modules(model)), default=1)):
         state: dict[int, dict[str, Tensor]] = {}
         options = []
@@ -468,7 +486,8 @@ def _write_optimizer(building: Path, engine: Any, known: dict[str, Place], momen
             state |= {index: _part(by_name.get(member.ours, {}), member) for index, member in zip(indices, own)}
             kernels = {"foreach": None, "fused": None}
             options.append({k: copy.copy(v) for k, v in group.items() if k in _TORCH_OPTIONS} | kernels | {"params": indices})
-        _write(building / f"expp_rank_{rank}_mp_rank_00_optim_states.pt", {"optimizer": {"state": state, "param_groups": options}})
+        contents.append({"state": state, "param_groups": options})
+    return contents
 
 
 def _part(slots: dict[str, Tensor], member: Member) -> dict[str, Tensor]:

@@ -118,11 +118,6 @@ class Files:
         return self.path / MODEL_FILE
 
 
-def looks_like(directory: str | Path) -> bool:
-    """Whether DeepSpeed has saved here."""
-    return (Path(directory) / LATEST).is_file() or bool(tags_in(Path(directory)))
-
-
 def tags_in(directory: Path) -> list[str]:
     return sorted(path.parent.name for path in directory.glob(f"*/{MODEL_FILE}"))
 
@@ -179,6 +174,8 @@ def _sort_in(files: Files, entry: Path) -> None:
 
 
 def _why_without_model(path: Path) -> str:
+    if any(path.glob("iter_*/manifest.json")):
+        return "engine.save_checkpoint of this package has written it, and engine.load_checkpoint reads it"
     if any(path.glob("zero_pp_rank_*_model_states.pt")):
         return "the weights were saved in pieces by ZeRO stage 3, which DeepSpeed's MoE has not; join them with its zero_to_fp32.py"
     if any(path.glob("layer_*-model_*_model_states.pt")):

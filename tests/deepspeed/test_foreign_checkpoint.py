@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from megatron_moe import deepspeed
 from megatron_moe.checkpoint.files import CheckpointError
 from megatron_moe.deepspeed.foreign_checkpoint import export_checkpoint, import_checkpoint
-from megatron_moe.deepspeed.foreign_files import find_files, looks_like, read_file
+from megatron_moe.deepspeed.foreign_files import read_file
 from megatron_moe.deepspeed.moe.layer import MoE
 from megatron_moe.deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
@@ -321,7 +321,6 @@ def test_exported_files_are_those_of_the_layout(tmp_path):
     run_distributed(_trained_and_exported, 4, tmp_path, 2, 2)
     tag = tmp_path / "global_step2"
     assert (tmp_path / "latest").read_text() == "global_step2"
-    assert looks_like(tmp_path)
     experts = {f"layer_{i}_expert_{e}_{MODEL}" for i, n in enumerate(MODULES.values()) for e in range(n)}
     optimizer = {f"expp_rank_{r}_mp_rank_00_optim_states.pt" for r in range(2)}
     assert {p.name for p in tag.iterdir()} == experts | optimizer | {MODEL}
