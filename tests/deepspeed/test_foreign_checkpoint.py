@@ -398,6 +398,154 @@ def test_an_optimizer_that_is_not_the_one_of_the_files_is_refused(tmp_path, chan
     assert re.search(message, run_distributed(_moments_refused, 1, tmp_path, change)[0])
 
 
+# ---------------------------------------------------------------- flat optimizer files by hand
+
+WORLD, EP = 4, 2
+
+
+def in_model_order(weights: dict[str, Tensor]) -> tuple[list[str], list[list[str]]]:
+    """Names of the dense parameters, and of the experts of each of two expert-parallel ranks, as DeepSpeed's modules have them."""
+    dense = [n for n in weights if not EXPERT.match(n)]
+    of_rank = []
+    for rank in range(EP):
+        own = []
+        for module, experts in MODULES.items():
+            each = experts // EP
+            for e in range(rank * each, (rank + 1) * each):
+                own += [f"{module}.deepspeed_moe.experts.deepspeed_experts.{e}.{n}" for n in ("0.weight", "0.bias", "2.weight", "2.bias")]
+        of_rank.append(own)
+    return dense, of_rank
+
+
+def some_moments(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    draw = torch.Generator().manual_seed(3)
+    return {n: {s: torch.rand(t.shape, generator=draw) for s in ("exp_avg", "exp_avg_sq")} for n, t in weights.items()}
+
+
+def flat(tensors: list[Tensor], align: int) -> tuple[Tensor, int]:
+    """One tensor, filled up to a multiple of `align`; and by how much."""
+    whole = torch.cat([t.flatten() for t in tensors])
+    pad = -len(whole) % align
+    return torch.cat([whole, torch.full((pad,), 99.0)]), pad
+
+
+def write_zero(folder: Path, kind: str, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> Path:
+    """ZeRO 2 by four data ranks, two of them to an expert-parallel group. `kind`: zero, elastic, bf16."""
+    half = {n: t.bfloat16() for n, t in weights.items()}
+    dense, of_rank = in_model_order(weights)
+    shapes = [OrderedDict((n, weights[n].shape) for n in names) for names in (dense, of_rank[0])]
+    tag = write_by_hand(folder, half, param_shapes=shapes, dp_world_size=WORLD)
+    for rank in range(WORLD):
+        parts, states, pads = [], [], []
+        for names, ranks, place in ((dense, WORLD, rank), (of_rank[rank % EP], WORLD // EP, rank // EP)):
+            pad, of_slot = 0, {}
+            for slot in ("fp32", "exp_avg", "exp_avg_sq"):
+                whole, pad = flat([weights[n] if slot == "fp32" else moments[n][slot] for n in names], 2 * ranks)
+                of_slot[slot] = whole.chunk(ranks)[place].clone()
+            pads.append(pad if place == ranks - 1 else 0)
+            keep = len(of_slot["fp32"]) - pads[-1]
+            parts.append(of_slot.pop("fp32") if kind == "bf16" else of_slot.pop("fp32")[:keep])
+            states.append({"step": torch.tensor(7.0)} | ({s: t[:keep] for s, t in of_slot.items()} if kind == "elastic" else of_slot))
+        groups = [{"lr": 0.02, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.1, "params": [i]} for i in range(2)]
+        groups[1] |= {"moe": True, "name": "ep_size_2"}
+        base = states if kind == "elastic" else {"state": dict(enumerate(states)), "param_groups": groups}
+        content = {"base_optimizer_state": base, "single_partition_of_fp32_groups": parts, "group_paddings": pads, "partition_count": [4, 2]}
+        content |= {} if kind == "bf16" else {"zero_stage": 2}
+        name = f"{'bf16_' if kind == 'bf16' else ''}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": content, "ds_version": "0.19.8"}, tag / name)
+    return tag
+
+
+def write_fp16(folder: Path, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> Path:
+    """fp16 without ZeRO: a flat tensor for each group, a file for each expert-parallel rank."""
+    tag = write_by_hand(folder, {n: t.half() for n, t in weights.items()})
+    dense, of_rank = in_model_order(weights)
+    for rank in range(EP):
+        states, parts = {}, []
+        for i, names in enumerate((dense, of_rank[rank])):
+            parts.append(torch.cat([weights[n].flatten() for n in names]))
+            states[i] = {s: torch.cat([moments[n][s].flatten() for n in names]) for s in ("exp_avg", "exp_avg_sq")}
+        groups = [{"lr": 0.02, "step": 7, "params": [0]}, {"lr": 0.02, "step": 7, "params": [1], "moe": True, "name": "ep_size_2"}]
+        content = {"optimizer_state_dict": {"state": states, "param_groups": groups}, "fp32_groups_flat": parts, "cur_scale": 64.0, "cur_iter": 7}
+        torch.save({"optimizer": content}, tag / f"expp_rank_{rank}_mp_rank_00_optim_states.pt")
+    return tag
+
+
+def write_flat(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], Path]:
+    weights = other_weights()
+    moments = some_moments(weights)
+    tag = write_fp16(folder, weights, moments) if kind == "fp16" else write_zero(folder, kind, weights, moments)
+    return weights, moments, tag
+
+
+def _flat_imported(folder: Path, ep_size: int, stage: int):
+    engine = build(ep_size, stage)
+    found = import_checkpoint(engine, folder)
+    rates = [group["lr"] for group in engine.optimizer.param_groups]
+    return weights_of(engine), moments_of(engine), rates, found.left
+
+
+@pytest.mark.parametrize("kind", ["zero", "elastic", "bf16", "fp16"])
+@pytest.mark.parametrize(("world", "ep_size", "stage"), [(1, 1, 0), (4, 2, 3)])
+def test_flat_moments_find_their_parameters(tmp_path, kind, world, ep_size, stage):
+    """Weights are those that the optimizer has in fp32, not the rounded ones; so is every moment of every expert in its place."""
+    weights, moments, _ = write_flat(tmp_path, kind)
+    for found, states, rates, left in run_distributed(_flat_imported, world, tmp_path, ep_size, stage):
+        assert all(torch.equal(found[n], weights[n]) for n in weights)
+        for slot in ("exp_avg", "exp_avg_sq"):
+            for module, experts in MODULES.items():
+                for n in ("0.weight", "0.bias", "2.weight", "2.bias"):
+                    stack = states[f"{slot}/{module}.core.experts.stack.{n}"]
+                    for e in range(experts):
+                        assert torch.equal(stack[e], moments[f"{module}.deepspeed_moe.experts.deepspeed_experts.{e}.{n}"][slot])
+                gate = states[f"{slot}/{module}.core.gate.weight"]
+                assert torch.equal(gate, moments[f"{module}.deepspeed_moe.gate.wg.weight"][slot])
+            assert torch.equal(states[f"{slot}/last.weight"], moments["last.weight"][slot])
+        assert {float(t) for n, t in states.items() if n.startswith("step/")} == {7.0}
+        assert rates == ([0.01, 0.01] if kind == "elastic" else [0.02, 0.02])  # elastic files do not say it
+        assert left == (["loss scale 64: this run has none"] if kind == "fp16" else [])
+
+
+FLAT_DAMAGES = {
+    "a data rank is missing": ("zero", lambda t: (t / "zero_pp_rank_2_mp_rank_00_optim_states.pt").unlink(),
+                               "saved by 4 data ranks, no optimizer file of rank 2"),
+    "another order": ("zero", lambda t: rewrite(t / MODEL, lambda c: c["param_shapes"][0].move_to_end("first.weight")),
+                      "the optimizer's own copy of the weights is not that of the model's file"),
+    "experts of another rank": ("fp16", lambda t: _swap(t / "expp_rank_0_mp_rank_00_optim_states.pt", t / "expp_rank_1_mp_rank_00_optim_states.pt"),
+                                "the optimizer's own copy of the weights is not that of the model's file"),
+    "a file of another step": ("bf16", lambda t: rewrite(t / MODEL, lambda c: c["module"]["last.weight"].mul_(1.5)),
+                               "last.weight: the optimizer's own copy"),
+    "an expert-parallel rank is missing": ("fp16", lambda t: (t / "expp_rank_0_mp_rank_00_optim_states.pt").unlink(),
+                                           r"optimizer files of expert-parallel ranks \[1\], some are missing"),
+}  # fmt: skip
+
+
+def _swap(a: Path, b: Path) -> None:
+    content = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(content)
+
+
+def _flat_refused(folder: Path) -> tuple[str, bool]:
+    engine = build(2, 2)
+    before = weights_of(engine)
+    try:
+        import_checkpoint(engine, folder)
+    except CheckpointError as error:
+        return str(error), all(torch.equal(before[n], t) for n, t in weights_of(engine).items())
+    return "", False
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("damage", FLAT_DAMAGES)
+def test_flat_files_that_do_not_fit_are_refused_and_nothing_is_loaded(tmp_path, damage):
+    kind, apply, message = FLAT_DAMAGES[damage]
+    apply(write_flat(tmp_path, kind)[2])
+    for said, is_untouched in run_distributed(_flat_refused, 2, tmp_path):
+        assert re.search(message, said), said
+        assert is_untouched
+
+
 # ---------------------------------------------------------------- DeepSpeed itself
 
 
