@@ -59,7 +59,7 @@ class MoE(nn.Module):
         top2_2nd_expert_sampling: bool = True, *, output_dropout_prob: float = 0.0, identical_experts: bool = True,
     ):  # fmt: skip
         super().__init__()
-        ep_size = ep_size if ep_size is not None and ep_size > 1 else groups.default_ep_size()
+        ep_size = groups.default_ep_size() if ep_size in (None, 1) else ep_size
         if problems := list(argument_problems(locals())):
             raise ValueError("\n".join(f"MoE: {problem}" for problem in problems))
         config = MoEConfig(
@@ -67,14 +67,12 @@ class MoE(nn.Module):
             moe_min_capacity=min_capacity, moe_token_dropping=drop_tokens, moe_rts=use_rts, moe_noisy_gate_policy=noisy_gate_policy or "None",
             moe_top2_2nd_expert_sampling=top2_2nd_expert_sampling, moe_loss_coeff=0.0,
         )  # fmt: skip
-        self.hidden_size, self.num_experts, self.use_residual = hidden_size, num_experts, use_residual
+        self.hidden_size, self.num_experts, self.ep_size, self.use_residual = hidden_size, num_experts, ep_size, use_residual
         self.output_dropout_prob, self.data_rank, self.is_parallel = output_dropout_prob, 0, False
-        self._set_degree(ep_size)
         with torch.random.fork_rng([]):  # the core's first weights are drawn over, so that the seed gives those of DeepSpeed
             self.core = MoELayer(0, num_experts, hidden_size, 0, config, expert_factory=partial(_copied, expert), experts_may_draw=True)
-        self.core.experts.train(expert.training)
         if not identical_experts:
-            draw_apart(self.core.experts.stack, expert)
+            draw_apart(self.core.experts.stack, expert, num_experts)
         nn.init.kaiming_uniform_(self.core.gate.weight, a=math.sqrt(5))  # as an nn.Linear
         self.mlp = expert if use_residual else None
         self.coefficient = nn.Linear(hidden_size, 2) if use_residual else None
@@ -142,7 +140,7 @@ class MoE(nn.Module):
             raise ValueError("MoE: " + _not_divisible(self.num_experts, ep))
         if ep not in mesh.experts:
             raise ValueError(f"MoE: no mesh for ep_size {ep}, only for {sorted(mesh.experts)}; name it in build_mesh's expert_degrees")
-        self._set_degree(ep)
+        self.ep_size = ep
         split_experts(self.core, mesh, ep, "auto")
         self.core.reducer = reducer_over(mesh, ep)
         self.data_rank, self.is_parallel = mesh.rank("dp"), True
@@ -155,9 +153,6 @@ class MoE(nn.Module):
                 "MoE: use_data_before_expert_parallelism is not built: ranks that share the experts of a layer out follow each other; leave it out"
             )
         self.parallelise_(mpu.get_default_mesh())
-
-    def _set_degree(self, ep_size: int) -> None:
-        self.ep_size = ep_size
 
     # ------------------------------------------------------------ the marks of experts' parameters
 
@@ -181,10 +176,10 @@ def _copied(expert: nn.Module, _width: int) -> nn.Module:
 
 
 @torch.no_grad()
-def draw_apart(stack: nn.Module, expert: nn.Module) -> None:
+def draw_apart(stack: nn.Module, expert: nn.Module, num_experts: int) -> None:
     """Fill the stacks with weights that `expert`'s own modules draw, one expert after the other."""
     fresh = copy.deepcopy(expert)
-    for number in range(next(iter(stack.parameters())).shape[0] if list(stack.parameters()) else 0):
+    for number in range(num_experts):
         for name, module in fresh.named_modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -198,18 +193,21 @@ def draw_apart(stack: nn.Module, expert: nn.Module) -> None:
             stack.get_parameter(name)[number].copy_(p)
 
 
+_LEAST = {"hidden_size": 1, "num_experts": 1, "ep_size": 1, "k": 1, "min_capacity": 0}
+
+
 def argument_problems(a: dict[str, Any]) -> Iterator[str]:
     """Of the constructor's arguments, by name."""
-    for name, least in (("hidden_size", 1), ("num_experts", 1), ("ep_size", 1), ("k", 1), ("min_capacity", 0)):
-        if not isinstance(a[name], int) or a[name] < least:
-            yield f"{name} must be a whole number of at least {least}, not {a[name]!r}"
-            return
-    for name in ("capacity_factor", "eval_capacity_factor"):
-        if not 0 < a[name] < math.inf:
-            yield f"{name} must be above 0 and finite, not {a[name]!r}; for experts that take all tokens give drop_tokens=False"
     if not isinstance(a["expert"], nn.Module):
         yield (f"expert must be an nn.Module, not {a['expert']!r}; give every argument behind hidden_size by name (in DeepSpeed 0.4 "
                f"output_dropout_prob came before expert)")  # fmt: skip
+    wrong = [name for name, least in _LEAST.items() if not isinstance(a[name], int) or a[name] < least]
+    yield from (f"{name} must be a whole number of at least {_LEAST[name]}, not {a[name]!r}" for name in wrong)
+    if wrong:
+        return  # what follows compares them
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        if not 0 < a[name] < math.inf:
+            yield f"{name} must be above 0 and finite, not {a[name]!r}; for experts that take all tokens give drop_tokens=False"
     if a["num_experts"] % a["ep_size"]:
         yield _not_divisible(a["num_experts"], a["ep_size"])
     if a["k"] > a["num_experts"]:
