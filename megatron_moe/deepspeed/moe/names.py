@@ -84,7 +84,7 @@ def _stacked(held: Tensor, given_E: list[Tensor | None]) -> Tensor:
     """The experts that are given, in the form of `held`: of each the part that is here; the others' from `held` itself."""
     local, slices = local_part(held)
     first = next((given for given in given_E if given is not None), local)
-    stack = torch.empty_like(local, device=first.device) if local.is_meta else local.clone()
+    stack = torch.empty_like(local, dtype=first.dtype, device=first.device) if local.is_meta else local.clone()
     for number, expert in enumerate(range(slices[0].start, slices[0].stop)):
         if (given := given_E[expert]) is not None:
             stack[number].copy_(_whole(given)[slices[1:]])

@@ -71,11 +71,13 @@ def _listed(params: Tensor | Iterable[nn.Parameter]) -> list[nn.Parameter]:
 def _parts(params: list[nn.Parameter], most: float | None) -> Iterator[list[nn.Parameter]]:
     """In order, each as long as it may be."""
     part: list[nn.Parameter] = []
+    size = 0
     for p in params:
-        if part and most is not None and sum(q.numel() for q in part) + p.numel() > most:
+        if part and most is not None and size + p.numel() > most:
             yield part
-            part = []
+            part, size = [], 0
         part.append(p)
+        size += p.numel()
     if part:
         yield part
 
