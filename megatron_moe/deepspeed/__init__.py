@@ -28,17 +28,20 @@ from torch.utils.data import Dataset
 
 from megatron_moe import mpu as process_groups
 from megatron_moe.config.parallel import ParallelConfig
-from megatron_moe.deepspeed import optimizers
+from megatron_moe.deepspeed import moe, optimizers, utils
 from megatron_moe.deepspeed.config import EngineConfig, read_config
 from megatron_moe.deepspeed.data import ShareLoader
 from megatron_moe.deepspeed.engine import DeepSpeedEngine
+from megatron_moe.deepspeed.moe import layer as _layer  # deepspeed.moe.layer is there without an import of its own
+from megatron_moe.deepspeed.moe import utils as _moe_utils
 from megatron_moe.deepspeed.parallelise import Storage, check_layers, check_module, expert_degrees, names_of, parallelise, place
 from megatron_moe.deepspeed.schedulers import build_scheduler
+from megatron_moe.deepspeed.utils import groups as _groups
 from megatron_moe.mpu.mesh import build_mesh
 from megatron_moe.training import distributed
 from megatron_moe.utils.logging import logger
 
-__all__ = ["DeepSpeedEngine", "add_config_arguments", "init_distributed", "initialize"]
+__all__ = ["DeepSpeedEngine", "add_config_arguments", "init_distributed", "initialize", "moe", "utils"]
 
 
 def initialize(
@@ -171,12 +174,12 @@ def _checked_groups(
     optimizer: Any, parameters: Any, model: nn.Module, names: dict[int, str], settings: EngineConfig
 ) -> list[dict[str, Any]] | None:
     """What an optimizer is to be made over, in groups of the parameters before sharding; None where there is one, or none is wanted."""
+    if optimizer is not None and settings.is_stored_in_half:
+        raise ValueError(
+            "fp16_master_weights_and_grads has an AdamW of its own, whose arithmetic is float32; give initialize() no optimizer, and let the "
+            "optimizer section of the config say its rate"
+        )
     if isinstance(optimizer, Optimizer):
-        if settings.is_stored_in_half:
-            raise ValueError(
-                f"fp16_master_weights_and_grads has an AdamW of its own, whose arithmetic is float32; drop the {type(optimizer).__name__} that "
-                f"initialize() was given, and put an optimizer section into the config"
-            )
         optimizers.check_groups(optimizer.param_groups, names, "the optimizer")
         return None
     if optimizer is not None and not callable(optimizer):

@@ -79,6 +79,18 @@ class LoaderSection:
     dataloader_drop_last: bool = flag(False, "leave out a last batch that is not full")
 
 
+@dataclass(frozen=True)
+class MonitorSection:
+    """Where numbers are written for people (monitor.py)."""
+
+    csv_monitor: bool = flag(False, "CSV files")
+    csv_monitor_output_path: str = flag("", "directory")
+    csv_monitor_job_name: str = flag("DeepSpeedJobName", "directory in it")
+    tensorboard: bool = flag(False, "TensorBoard")
+    tensorboard_output_path: str = flag("", "directory")
+    tensorboard_job_name: str = flag("DeepSpeedJobName", "directory in it")
+
+
 # ---------------------------------------------------------------- the keys
 
 
@@ -92,6 +104,10 @@ def _true_or_false(value: Any) -> dict[str, Any]:
     if not isinstance(value, bool):
         raise ValueError(f"wants true or false, not {value!r}")
     return {}
+
+
+def _monitor(name: str) -> dict[str, Key]:
+    return {"enabled": sets(name)} | {key: sets(f"{name}_{key}") for key in ("output_path", "job_name")}
 
 
 _OPTIMIZER = {
@@ -115,14 +131,16 @@ _OWN = {
     **section("optimizer", _OPTIMIZER),
     **section("scheduler", _SCHEDULER),
     "dataloader_drop_last": sets("dataloader_drop_last"),
+    **section("csv_monitor", _monitor("csv_monitor")),
+    **section("tensorboard", _monitor("tensorboard")),
     "moe.enabled": Key(_true_or_false),
     # the loss is the caller's: MoE hands out l_aux, and he adds it
     **section("moe", no_effect(float, "moe_loss_coeff", "router_z_loss_coeff")),
 }
-_REPLACED = ("optimizer.", "scheduler")
+_REPLACED = ("optimizer.", "scheduler", "csv_monitor", "tensorboard")
 TABLE = Table(
     {key: value for key, value in KEYS.items() if not key.startswith(_REPLACED)} | _OWN,
-    FIELDS | {spec.name: spec for group in (OptimizerSection, SchedulerSection, LoaderSection) for spec in fields_of(group)},
+    FIELDS | {spec.name: spec for group in (OptimizerSection, SchedulerSection, LoaderSection, MonitorSection) for spec in fields_of(group)},
 )
 # What the moe section may say of the layers: the fields of their MoEConfig, and three that are the wrapper's.
 MOE_FIELDS = (
@@ -151,6 +169,7 @@ class EngineConfig:
     curriculum: CurriculumConfig
     steps_per_print: int | None
     drop_last: bool
+    monitor: dict[str, Any]
     moe: dict[str, Any]
     json: DeepSpeedJson
 
@@ -190,6 +209,7 @@ def read_config(source: str | dict[str, Any], ranks: int) -> EngineConfig:
         curriculum=curriculum,
         steps_per_print=v.get("log_interval"),
         drop_last=v.get("dataloader_drop_last", False),
+        monitor=_section(MonitorSection, v),
         moe={name: v[name] for name in MOE_FIELDS if name in v},
         json=read,
     )

@@ -28,6 +28,7 @@ from torch.utils.data import Dataset, Sampler
 from megatron_moe.deepspeed import checkpoint
 from megatron_moe.deepspeed.config import EngineConfig
 from megatron_moe.deepspeed.data import ShareLoader
+from megatron_moe.deepspeed.monitor import Monitor
 from megatron_moe.deepspeed.optimizers import Watch
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.optimizer.loss_scale import LossScale
@@ -63,6 +64,8 @@ class DeepSpeedEngine(nn.Module):
         self._norm: Tensor | None = None
         self._applied = False
         self._watch = None if optimizer is None else Watch(optimizer, module)
+        self.monitor = Monitor(config.monitor)
+        self._losses: list[Tensor] = []  # of this step, for the monitor
         if config.curriculum.curriculum_learning:
             _check_takes_length(module)
 
@@ -95,6 +98,8 @@ class DeepSpeedEngine(nn.Module):
         scale = None if self.scaler is None else self.scaler.scale
         backward(loss, scale, divisor=self.dp_world_size * steps, retain_graph=retain_graph)
         self._backwards += 1
+        if self.monitor.enabled:
+            self._losses.append(loss.detach() / steps)
         return loss / steps
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
@@ -153,6 +158,10 @@ class DeepSpeedEngine(nn.Module):
         if every and self.global_steps % every == 0:
             scale = "" if self.scaler is None else f", loss scale {self.loss_scale:g}"
             logger.info("step %d, skipped %d, lr %s%s", self.global_steps, self.skipped_steps, self.get_lr(), scale)
+        if self.monitor.enabled:  # the host waits for the loss
+            events = {"train_loss": sum(self._losses).item(), "lr": self.get_lr()[0], "loss_scale": self.loss_scale}
+            self.monitor.write_events([(f"Train/Samples/{name}", value, self.global_samples) for name, value in events.items()])
+        self._losses.clear()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
