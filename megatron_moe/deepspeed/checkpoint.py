@@ -104,10 +104,13 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
     return {f"rng.{kind}.{rank}": state.clone() for kind, state in states.items()}
 
 
+_NOT_KEPT = ("params", "fused", "foreach", "capturable", "differentiable")  # the last four: how this machine computes it
+
+
 def _options(group: dict[str, Any]) -> dict[str, Any]:
     """What of a group is a number or a word: rates, decays, names."""
     options = {name: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for name, value in group.items()}
-    return {name: value for name, value in options.items() if name != "params" and _is_json(value)}
+    return {name: value for name, value in options.items() if name not in _NOT_KEPT and _is_json(value)}
 
 
 def _is_json(value: Any) -> bool:
@@ -141,6 +144,8 @@ def _exact(client_state: dict[str, Any]) -> dict[str, Any]:
 def load(engine: DeepSpeedEngine, load_dir: str | Path, tag: str | None, is_strict: bool, has_optimizer: bool, has_scheduler: bool,
          is_module_only: bool) -> tuple[str | None, dict[str, Any] | None]:  # fmt: skip
     """(path, client_state), or (None, None) where nothing was saved. Collective."""
+    if engine.is_within_a_step:
+        raise ValueError("load_checkpoint in the middle of a step: gradients of before would be added to those of what is loaded; call it behind step()")
     ranks = Ranks(engine.cpu_group)
     tag = ranks.first(f"reading {LATEST}", lambda: _read_latest(Path(load_dir))) if tag is None else str(tag)
     if tag is None:

@@ -52,7 +52,8 @@ class ShareLoader:
             self.sampler.set_epoch(self.epoch)
         self.batch, self._first = self._first, 0
         batches = itertools.islice(BatchSampler(self.sampler, self.batch_size, self.drop_last), self.batch, None)
-        for batch in DataLoader(self.dataset, batch_sampler=list(batches), **self.options):
+        own = torch.Generator().manual_seed(self.epoch)  # torch draws a number per pass, and the model's dropout is to draw as without
+        for batch in DataLoader(self.dataset, batch_sampler=list(batches), generator=own, **self.options):
             self.batch += 1
             yield batch
         self.epoch, self.batch = self.epoch + 1, 0

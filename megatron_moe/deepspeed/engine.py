@@ -182,6 +182,11 @@ class DeepSpeedEngine(nn.Module):
         """Whether the micro-batch at hand is the last one of its step."""
         return self.accumulated + 1 >= self.gradient_accumulation_steps() if self._boundary is None else self._boundary
 
+    @property
+    def is_within_a_step(self) -> bool:
+        """Whether there are gradients that no update has used."""
+        return bool(self.accumulated or self._backwards)
+
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """From now on, whatever has been counted; before backward()."""
         self._boundary = bool(is_boundary)
@@ -194,7 +199,7 @@ class DeepSpeedEngine(nn.Module):
                 f"set_train_batch_size({train_batch_size}): must be a multiple of micro batch x ranks "
                 f"({self.train_micro_batch_size_per_gpu()} x {self.dp_world_size} = {share})"
             )
-        if self.accumulated or self._backwards:
+        if self.is_within_a_step:
             raise ValueError(f"set_train_batch_size({train_batch_size}) in the middle of a step: its gradients are divided by the old one; call it behind the update")
         self._sizes[0], self._sizes[2] = train_batch_size, train_batch_size // share
 
