@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from moe import gate_oracle as oracle
+from named_gradients import named_gradients
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -118,18 +119,9 @@ def test_output_loss_counts_and_gradients_equal_plain_modules_called_token_by_to
         ((out * upstream).sum() + 3 * loss).backward()
         torch.testing.assert_close(given.grad, x.grad, **EXACT)
         assert all(p.grad is not None for p in model.parameters())
-    grads = gradients(moe)
+    grads = named_gradients(moe)
     for name, p in plain.named_parameters():
         torch.testing.assert_close(p.grad, grads[name], **EXACT, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def gradients(moe: MoE) -> dict[str, torch.Tensor]:
-    """By DeepSpeed's names: a copy whose parameters are the gradients says its state."""
-    twin = copy.deepcopy(moe)
-    with torch.no_grad():
-        for p, q in zip(twin.parameters(), moe.parameters()):
-            p.copy_(q.grad)
-    return twin.state_dict()
 
 
 # DeepSpeed's gating functions gave these (the reference notes, section 2.2)

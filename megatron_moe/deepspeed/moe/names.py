@@ -36,7 +36,6 @@ def speak_deepspeed(moe: nn.Module) -> None:
     moe.register_load_state_dict_post_hook(_tag_again)
 
 
-@torch.no_grad()
 def _to_deepspeed(moe: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
     of_core = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(f"{prefix}core.")}
     state_dict[prefix + GATE[1]] = of_core.pop(GATE[0])
