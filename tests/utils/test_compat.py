@@ -16,7 +16,7 @@ from megatron_moe.utils import compat
 
 TESTED = {
     "grouped_mm", "all_gather_into_tensor", "local_slices", "all_gather_rows", "reduce_scatter_rows",
-    "sum_over_ranks", "fake_process_group", "last_collective", "Collective",
+    "sum_over_ranks", "fake_process_group", "last_collective", "Collective", "reduce_unused_gradients",
 }  # fmt: skip
 
 
@@ -24,7 +24,7 @@ def test_every_name_has_a_test_here():
     defined = {
         name
         for name, value in vars(compat).items()
-        if not name.startswith("_") and not inspect.ismodule(value) and name not in ("annotations", "Tensor", "DTensor", "Iterator")
+        if not name.startswith("_") and not inspect.ismodule(value) and name not in ("annotations", "Tensor", "DTensor", "FSDPModule", "Iterator")
     }
     assert defined - {"compute_local_shape_and_global_offset", "contextmanager", "dataclass"} == TESTED
 
@@ -124,3 +124,21 @@ def test_last_collective_is_the_one_that_is_waited_in():
     assert re.match(r"all_reduce \(number 1 of group \d+.*\[3, 5\]", str(ended)), str(ended)
     assert ended.is_completed and str(ended_on_1) == str(ended)
     assert "[7]" in str(waiting[0]) and not waiting[0].is_completed and waiting[0].sequence > ended.sequence
+
+
+def _one_rank_uses_it():
+    from torch.distributed.fsdp import fully_shard
+
+    module = torch.nn.ModuleList([torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)])
+    module.forward = lambda x, is_rare: module[1](module[0](x)) if is_rare else module[0](x)
+    fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    if not compat.reduce_unused_gradients(module):
+        return None
+    module(torch.ones(1, 2), dist.get_rank() == 0).sum().backward()
+    return [tuple(p.grad.full_tensor().shape) for p in module.parameters()]
+
+
+def test_reduce_unused_gradients_sums_where_one_rank_alone_has_some():
+    found = run_distributed(_one_rank_uses_it, 2)
+    assert found in ([[(2, 2), (2, 2)]] * 2, [None, None])
+    assert compat.reduce_unused_gradients(object()) is False, "torch 2.11 has no such setting"
