@@ -178,7 +178,7 @@ def _read_latest(directory: Path) -> str | None:
 def _check_there(directory: Path, tag: str) -> None:
     path = directory / tag
     if any(path.glob("mp_rank_*_model_states.pt")):
-        raise CheckpointError(f"{path} was written by DeepSpeed; docs/from_deepspeed.md says how it is imported")
+        raise CheckpointError(f"{path} was written by DeepSpeed: megatron_moe.deepspeed.foreign_checkpoint.import_checkpoint reads it (docs/from_deepspeed.md)")
     if not path.is_dir():
         tags = sorted(p.name for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
         raise CheckpointError(f"there is no tag {tag} in {directory}; there are {', '.join(tags) or 'none'}")
