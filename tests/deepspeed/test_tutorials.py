@@ -245,7 +245,7 @@ class Images(torch.utils.data.Dataset):
 def _whole_script(folder: Path) -> tuple[float, float, int, str]:
     """training_data, several epochs, a checkpoint with a tag, and back."""
     torch.manual_seed(SEED)
-    net = tutorials.Classifier(ep_size=2, min_capacity=0)
+    net = tutorials.Classifier(ep_size=2)
     args = type("Args", (), {"deepspeed_config": None})()
     engine, _, loader, _ = deepspeed.initialize(
         args=args,
