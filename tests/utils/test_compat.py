@@ -16,7 +16,7 @@ from megatron_moe.utils import compat
 
 TESTED = {
     "grouped_mm", "all_gather_into_tensor", "local_slices", "all_gather_rows", "reduce_scatter_rows",
-    "sum_over_ranks", "fake_process_group", "last_collective", "Collective",
+    "sum_over_ranks", "fake_process_group", "last_collective", "Collective", "ring_attention", "ring_attention_backward",
 }  # fmt: skip
 
 
@@ -24,7 +24,9 @@ def test_every_name_has_a_test_here():
     defined = {
         name
         for name, value in vars(compat).items()
-        if not name.startswith("_") and not inspect.ismodule(value) and name not in ("annotations", "Tensor", "DTensor", "Iterator")
+        if not name.startswith("_")
+        and not inspect.ismodule(value)
+        and name not in ("annotations", "Any", "Callable", "Tensor", "DTensor", "Iterator")
     }
     assert defined - {"compute_local_shape_and_global_offset", "contextmanager", "dataclass"} == TESTED
 
@@ -101,6 +103,33 @@ def test_reduce_scatter_rows_sums_over_ranks_and_its_backward_gathers():
         ([10.0, 12.0], [1.0, 1.0, 2.0, 2.0]),
         ([14.0, 16.0], [1.0, 1.0, 2.0, 2.0]),
     ]
+
+
+def _blocks() -> list[tuple[list[float], bool]]:
+    """Which keys the queries of this rank meet, block by block: the first key of each, and whether the later ones are hidden; and gradients
+    that come back around the ring."""
+    rank, seen = dist.get_rank(), []
+    chunk_starts = torch.tensor([2.0 * rank, 2.0 * (3 - rank)]).repeat_interleave(2) + torch.tensor([0.0, 1.0, 0.0, 1.0])
+    k = chunk_starts.double().view(1, 1, 4, 1)  # every key is its place in the sequence of 8
+
+    def kernel(q, k, v, is_causal):
+        seen.append((q.flatten().tolist(), k.flatten().tolist(), is_causal))
+        return torch.zeros_like(q), torch.zeros(q.shape[:3], dtype=q.dtype)
+
+    def backward(*, query, key, value, **rest):
+        return torch.zeros_like(query), torch.ones_like(key), torch.zeros_like(value)
+
+    out, log_sums = compat.ring_attention(dist.group.WORLD, kernel, k, k, k)
+    _, grad_k, _ = compat.ring_attention_backward(dist.group.WORLD, backward, out, k, k, k, out, log_sums)
+    return seen, grad_k.flatten().tolist()
+
+
+@pytest.mark.distributed
+def test_ring_attention_brings_every_block_of_keys_once_and_their_gradients_home():
+    (first, grads), (second, _) = run_distributed(_blocks, 2)
+    assert first == [([0, 1, 6, 7], [0, 1, 6, 7], True), ([6, 7], [2, 3, 4, 5], False)]
+    assert second == [([2, 3, 4, 5], [2, 3, 4, 5], True), ([2, 3, 4, 5], [0, 1], False)]
+    assert grads == [2, 2, 1, 1]  # the first chunk is looked at from both ranks, the last one from its own
 
 
 def _collectives():
