@@ -55,12 +55,12 @@ COMPILED = [
     ("dropping", 2, f"{EP} --zero-stage 3"),
     ("noisy", 2, f"{TP} {EP} --recompute-granularity selective"),
     ("losses", 2, f"{TP} {EP} --recompute-granularity full"),
-    ("modern", 2, f"{TP} {EP} --zero-stage 2 --moe-token-dispatcher allgather --recompute-granularity full"),
-    ("shared", 2, f"{EP} --zero-stage 3 --moe-pad-expert-input-to-capacity"),
-    ("latent", 2, f"{TP} {EP} --recompute-granularity full"),
     ("modules", 2, f"{EP} --zero-stage 3"),
 ]
 MORE_COMPILED = [  # with --full
+    ("shared", 2, f"{EP} --zero-stage 3 --moe-pad-expert-input-to-capacity"),
+    ("latent", 2, f"{TP} {EP} --recompute-granularity full"),
+    ("modern", 2, f"{TP} {EP} --zero-stage 2 --moe-token-dispatcher allgather --recompute-granularity full"),
     ("student", 2, f"{TP} {EP}"),
     (
         "pyramid",

@@ -143,6 +143,7 @@ CROSS_LAYOUTS = [  # where the parts meet
     ("modern", 4, f"--zero-stage 3 {PP2} {CP2} {EP2} {RECOMPUTE}"),
     ("losses", 4, f"--zero-stage 2 {TP2} {CP2} {ETP2} --cross-entropy-loss-chunk-size 7"),
     ("deep", 4, f"--zero-stage 0 {INTERLEAVED} {ETP2} --cross-entropy-loss-chunk-size 24"),
+    ("noisy", 2, f"{PP2} {parity.DIVISIBLE} {parity.DOCUMENTS}"),  # every stage masks by document
     ("muon", 4, f"--zero-stage 2 {PP2} {EP2}"),
     ("muon", 4, f"--zero-stage 3 {SP2} {EP2}"),
     ("noisy", 4, f"--zero-stage 1 {SP2} {EP2} --moe-overlap-chunks 2 {FULL}"),
