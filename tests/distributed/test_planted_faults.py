@@ -943,7 +943,12 @@ def layout_with(fault, model: str, flags: str):
         return parity.layout(model, flags)
 
 
-@pytest.mark.parametrize(("fault", "row", "seen_in", "at_least"), PLANTED, ids=[f"{fault.__name__}-{row[2]}" for fault, row, *_ in PLANTED])
+def planted(fault, row, *seen):
+    marks = () if row in rows.QUICK else pytest.mark.matrix  # it is known by the row that it turns red
+    return pytest.param(fault, row, *seen, marks=marks, id=f"{fault.__name__}-{row[2]}")
+
+
+@pytest.mark.parametrize(("fault", "row", "seen_in", "at_least"), [planted(*p) for p in PLANTED])
 def test_planted_fault_turns_a_parity_test_red(fault, row, seen_in, at_least, monkeypatch):
     assert row in rows.LAYOUTS, "the fault must be planted in a test that runs"
     monkeypatch.setattr(rows, "run_distributed", lambda layout, world, *args: run_distributed(layout_with, world, fault, *args))

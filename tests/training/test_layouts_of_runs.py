@@ -80,7 +80,7 @@ def undisturbed(text, tmp_path_factory) -> list[dict]:
     return records(save)
 
 
-ALWAYS = ["interleaved PP 2, EP 2", "TP 2 with SP, EP 4, ZeRO 3"]
+ALWAYS = ["interleaved PP 2, EP 2"]
 NAMES = [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.matrix) for name in LAYOUTS if name != "one process"]
 
 

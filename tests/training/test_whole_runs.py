@@ -41,7 +41,7 @@ def different(a, b) -> list[str]:
         (1, "--zero-stage 1"),
         (1, "--data-order megatron"),
         (2, "--zero-stage 3 --moe-expert-parallel-size 2"),
-        (2, "--zero-stage 2 --tensor-model-parallel-size 2 --bf16"),
+        pytest.param(2, "--zero-stage 2 --tensor-model-parallel-size 2 --bf16", marks=pytest.mark.matrix),
     ],
 )
 def test_resume_is_bitwise_equal(world, flags, text, tmp_path):
