@@ -136,16 +136,23 @@ def _collectives():
     """The last collective when all have ended, and the one that this rank waits in."""
     rank, group = dist.get_rank(), dist.new_group([0, 1])
     dist.all_reduce(torch.ones(3, 5), group=group)
-    ended, waiting = compat.last_collective(), []
+    ended, waiting = _record(is_completed=True), []  # gloo tells the caller before it takes the entry off its list
     if rank == 0:
-        thread = threading.Thread(target=lambda: (time.sleep(0.5), waiting.append(compat.last_collective())))
+        thread = threading.Thread(target=lambda: waiting.append(_record(is_completed=False)))
         thread.start()
     else:
-        time.sleep(1)
+        time.sleep(2)
     dist.all_reduce(torch.ones(7))
     if rank == 0:
         thread.join()
     return ended, waiting
+
+
+def _record(is_completed: bool, seconds: float = 10) -> compat.Collective:
+    end = time.monotonic() + seconds
+    while (last := compat.last_collective()).is_completed is not is_completed and time.monotonic() < end:
+        time.sleep(0.01)
+    return last
 
 
 def test_last_collective_is_the_one_that_is_waited_in():
