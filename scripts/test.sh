@@ -2,7 +2,7 @@
 # Formatting, lint, and the tests, in an environment that this script sets up. Needs no GPU and, once set up, no network.
 #
 #   bash scripts/test.sh                       the tests, with some layouts
-#   bash scripts/test.sh --full                every other layout as well: what continuous integration runs
+#   bash scripts/test.sh --full                every other layout and the longest runs as well: what continuous integration runs
 #   bash scripts/test.sh tests/data -k index   further words go to pytest; formatting and lint are checked all the same
 #
 # Ends with the counts. Exit code 1: something failed, or was skipped for a reason that tests/allowed_skips.txt does not list.

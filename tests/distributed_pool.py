@@ -209,12 +209,29 @@ def _join_group(rank: int, size: int, directory: Path) -> None:
 
     torch.set_num_threads(1)
     _share_meshes()
+    _share_device()
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=size, timeout=timedelta(seconds=300))
 
 
+def _share_device() -> None:
+    """All groups of this worker on one gloo device. Each device has a thread that wakes up a hundred times a second for as long as the
+    worker lives; a group makes one of its own, and after a hundred layouts idle workers took most of two cores."""
+    from torch.distributed import distributed_c10d
+
+    gloo = distributed_c10d.ProcessGroupGloo
+    device = gloo.create_default_device()
+
+    class OnOneDevice(gloo):
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta):
+            options = gloo._Options()
+            options._devices, options._threads, options._timeout = [device], 2, timeout
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = OnOneDevice
+
+
 def _share_meshes() -> None:
-    """A mesh like one before is that one. Each group has a gloo thread that wakes up a hundred times a second for as long as the
-    worker lives: after thirty layouts four workers had 700 threads each, and spent most of two cores in the kernel."""
+    """A mesh like one before is that one: each group has sockets and threads that live as long as the worker, and making one takes time."""
     import functools
 
     import torch.distributed as dist

@@ -33,9 +33,12 @@ class ParallelConfig:
         "the stages in the middle take one more, then the first, never the last", minimum=1
     )  # fmt: skip
     decoder_last_pipeline_num_layers: int | None = flag(None, "layers of the last pipeline stage, which has the logits too", minimum=1)
-    context_parallel_size: int = flag(
-        1, "context-parallel degree (CP): ranks that share each sequence; every one gathers the keys and values of all of it", minimum=1
-    )
+    context_parallel_size: int = flag(1, "context-parallel degree (CP): ranks that share each sequence", minimum=1)
+    cp_comm_type: Literal["all_gather", "p2p"] = flag(
+        "all_gather", "how queries meet the keys of other context-parallel ranks. all_gather: keys and values of whole sequences come to every "
+        "rank, in one collective; p2p: they travel around a ring of the ranks, no rank holds all of them, and attention has neither dropout nor "
+        "document masks"
+    )  # fmt: skip
     expert_tensor_parallel_size: int = flag(
         1, "expert-tensor-parallel degree (ETP): ranks that share each expert, cut along its inner width; need not be TP. At 1, "
         "tensor-parallel ranks are further data ranks for the experts", minimum=1)  # fmt: skip
@@ -70,6 +73,11 @@ class ParallelConfig:
     def etp(self) -> int:
         """Ranks that share each expert."""
         return self.tensor_model_parallel_size if self.enable_expert_tensor_parallelism else self.expert_tensor_parallel_size
+
+    @property
+    def has_ring(self) -> bool:
+        """Whether keys travel from rank to rank."""
+        return self.cp_comm_type == "p2p" and self.context_parallel_size > 1
 
     @property
     def sequence_unit(self) -> int:

@@ -152,8 +152,23 @@ class RunConfig:
         if c.curriculum_learning and t.compile:
             yield "--compile makes graphs of one sequence length and --curriculum-learning has many; leave one of them out"
         yield from pipeline_problems(self.parallel, m, t, self.distillation.is_on)
+        yield from self._ring_problems()
         if self.data.data_order == "megatron" and t.seed >= 2**32:
             yield f"--data-order megatron takes a --seed below {2**32}, not {t.seed}: that is all that Megatron's generator can be given"
+
+    def _ring_problems(self) -> Iterator[str]:
+        """What the kernels of a ring of keys cannot do."""
+        if not self.parallel.has_ring:
+            return
+        what, instead = "--cp-comm-type p2p", "or take --cp-comm-type all_gather"
+        if self.model.attention_dropout:
+            yield f"{what} has no dropout of attention, and --attention-dropout is {self.model.attention_dropout:g}; set it to 0, {instead}"
+        if self.data.reset_attention_mask:
+            yield f"{what} has no masks of documents, which --reset-attention-mask asks for; leave one of them out"
+        if self.model.head_dim % 8:
+            yield f"{what} wants heads whose width is a multiple of 8, not {self.model.head_dim}; change --num-attention-heads, {instead}"
+        if self.training.compile:
+            yield f"{what} is a loop that --compile does not trace; leave one of them out"
 
     def _length_problems(self) -> Iterator[str]:
         """Sequences are cut into equal parts, the short ones of a curriculum too."""
@@ -246,6 +261,8 @@ class RunConfig:
 
     def _expert_layout_warnings(self) -> Iterator[str]:
         p, m = self.parallel, self.moe
+        if p.cp_comm_type == "p2p" and not p.has_ring:
+            yield "--cp-comm-type p2p has no effect with --context-parallel-size 1"
         if p.etp > 1 and not m.has_experts:
             name = "--enable-expert-tensor-parallelism" if p.enable_expert_tensor_parallelism else "--expert-tensor-parallel-size"
             yield f"{name} has no effect without experts; see --num-experts"

@@ -31,7 +31,7 @@ def parallelize(model: GPT, mesh: ParallelMesh, config: RunConfig) -> None:
     if is_split:
         apply_expert_parallel(model, mesh, config.moe.moe_token_dispatcher)  # edits parameters by name: before anything wraps them
     if mesh.size("cp") > 1:
-        apply_context_parallel(model, mesh.group("cp"))
+        apply_context_parallel(model, mesh.group("cp"), config.parallel.has_ring)
     if mesh.size("tp") > 1:
         apply_tensor_parallel(model, mesh.dense["tp"], config.parallel.sequence_parallel)
         if config.parallel.sequence_parallel:

@@ -5,7 +5,7 @@ any other rank (a query sees only what came before it). Example, P = 2, L = 8: r
 
 All ranks of the group read the same samples, and `part_of` takes each one's part. Everything but attention works on tokens one by
 one. Attention gathers keys and values, puts them into the order of the sequence, and masks by place; in the backward their
-gradients are summed and scattered.
+gradients are summed and scattered. Or keys travel around the ranks: ring.py.
 """
 # B batch, L tokens of a whole sequence, S here, c of a chunk (S = 2c), P ranks, H query heads, G key/value heads, h head width
 
@@ -21,13 +21,14 @@ from megatron_moe.data.batch import Batch
 from megatron_moe.model.attention import CausalCore, Context, repeat_heads, visible
 from megatron_moe.model.gpt import GPT
 from megatron_moe.mpu.mesh import ParallelMesh
+from megatron_moe.parallel.ring import RingCore
 from megatron_moe.utils.compat import all_gather_rows
 
 
-def apply_context_parallel(model: GPT, group: dist.ProcessGroup) -> None:
-    """No parameter is touched: ranks of `group` are further data ranks to FSDP."""
+def apply_context_parallel(model: GPT, group: dist.ProcessGroup, has_ring: bool = False) -> None:
+    """No parameter is touched: ranks of `group` are further data ranks to FSDP. `has_ring`: keys travel (ring.py) instead of being gathered."""
     for block in model.layers.values():
-        block.attn.core = GatheredKeysCore(block.attn.core.dropout, group)
+        block.attn.core = RingCore(group) if has_ring else GatheredKeysCore(block.attn.core.dropout, group)
     model.locate = ZigzagPlaces(group)
 
 

@@ -52,6 +52,7 @@ class ReplicaWatch:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device):
         self.model, self.optimizer, self.device = model, optimizer, device
         self._keys: dict[str, int] = {}  # names do not move: each is hashed once
+        self._parts: dict[str, str] = {}  # nor do shards
         self._most: int | None = None  # entries of the rank that has most (of pipeline stages)
 
     @torch.no_grad()
@@ -70,14 +71,19 @@ class ReplicaWatch:
         """(name, which part of it is here, hash) of everything that may have a replica."""
         for name, p in self.model.named_parameters():
             if _local(p).numel():
-                yield name, _part(p), bits_hash(p)
+                yield name, self._part(name, p), bits_hash(p)
             state = self.optimizer.state.get(p, {}) if self.optimizer is not None else {}
             moments = [s for _, s in sorted(state.items()) if isinstance(s, Tensor) and s.shape == p.shape and s.ndim]
             if moments and _local(p).numel():
-                yield f"optimizer state of {name}", _part(p), sum(bits_hash(s) * (2 * i + 1) for i, s in enumerate(moments))
+                yield f"optimizer state of {name}", self._part(name, p), sum(bits_hash(s) * (2 * i + 1) for i, s in enumerate(moments))
         for name, b in self.model.named_buffers():
             if b.numel():
-                yield name, _part(b), bits_hash(b)
+                yield name, self._part(name, b), bits_hash(b)
+
+    def _part(self, name: str, x: Tensor) -> str:
+        if name not in self._parts:
+            self._parts[name] = _part(x)
+        return self._parts[name]
 
     def _key(self, name: str, part: str) -> int:
         word = f"{name}{part}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,43 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def reduce_scatter_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[ranks * n, ...] -> the sum of everyone's n rows for this rank; the backward is an all-gather."""
     return funcol.wait_tensor(_reduce_scatter_autograd(x.contiguous(), "sum", 0, group))
+
+
+def ring_attention(
+    group: dist.ProcessGroup, kernel: Callable[..., tuple[Tensor, ...]], q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, ...]:
+    """Causal attention over the ranks of `group`, of which rank r has the chunks r and 2P-1-r of each sequence, [B, heads, S, h].
+
+    kernel(q, k, v, is_causal=) -> (output, log-sums, ...) for one block of queries and one of keys. Returns the same of all keys. Local
+    to the group, and collective: keys and values go from rank to rank. No gradient."""
+    with _ring(q.dtype) as loops:
+        return loops._templated_ring_attention(group, 2, kernel, q, k, v, is_causal=True)
+
+
+def ring_attention_backward(
+    group: dist.ProcessGroup, kernel: Callable[..., tuple[Tensor, ...]], grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+    log_sums: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of q, k and v. kernel(grad_out=, query=, key=, value=, out=, logsumexp=, is_causal=): of one block, as above."""
+    with _ring(q.dtype) as loops:
+        return loops._templated_ring_attention_backward(group, 2, kernel, grad_out, "grad_out", q, k, v, out, log_sums, True)[:3]
+
+
+@contextmanager
+def _ring(dtype: torch.dtype) -> Iterator[Any]:
+    """torch's loops, set to send keys on from rank to rank; they are not public, and an import takes seconds."""
+    try:
+        from torch.distributed.tensor.experimental._context_parallel import _attention as loops
+    except ImportError:  # before there was a package
+        from torch.distributed.tensor.experimental import _attention as loops
+    options = loops._cp_options
+    kept = options.rotate_method, options.convert_to_f32, options.enable_load_balance
+    options.rotate_method, options.enable_load_balance = loops._RotateMethod.ALL_TO_ALL, True
+    options.convert_to_f32 = dtype != torch.float64  # partial results are merged in at least float32
+    try:
+        yield loops
+    finally:
+        options.rotate_method, options.convert_to_f32, options.enable_load_balance = kept
 
 
 @contextmanager

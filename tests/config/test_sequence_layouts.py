@@ -8,6 +8,7 @@ from megatron_moe.arguments import parse_args
 from megatron_moe.config.flags import ConfigError
 
 TINY = "--preset tiny --mock-data --train-iters 2 --micro-batch-size 1 --global-batch-size 24"  # 128 tokens, 4 heads
+RING = "--context-parallel-size 2 --cp-comm-type p2p --attention-dropout 0"
 CP2, SP = "--context-parallel-size 2", "--sequence-parallel"
 
 
@@ -73,6 +74,13 @@ def problems(words: str, world: int) -> list[str]:
             6,
             "--num-key-value-heads (4) must be divisible by --tensor-model-parallel-size (6) or divide it; use TP 1, 2, 4, 12",
         ),
+        (f"{RING} --attention-dropout 0.1", 2, "--cp-comm-type p2p has no dropout of attention, and --attention-dropout is 0.1; set it to 0, or "
+         "take --cp-comm-type all_gather"),
+        (f"{RING} --reset-attention-mask", 2, "--cp-comm-type p2p has no masks of documents, which --reset-attention-mask asks for; leave one of "
+         "them out"),
+        (f"{RING} --compile", 2, "--cp-comm-type p2p is a loop that --compile does not trace; leave one of them out"),
+        (f"{RING} --hidden-size 48 --num-attention-heads 4", 2, "--cp-comm-type p2p wants heads whose width is a multiple of 8, not 12; change "
+         "--num-attention-heads, or take --cp-comm-type all_gather"),
         (CP2, 3, "the number of ranks (3) must be divisible by --tensor-model-parallel-size (1) x --pipeline-model-parallel-size (1) x "
          "--context-parallel-size (2) = 2; make the product one of 1, 3 or start another number of ranks"),
     ],
@@ -87,6 +95,8 @@ def test_one_sentence_with_the_rule_the_values_and_the_nearest_valid_ones(words,
         ("--seq-length 127 --tensor-model-parallel-size 4", 4),  # tensor parallelism alone cuts any number of tokens
         (f"{SP} --seq-length 127", 1),  # a switch that asks for nothing here
         (f"{CP2} --seq-length 4", 2),
+        (RING, 2),
+        ("--cp-comm-type p2p --attention-dropout 0.1", 1),  # nothing travels
         (f"{CP2} {SP} --tensor-model-parallel-size 2 --seq-length 4", 4),
         ("--num-key-value-heads 1 --tensor-model-parallel-size 4", 4),
         ("--num-key-value-heads 2 --tensor-model-parallel-size 4", 4),

@@ -100,6 +100,8 @@ MODELS = {
     # every auxiliary loss at once, in a warm-up: micro-batch and z from the common flags, sequence, global batch
     "losses": "--num-experts 1 4 8 --topk 2 --disable-moe-token-dropping --moe-seq-loss-coeff 0.4 --moe-global-loss-coeff 0.3 "
     "--moe-loss-warmup-iters 3",
+    # rotary positions, grouped queries, no dropout
+    "ring": "--num-experts 1 2 4 --topk 2 --num-key-value-heads 2 --position-embedding-type rope --hidden-dropout 0.1 --disable-moe-token-dropping",
     # four layers, for pipelines of up to four stages
     "deep": "--num-layers 4 --num-experts 1 2 4 8 --mlp-type residual --topk 2 --num-key-value-heads 2 --disable-moe-token-dropping",
     # experts in the later half alone: early stages have none

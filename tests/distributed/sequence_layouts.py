@@ -8,6 +8,7 @@ TP2, TP4 = "--tensor-model-parallel-size 2", "--tensor-model-parallel-size 4"
 EP2, EP4, CP2, CP4 = (f"--{what}-parallel-size {n}" for what, n in (("moe-expert", 2), ("moe-expert", 4), ("context", 2), ("context", 4)))
 SP, FULL, SELECTIVE = "--sequence-parallel", "--recompute-granularity full", "--recompute-granularity selective"
 EVEN, DOCUMENTS, REPLICAS = parity.DIVISIBLE, parity.DOCUMENTS, "--num-distributed-optimizer-instances 2"
+RING = "--cp-comm-type p2p"
 PADDED = "--moe-pad-expert-input-to-capacity"
 
 LAYOUTS = [  # model, world size, flags
@@ -29,6 +30,11 @@ LAYOUTS = [  # model, world size, flags
     ("noisy", 4, f"--zero-stage 2 {CP4} {EP4} --moe-token-dispatcher allgather {FULL} {EVEN}"),
     ("losses", 4, f"--zero-stage 2 {CP2} {EP2} {EVEN}"),
     ("balanced", 2, f"--zero-stage 1 {CP2} {EP2} {EVEN}"),
+    # keys that travel: one pass of the ring, three, heads that are shared and heads that are not, two micro-batches in a pipeline
+    ("ring", 2, f"--zero-stage 1 {CP2} {RING} {EVEN}"),
+    ("ring", 4, f"--zero-stage 3 {CP4} {RING} {EP4} {FULL} {EVEN}"),
+    ("ring", 4, f"--zero-stage 2 {CP2} {RING} {TP2} {SP} {EP2} {SELECTIVE} {EVEN}"),
+    ("ring", 4, f"--zero-stage 1 {CP2} {RING} --pipeline-model-parallel-size 2 {EP2} {EVEN}"),
     # both, and with tensor parallelism alone, which slices the tokens of a context-parallel rank
     ("pyramid", 4, f"--zero-stage 3 {CP2} {TP2} {SP} {EP4} {EVEN}"),
     ("losses", 4, f"--zero-stage 1 {CP2} {TP2} {SP} {EP2} {FULL} {EVEN}"),
@@ -49,6 +55,7 @@ LAYOUTS = [  # model, world size, flags
     ("pyramid", 8, f"--zero-stage 3 {REPLICAS} {CP2} {TP2} {SP} {EP4} {FULL} {EVEN}"),
 ]
 FAST = [
+    ("ring", 4, f"--zero-stage 1 {CP4} {RING} {EP2} {EVEN}"),
     ("pyramid", 4, f"--zero-stage 3 {CP2} {TP2} {SP} {EP4} {EVEN}"),
     ("modern", 4, f"--zero-stage 2 {REPLICAS} {EP2}"),
 ]

@@ -55,12 +55,12 @@ COMPILED = [
     ("dropping", 2, f"{EP} --zero-stage 3"),
     ("noisy", 2, f"{TP} {EP} --recompute-granularity selective"),
     ("losses", 2, f"{TP} {EP} --recompute-granularity full"),
-    ("modern", 2, f"{TP} {EP} --zero-stage 2 --moe-token-dispatcher allgather --recompute-granularity full"),
-    ("shared", 2, f"{EP} --zero-stage 3 --moe-pad-expert-input-to-capacity"),
-    ("latent", 2, f"{TP} {EP} --recompute-granularity full"),
     ("modules", 2, f"{EP} --zero-stage 3"),
 ]
 MORE_COMPILED = [  # with --full
+    ("shared", 2, f"{EP} --zero-stage 3 --moe-pad-expert-input-to-capacity"),
+    ("latent", 2, f"{TP} {EP} --recompute-granularity full"),
+    ("modern", 2, f"{TP} {EP} --zero-stage 2 --moe-token-dispatcher allgather --recompute-granularity full"),
     ("student", 2, f"{TP} {EP}"),
     (
         "pyramid",
@@ -161,10 +161,10 @@ def graphs_over_steps(model_name: str, flags: str) -> tuple[list[int], list[int]
     ("model", "flags", "in_training", "in_evaluation"),
     [
         # embed, attend, feed_forward, normalise, jittered, decide, experts, finish, losses; evaluation has no jitter
-        ("noisy", f"{EP} --recompute-granularity full", 9, 8),
+        pytest.param("noisy", f"{EP} --recompute-granularity full", 9, 8, marks=pytest.mark.matrix),
         ("dropping", f"{TP} {EP} --recompute-granularity selective", 8, 8),
         # 2 and 8 experts: two graphs of decide and of the experts
-        ("pyramid", f"{EP} --moe-token-dispatcher alltoall --zero-stage 3 --bf16", 10, 10),
+        pytest.param("pyramid", f"{EP} --moe-token-dispatcher alltoall --zero-stage 3 --bf16", 10, 10, marks=pytest.mark.matrix),
         # whatever a part has of the rows
         ("noisy", f"{EP} --moe-overlap-chunks 2 --recompute-granularity full", 9, 8),
     ],

@@ -70,6 +70,12 @@ def test_a_step_waits_for_nothing_but_the_sizes_of_an_exchange(world, flags, per
         assert {re.sub(r"\d+", "", s) for s in seen} <= {"tolist in alltoall.py:"}
 
 
+def test_keys_that_travel_are_not_waited_for():
+    flags = f"{EP} --moe-token-dispatcher allgather --context-parallel-size 2 --cp-comm-type p2p {parity.DIVISIBLE}"
+    for seen, _ in run_distributed(waits, 2, "ring", flags):
+        assert seen == []
+
+
 @pytest.mark.parametrize("routing", ["dropless", "dropping"])
 @pytest.mark.parametrize(
     ("world", "flags", "per_forward"),

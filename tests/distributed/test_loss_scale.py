@@ -69,6 +69,7 @@ def bad_shard(at: int):
     original = steps.gradient_norm
 
     def norm(parameters, ranks):
+        parameters = list(parameters)
         if step_of.number == at and dist.get_rank() == dist.get_world_size() - 1:
             grads = [parity_local(p.grad) for p in parameters]
             next(g for g in grads if g.numel()).view(-1)[0] = float("nan")
@@ -180,7 +181,7 @@ def moments_moved_in_a_skipped_step():
 @contextmanager
 def bias_moved_in_a_skipped_step():
     original = steps.move_expert_biases
-    with mock.patch.object(steps, "move_expert_biases", lambda model, found_inf=None: original(model)):
+    with mock.patch.object(steps, "move_expert_biases", lambda model, mesh, found_inf=None: original(model, mesh)):
         yield
 
 

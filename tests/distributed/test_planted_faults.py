@@ -128,6 +128,35 @@ def key_gradients_of_own_queries():
 
 
 @contextmanager
+def gradients_of_one_copy_of_a_head():
+    """Of keys that several queries share, the copy of the first one."""
+    from megatron_moe.parallel import ring
+
+    def first(kernel, *, query, key, value, **rest):
+        heads = query.shape[1]
+        grad_q, *grads = kernel(query=query, key=ring.repeat_heads(key, heads), value=ring.repeat_heads(value, heads), **rest)
+        return grad_q, *(g.unflatten(1, (key.shape[1], -1))[:, :, 0] for g in grads)
+
+    with mock.patch.object(ring, "_of_repeated_heads", first):
+        yield
+
+
+@contextmanager
+def log_sums_of_one_block():
+    """The backward's probabilities are those among the rank's own keys."""
+    from megatron_moe.parallel import ring
+
+    original = ring.ring_attention
+
+    def own(group, kernel, q, k, v):
+        out, _, *rest = original(group, kernel, q, k, v)
+        return out, kernel(q, k, v, is_causal=True)[1], *rest
+
+    with mock.patch.object(ring, "ring_attention", own):
+        yield
+
+
+@contextmanager
 def replicas_not_summed():
     """Hybrid sharding whose parts never hear of each other."""
     from megatron_moe.mpu import mesh
@@ -811,6 +840,7 @@ SP2 = ("pyramid", 2, f"--zero-stage 1 {TP2} --sequence-parallel {parity.DIVISIBL
 CP2 = ("pyramid", 2, f"--zero-stage 2 --context-parallel-size 2 {parity.DIVISIBLE}")
 LOSSES_CP2 = ("losses", 4, f"--zero-stage 2 --context-parallel-size 2 {EP2} {parity.DIVISIBLE}")
 NOISY_SP = ("noisy", 4, f"--zero-stage 3 {TP2} --sequence-parallel {EP2} --recompute-granularity selective {parity.DIVISIBLE}")
+RING = ("ring", 2, f"--zero-stage 1 --context-parallel-size 2 --cp-comm-type p2p {parity.DIVISIBLE}")
 BALANCED_CP2 = ("balanced", 2, f"--zero-stage 1 --context-parallel-size 2 {EP2} {parity.DIVISIBLE}")
 HYBRID = ("pyramid", 4, "--zero-stage 1 --num-distributed-optimizer-instances 2")
 
@@ -888,6 +918,8 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
     (chunks_that_are_neighbours, BALANCED_CP2, "loss 0", 1e-6),
     (key_gradients_of_own_queries, CP2, "gradient layers.1.attn.k_proj.weight", 0.05),
     (queries_taken_for_the_first, CP2, "loss 0", 1e-6),
+    (gradients_of_one_copy_of_a_head, RING, "gradient layers.1.attn.k_proj.weight", 0.05),
+    (log_sums_of_one_block, RING, "gradient layers.1.attn.q_proj.weight", 1e-3),
     (
         shared_heads_of_one_rank,
         ("pyramid", 4, "--zero-stage 1 --tensor-model-parallel-size 4"),
@@ -911,7 +943,12 @@ def layout_with(fault, model: str, flags: str):
         return parity.layout(model, flags)
 
 
-@pytest.mark.parametrize(("fault", "row", "seen_in", "at_least"), PLANTED, ids=[f"{fault.__name__}-{row[2]}" for fault, row, *_ in PLANTED])
+def planted(fault, row, *seen):
+    marks = () if row in rows.QUICK else pytest.mark.matrix  # it is known by the row that it turns red
+    return pytest.param(fault, row, *seen, marks=marks, id=f"{fault.__name__}-{row[2]}")
+
+
+@pytest.mark.parametrize(("fault", "row", "seen_in", "at_least"), [planted(*p) for p in PLANTED])
 def test_planted_fault_turns_a_parity_test_red(fault, row, seen_in, at_least, monkeypatch):
     assert row in rows.LAYOUTS, "the fault must be planted in a test that runs"
     monkeypatch.setattr(rows, "run_distributed", lambda layout, world, *args: run_distributed(layout_with, world, fault, *args))

@@ -136,7 +136,8 @@ def cost() -> tuple[list[str], list[str]]:
         watch.check()
     with HostSyncs() as syncs:
         watch.check()
-    return collectives.seen, [s for s in syncs.seen if s.startswith(("cpu", "tolist", "_local", "to the"))]
+    # what is brought to the device stays where it is: that is the CPU here
+    return collectives.seen, [s for s in syncs.seen if s.startswith(("cpu", "tolist", "_local"))]
 
 
 def test_a_check_is_one_collective_and_one_wait():

@@ -186,7 +186,7 @@ FAULTS = [  # fault, world, flags, what is named first
     (auxiliary_loss_scaled_by_accumulation, 2, f"{PYRAMID} {EP2}", r"gradient of layers\.4\.moe\.gate\.weight in step 1"),
     (planted.counts_not_shared, 2, f"{PYRAMID} {TP2} {EP2}", r"routing of layers\.2\.moe in step 1"),
     (planted.batch_counts_not_summed, 2, f"{PYRAMID} {EP2} --moe-global-loss-coeff 0.1", r"gradient of layers\.4\.moe\.gate\.weight in step 1"),
-    (expert_bias_not_reduced, 2, f"{BIAS} {EP2}", r"weight of layers\.2\.moe\.gate\.expert_bias in step 1"),
+    (expert_bias_not_reduced, 2, f"{BIAS} {EP2}", r"weight of layers\.2\.moe\.gate\.expert_bias in step"),
     (token_keys_of_the_wrong_rank, 2, f"{PYRAMID} --zero-stage 3", r"routing of layers\.2\.moe in step 1"),
     (tokens_not_counted_over_ranks, 2, f"{PYRAMID} --zero-stage 2", r"loss in step 1"),
     (norm_counted_twice, 2, f"{PYRAMID} {TP2} {EP2}", r"gradient norm in step 1"),

@@ -154,8 +154,14 @@ def test_a_smoke_run_has_the_shape_of_the_recipe(script, environment, tmp_path):
     assert ranks == (2 if small.moe.has_experts or small.parallel.tensor_model_parallel_size > 1 else 1)
 
 
+# one of each kind; the other sizes with --full
+ALWAYS = ("pretrain_tiny.sh", "pretrain_gpt_125m.sh", "pretrain_gpt_350m_moe_128.sh", "pretrain_gpt_350m_pr_moe_32_64_mos.sh")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS, ids=preset_of)
+@pytest.mark.parametrize(
+    "script", [pytest.param(s, marks=() if s.name in ALWAYS else pytest.mark.matrix, id=preset_of(s)) for s in SCRIPTS]
+)
 def test_a_smoke_run_trains_and_leaves_nothing(script, environment, tmp_path):
     done = start(script, environment, SMOKE="1", TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -88,7 +88,8 @@ class SilentStore(dist.Store):
     """On a rank that is stopped."""
 
     def compare_set(self, *args):
-        time.sleep(60)
+        time.sleep(20)
+        raise dist.DistStoreError("no answer")
 
     def check(self, *args):
         return False

@@ -71,15 +71,14 @@ OF_THE_MACHINE = {"iteration_time_ms", "tokens_per_second", "tflops_per_device",
 @pytest.mark.parametrize(
     ("world", "flags"),
     [
-        (2, f"{FOUR} {PP2} --enable-zbh1-pipeline"),
-        (4, f"{FOUR} {INTERLEAVED} {EP2} --zero-stage 2"),
-        (4, f"{FOUR} --pipeline-model-parallel-size 4 --reset-attention-mask"),
+        pytest.param(2, f"{FOUR} {PP2} --enable-zbh1-pipeline", marks=pytest.mark.matrix),
+        pytest.param(4, f"{FOUR} {INTERLEAVED} {EP2} --zero-stage 2", marks=pytest.mark.matrix),
+        (4, f"{FOUR} --pipeline-model-parallel-size 4"),
     ],
 )
 def test_metrics_are_those_of_one_process(world, flags, text, tmp_path):
     """Losses, norms, every layer's record in layer order, evaluations."""
-    model = "--topk 2 --moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-normalize chosen --eval-iters 1"
-    model += " --reset-attention-mask" if "reset" in flags else ""
+    model = "--topk 2 --disable-moe-top2-2nd-expert-sampling --moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-normalize chosen --eval-iters 1"
     own = f"{EXACT} --train-iters 9 --global-batch-size 8"
     train(1, tmp_path / "one", text, f"{own} {model} {FOUR}")
     train(world, tmp_path / "pipeline", text, f"{own} {model} {flags}")
@@ -93,7 +92,7 @@ def test_metrics_are_those_of_one_process(world, flags, text, tmp_path):
     ("world", "flags"),
     [
         (2, f"{PP2} --zero-stage 1 --bf16"),
-        (4, f"{FOUR} {INTERLEAVED} {EP2} --zero-stage 3"),
+        pytest.param(4, f"{FOUR} {INTERLEAVED} {EP2} --zero-stage 3", marks=pytest.mark.matrix),
         (4, f"{FOUR} {PP2} {EP2} --pipeline-schedule zero-bubble --zero-stage 2 --recompute-granularity full"),
     ],
 )
@@ -107,8 +106,8 @@ def test_resume_is_bitwise_equal(world, flags, text, tmp_path):
 
 
 MOVES = [  # layout before, ranks, layout after, ranks
-    (PP2, 2, "", 1),
-    ("", 1, f"{PP2} --decoder-last-pipeline-num-layers 2", 2),
+    pytest.param(PP2, 2, "", 1, marks=pytest.mark.matrix),
+    pytest.param("", 1, f"{PP2} --decoder-last-pipeline-num-layers 2", 2, marks=pytest.mark.matrix),
     (f"--zero-stage 3 {PP2} {EP2}", 4, "--zero-stage 1 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2", 2),
     (f"{FOUR} {INTERLEAVED} {EP2} --zero-stage 2", 4, f"{FOUR} --pipeline-model-parallel-size 4", 4),
     (f"{FOUR} --zero-stage 3 {EP2}", 2, f"{FOUR} {INTERLEAVED} --pipeline-schedule zero-bubble --tensor-model-parallel-size 2", 4),

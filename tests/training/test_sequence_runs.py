@@ -43,8 +43,8 @@ def numbers(save) -> list[float]:
 
 
 MOVES = [
-    (4, f"--zero-stage 3 {CP2} {TP2_SP} {EP4}", 1, "--zero-stage 1"),
-    (1, "--zero-stage 1", 4, f"--zero-stage 2 {CP2} {TP2_SP} {EP2}"),
+    pytest.param(4, f"--zero-stage 3 {CP2} {TP2_SP} {EP4}", 1, "--zero-stage 1", marks=pytest.mark.matrix),
+    pytest.param(1, "--zero-stage 1", 4, f"--zero-stage 2 {CP2} {TP2_SP} {EP2}", marks=pytest.mark.matrix),
     pytest.param(4, f"--zero-stage 1 {HYBRID} {EP2}", 2, f"--zero-stage 3 {CP2}", marks=pytest.mark.matrix),
     pytest.param(2, f"--zero-stage 0 {TP2_SP}", 4, f"--zero-stage 3 {HYBRID} {CP2} {EP4}", marks=pytest.mark.matrix),
     # heads that are shared, and are not

@@ -88,6 +88,7 @@ class Killer:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.matrix
 def test_twenty_kills_lose_nothing_and_leave_the_curve_of_the_undisturbed_run(tmp_path):
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     for scratch in (calm, killed):

@@ -50,7 +50,8 @@ def test_one_process_proves_the_command_for_sixty_four_gpus(tmp_path):
 
 
 @pytest.mark.parametrize(("fault", "said"), [
-    ("expert gradients doubled", "moe.experts"), ("raises", "Input/output error"), ("dies", "rank 1: ended with exit code 7"),
+    ("expert gradients doubled", "moe.experts"), pytest.param("raises", "Input/output error", marks=pytest.mark.matrix),
+    pytest.param("dies", "rank 1: ended with exit code 7", marks=pytest.mark.matrix),
 ])  # fmt: skip
 def test_one_process_says_what_is_wrong_and_exits_with_3(tmp_path, fault, said):
     flags = f"{launches.TINY} --moe-expert-parallel-size 4 --verify-parallelism --exit-after-verify --verify-world-size 4"
@@ -60,6 +61,7 @@ def test_one_process_says_what_is_wrong_and_exits_with_3(tmp_path, fault, said):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.matrix
 def test_a_process_that_hangs_does_not_keep_the_others(tmp_path):
     started = time.monotonic()
     done = alone(f"{launches.TINY} --moe-expert-parallel-size 2 --verify-parallelism --exit-after-verify", tmp_path, "hangs")

@@ -41,7 +41,7 @@ def different(a, b) -> list[str]:
         (1, "--zero-stage 1"),
         (1, "--data-order megatron"),
         (2, "--zero-stage 3 --moe-expert-parallel-size 2"),
-        (2, "--zero-stage 2 --tensor-model-parallel-size 2 --bf16"),
+        pytest.param(2, "--zero-stage 2 --tensor-model-parallel-size 2 --bf16", marks=pytest.mark.matrix),
     ],
 )
 def test_resume_is_bitwise_equal(world, flags, text, tmp_path):
@@ -65,10 +65,12 @@ def test_longer_run_goes_on_with_the_same_data(text, tmp_path):
 SLICES = "--tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --enable-expert-tensor-parallelism"
 RESHARD = [
     ("--zero-stage 3 --moe-expert-parallel-size 2", 2, "--zero-stage 1", 1),
-    ("--zero-stage 1", 1, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4", 4),
+    pytest.param(
+        "--zero-stage 1", 1, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4", 4, marks=pytest.mark.matrix
+    ),
     ("--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4", 4, "--zero-stage 0 --moe-expert-parallel-size 2", 2),
-    (f"--zero-stage 3 {SLICES}", 4, "--zero-stage 1 --moe-expert-parallel-size 2", 2),
-    ("--zero-stage 2 --moe-expert-parallel-size 2", 2, f"--zero-stage 0 {SLICES}", 4),
+    pytest.param(f"--zero-stage 3 {SLICES}", 4, "--zero-stage 1 --moe-expert-parallel-size 2", 2, marks=pytest.mark.matrix),
+    pytest.param("--zero-stage 2 --moe-expert-parallel-size 2", 2, f"--zero-stage 0 {SLICES}", 4, marks=pytest.mark.matrix),
 ]
 
 

@@ -16,7 +16,8 @@ from megatron_moe.utils import compat
 
 TESTED = {
     "grouped_mm", "all_gather_into_tensor", "local_slices", "all_gather_rows", "reduce_scatter_rows",
-    "sum_over_ranks", "fake_process_group", "last_collective", "Collective", "reduce_unused_gradients",
+    "sum_over_ranks", "fake_process_group", "last_collective", "Collective", "ring_attention", "ring_attention_backward",
+    "reduce_unused_gradients",
 }  # fmt: skip
 
 
@@ -24,7 +25,9 @@ def test_every_name_has_a_test_here():
     defined = {
         name
         for name, value in vars(compat).items()
-        if not name.startswith("_") and not inspect.ismodule(value) and name not in ("annotations", "Tensor", "DTensor", "FSDPModule", "Iterator")
+        if not name.startswith("_")
+        and not inspect.ismodule(value)
+        and name not in ("annotations", "Any", "Callable", "Tensor", "DTensor", "FSDPModule", "Iterator")
     }
     assert defined - {"compute_local_shape_and_global_offset", "contextmanager", "dataclass"} == TESTED
 
@@ -103,20 +106,54 @@ def test_reduce_scatter_rows_sums_over_ranks_and_its_backward_gathers():
     ]
 
 
+def _blocks() -> list[tuple[list[float], bool]]:
+    """Which keys the queries of this rank meet, block by block: the first key of each, and whether the later ones are hidden; and gradients
+    that come back around the ring."""
+    rank, seen = dist.get_rank(), []
+    chunk_starts = torch.tensor([2.0 * rank, 2.0 * (3 - rank)]).repeat_interleave(2) + torch.tensor([0.0, 1.0, 0.0, 1.0])
+    k = chunk_starts.double().view(1, 1, 4, 1)  # every key is its place in the sequence of 8
+
+    def kernel(q, k, v, is_causal):
+        seen.append((q.flatten().tolist(), k.flatten().tolist(), is_causal))
+        return torch.zeros_like(q), torch.zeros(q.shape[:3], dtype=q.dtype)
+
+    def backward(*, query, key, value, **rest):
+        return torch.zeros_like(query), torch.ones_like(key), torch.zeros_like(value)
+
+    out, log_sums = compat.ring_attention(dist.group.WORLD, kernel, k, k, k)
+    _, grad_k, _ = compat.ring_attention_backward(dist.group.WORLD, backward, out, k, k, k, out, log_sums)
+    return seen, grad_k.flatten().tolist()
+
+
+@pytest.mark.distributed
+def test_ring_attention_brings_every_block_of_keys_once_and_their_gradients_home():
+    (first, grads), (second, _) = run_distributed(_blocks, 2)
+    assert first == [([0, 1, 6, 7], [0, 1, 6, 7], True), ([6, 7], [2, 3, 4, 5], False)]
+    assert second == [([2, 3, 4, 5], [2, 3, 4, 5], True), ([2, 3, 4, 5], [0, 1], False)]
+    assert grads == [2, 2, 1, 1]  # the first chunk is looked at from both ranks, the last one from its own
+
+
 def _collectives():
     """The last collective when all have ended, and the one that this rank waits in."""
     rank, group = dist.get_rank(), dist.new_group([0, 1])
     dist.all_reduce(torch.ones(3, 5), group=group)
-    ended, waiting = compat.last_collective(), []
+    ended, waiting = _record(is_completed=True), []  # gloo tells the caller before it takes the entry off its list
     if rank == 0:
-        thread = threading.Thread(target=lambda: (time.sleep(0.5), waiting.append(compat.last_collective())))
+        thread = threading.Thread(target=lambda: waiting.append(_record(is_completed=False)))
         thread.start()
     else:
-        time.sleep(1)
+        time.sleep(2)
     dist.all_reduce(torch.ones(7))
     if rank == 0:
         thread.join()
     return ended, waiting
+
+
+def _record(is_completed: bool, seconds: float = 10) -> compat.Collective:
+    end = time.monotonic() + seconds
+    while (last := compat.last_collective()).is_completed is not is_completed and time.monotonic() < end:
+        time.sleep(0.01)
+    return last
 
 
 def test_last_collective_is_the_one_that_is_waited_in():

@@ -104,7 +104,10 @@ def attend(x: Shapes) -> Kept:
     keys = x.T * x.layout.cp  # keys and values of whole sequences
     kept = norm(x).dense + x.T * D * x.a  # what q, k and v are made from (gathered, under sequence parallelism)
     kept += x.T * heads * h * x.a  # q
-    kept += 2 * keys * heads * h * x.a  # k and v, a copy for every query head
+    if x.run.parallel.cp_comm_type == "p2p" and x.layout.cp > 1:
+        kept += 2 * x.T * max(m.key_value_heads // tp, 1) * h * x.a  # k and v of this rank: those of others are let go
+    else:
+        kept += 2 * keys * heads * h * x.a  # k and v, a copy for every query head
     if m.position_embedding_type == "rope":
         kept += 2 * 2 * x.T * (h // 2) * x.w  # cosines and sines, of q and of k
     if m.attention_dropout:  # the explicit product: probabilities, the same with zeros, and the mask of bytes
