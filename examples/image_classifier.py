@@ -124,8 +124,15 @@ def read_batch(path: Path) -> tuple[Tensor, Tensor]:
         raise SystemExit(f"--data: {path}: {error}") from None
     except Exception as error:  # damaged bytes raise nearly anything
         raise SystemExit(f"--data: {path}: damaged, or no file of CIFAR-10 ({type(error).__name__}: {error})") from None
-    if images.dtype != np.uint8 or images.shape != (len(labels), 3072) or labels.dtype.kind not in "iu" or not np.isin(labels, range(10)).all():
-        raise SystemExit(f"--data: {path}: wants n x 3072 bytes and n labels from 0 to 9, not {images.dtype} {images.shape} and {labels.shape}")
+    if (
+        images.dtype != np.uint8
+        or images.shape != (len(labels), 3072)
+        or labels.dtype.kind not in "iu"
+        or not np.isin(labels, range(10)).all()
+    ):
+        raise SystemExit(
+            f"--data: {path}: wants n x 3072 bytes and n labels from 0 to 9, not {images.dtype} {images.shape} and {labels.shape}"
+        )
     return torch.tensor(images).view(-1, 3, 32, 32).float() / 127.5 - 1, torch.tensor(labels, dtype=torch.int64)
 
 

@@ -229,6 +229,7 @@ KEYS: dict[str, Key] = {
     **{name: Key(kind=None, feature=feature) for name, feature in _WHOLE_SECTIONS.items()},
 }  # fmt: skip
 
+
 @dataclass(frozen=True)
 class Table:
     """What a reader of a JSON knows: its keys, and the fields that these set."""

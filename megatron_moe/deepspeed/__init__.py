@@ -32,11 +32,11 @@ from megatron_moe.deepspeed import moe, optimizers, utils
 from megatron_moe.deepspeed.config import EngineConfig, read_config
 from megatron_moe.deepspeed.data import ShareLoader
 from megatron_moe.deepspeed.engine import DeepSpeedEngine
-from megatron_moe.deepspeed.moe import layer as _layer  # deepspeed.moe.layer is there without an import of its own
-from megatron_moe.deepspeed.moe import utils as _moe_utils
+from megatron_moe.deepspeed.moe import layer as _layer  # noqa: F401  deepspeed.moe.layer is there without an import of its own
+from megatron_moe.deepspeed.moe import utils as _moe_utils  # noqa: F401
 from megatron_moe.deepspeed.parallelise import Storage, check_layers, check_module, expert_degrees, names_of, parallelise, place
 from megatron_moe.deepspeed.schedulers import build_scheduler
-from megatron_moe.deepspeed.utils import groups as _groups
+from megatron_moe.deepspeed.utils import groups as _groups  # noqa: F401
 from megatron_moe.mpu.mesh import build_mesh
 from megatron_moe.training import distributed
 from megatron_moe.utils.logging import logger
@@ -114,14 +114,18 @@ def init_distributed(
     if dist.is_initialized():
         return
     if dist_init_required is False:
-        raise ValueError("dist_init_required is False and torch.distributed is not initialised; initialise it first, or leave the argument out")
+        raise ValueError(
+            "dist_init_required is False and torch.distributed is not initialised; initialise it first, or leave the argument out"
+        )
     if dist_backend not in (None, "nccl", "gloo"):
         raise ValueError(f"dist_backend must be nccl or gloo, not {dist_backend!r}; leave it out for what the device has")
     if "OMPI_COMM_WORLD_RANK" in os.environ and "RANK" not in os.environ and auto_mpi_discovery:
         raise ValueError("started by mpirun, which is not read here; start with torchrun")
     if init_method is not None or rank >= 0 or world_size >= 0:
         if init_method is None or rank < 0 or world_size < 1:
-            raise ValueError(f"init_method ({init_method}), rank ({rank}) and world_size ({world_size}) must be given together, or none of them")
+            raise ValueError(
+                f"init_method ({init_method}), rank ({rank}) and world_size ({world_size}) must be given together, or none of them"
+            )
         dist.init_process_group(dist_backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
     else:
         if "RANK" in os.environ:
@@ -137,7 +141,9 @@ def add_config_arguments(parser: Any) -> Any:
     """--deepspeed and --deepspeed_config, under the old names too. Returns the parser."""
     group = parser.add_argument_group("DeepSpeed", "where the engine's settings come from")
     group.add_argument("--deepspeed", "--deepscale", default=False, action="store_true", help="scripts ask for this; the engine does not")
-    group.add_argument("--deepspeed_config", "--deepscale_config", default=None, type=str, metavar="FILE.json", help="settings of the engine")
+    group.add_argument(
+        "--deepspeed_config", "--deepscale_config", default=None, type=str, metavar="FILE.json", help="settings of the engine"
+    )
     return parser
 
 
@@ -195,7 +201,9 @@ def _check_schedule(lr_scheduler: Any, optimizer: Any) -> None:
     if lr_scheduler is None or (callable(lr_scheduler) and not hasattr(lr_scheduler, "step")):
         return
     if not hasattr(lr_scheduler, "step"):
-        raise ValueError(f"lr_scheduler must have a step(), or be a function from the optimizer to one that has, not a {type(lr_scheduler).__name__}")
+        raise ValueError(
+            f"lr_scheduler must have a step(), or be a function from the optimizer to one that has, not a {type(lr_scheduler).__name__}"
+        )
     if getattr(lr_scheduler, "optimizer", optimizer) is not optimizer:
         raise ValueError("the lr_scheduler belongs to another optimizer than the one that initialize() is given; make it from that one, or pass a "
                          "function from the optimizer to a scheduler")  # fmt: skip
@@ -223,7 +231,12 @@ def _is_offloaded(settings: EngineConfig, device: torch.device) -> bool:
 
 
 def _optimizer(
-    optimizer: Any, groups: list[dict[str, Any]] | None, names: dict[int, str], model: nn.Module, settings: EngineConfig, device: torch.device
+    optimizer: Any,
+    groups: list[dict[str, Any]] | None,
+    names: dict[int, str],
+    model: nn.Module,
+    settings: EngineConfig,
+    device: torch.device,
 ) -> Optimizer | None:
     """Over the sharded parameters."""
     if optimizer is not None and settings.optimizer:

@@ -49,7 +49,9 @@ def save(engine: DeepSpeedEngine, save_dir: str | Path, tag: str | None, client_
     ranks = Ranks(engine.cpu_group)
     tag = _agreed_tag(ranks, f"global_step{engine.global_steps}" if tag is None else tag)
     if engine.accumulated:
-        logger.warning("the gradients of %d micro-batches since the last update are not in a checkpoint: save behind an update", engine.accumulated)
+        logger.warning(
+            "the gradients of %d micro-batches since the last update are not in a checkpoint: save behind an update", engine.accumulated
+        )
     meta = describe(engine, client_state)
     reshard(engine.module)
     frozen = {f"model.{name}" for name, p in engine.module.named_parameters() if exclude_frozen and not p.requires_grad}
@@ -87,7 +89,9 @@ def _agreed_tag(ranks: Ranks, tag: str) -> str:
         raise ValueError(f"a tag names a directory inside save_dir: not {tag!r}; use letters, digits, dots and dashes")
     tags = ranks.all("comparing tags", lambda: tag)
     if len(set(tags)) > 1:
-        raise ValueError(f"save_checkpoint is called by all ranks with one tag, and they have {', '.join(sorted(set(tags)))}; make it equal")
+        raise ValueError(
+            f"save_checkpoint is called by all ranks with one tag, and they have {', '.join(sorted(set(tags)))}; make it equal"
+        )
     return tag
 
 
@@ -123,7 +127,9 @@ def _is_json(value: Any) -> bool:
 
 def _plain(value: Any, what: str) -> Any:
     if not _is_json(value):
-        raise ValueError(f"{what} cannot be written as JSON ({value!r}); a checkpoint holds tensors and JSON, nothing that would be executed")
+        raise ValueError(
+            f"{what} cannot be written as JSON ({value!r}); a checkpoint holds tensors and JSON, nothing that would be executed"
+        )
     return value
 
 
@@ -145,11 +151,15 @@ def load(engine: DeepSpeedEngine, load_dir: str | Path, tag: str | None, is_stri
          is_module_only: bool) -> tuple[str | None, dict[str, Any] | None]:  # fmt: skip
     """(path, client_state), or (None, None) where nothing was saved. Collective."""
     if engine.is_within_a_step:
-        raise ValueError("load_checkpoint in the middle of a step: gradients of before would be added to those of what is loaded; call it behind step()")
+        raise ValueError(
+            "load_checkpoint in the middle of a step: gradients of before would be added to those of what is loaded; call it behind step()"
+        )
     ranks = Ranks(engine.cpu_group)
     tag = ranks.first(f"reading {LATEST}", lambda: _read_latest(Path(load_dir))) if tag is None else str(tag)
     if tag is None:
-        logger.warning("%s has no file %s: nothing is loaded; give a tag, or the directory that save_checkpoint was given", load_dir, LATEST)
+        logger.warning(
+            "%s has no file %s: nothing is loaded; give a tag, or the directory that save_checkpoint was given", load_dir, LATEST
+        )
         return None, None
     ranks.first(f"looking for {tag}", lambda: _check_there(Path(load_dir), tag))
     found = find_checkpoint(Path(load_dir) / tag, process_group=engine.cpu_group)
@@ -178,13 +188,17 @@ def _read_latest(directory: Path) -> str | None:
 def _check_there(directory: Path, tag: str) -> None:
     path = directory / tag
     if any(path.glob("mp_rank_*_model_states.pt")):
-        raise CheckpointError(f"{path} was written by DeepSpeed: megatron_moe.deepspeed.foreign_checkpoint.import_checkpoint reads it (docs/from_deepspeed.md)")
+        raise CheckpointError(
+            f"{path} was written by DeepSpeed: megatron_moe.deepspeed.foreign_checkpoint.import_checkpoint reads it (docs/from_deepspeed.md)"
+        )
     if not path.is_dir():
         tags = sorted(p.name for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
         raise CheckpointError(f"there is no tag {tag} in {directory}; there are {', '.join(tags) or 'none'}")
 
 
-def _wanted(engine: DeepSpeedEngine, found: Found, is_strict: bool, has_optimizer: bool, ranks: Ranks) -> tuple[dict[str, Tensor], list[str]]:
+def _wanted(
+    engine: DeepSpeedEngine, found: Found, is_strict: bool, has_optimizer: bool, ranks: Ranks
+) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors to fill, and the prefixes under which the checkpoint may hold nothing else."""
     reshard(engine.module)
     tensors = {name: t for name, t in model_state(engine.module).items() if name not in found.meta["excluded"]}
@@ -198,7 +212,9 @@ def _wanted(engine: DeepSpeedEngine, found: Found, is_strict: bool, has_optimize
     return tensors, complete
 
 
-def _restore(engine: DeepSpeedEngine, meta: dict[str, Any], generators: dict[str, Tensor], has_optimizer: bool, has_scheduler: bool) -> None:
+def _restore(
+    engine: DeepSpeedEngine, meta: dict[str, Any], generators: dict[str, Tensor], has_optimizer: bool, has_scheduler: bool
+) -> None:
     """What is no tensor of the model or the optimizer."""
     for name in COUNTERS:
         setattr(engine, name, meta["counters"][name])

@@ -140,7 +140,8 @@ _OWN = {
 _REPLACED = ("optimizer.", "scheduler", "csv_monitor", "tensorboard")
 TABLE = Table(
     {key: value for key, value in KEYS.items() if not key.startswith(_REPLACED)} | _OWN,
-    FIELDS | {spec.name: spec for group in (OptimizerSection, SchedulerSection, LoaderSection, MonitorSection) for spec in fields_of(group)},
+    FIELDS
+    | {spec.name: spec for group in (OptimizerSection, SchedulerSection, LoaderSection, MonitorSection) for spec in fields_of(group)},
 )
 # What the moe section may say of the layers: the fields of their MoEConfig, and three that are the wrapper's.
 MOE_FIELDS = (

@@ -105,7 +105,9 @@ class DeepSpeedEngine(nn.Module):
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Once behind each micro-batch; updates behind the last of a step."""
         if self._is_held:
-            raise ValueError("step() inside of no_sync(): the gradients are not summed yet; leave the block, or run the last micro-batch outside")
+            raise ValueError(
+                "step() inside of no_sync(): the gradients are not summed yet; leave the block, or run the last micro-batch outside"
+            )
         if not self._backwards:
             raise ValueError("step() without backward(): there are no gradients; call engine.backward(loss) for each micro-batch first")
         is_boundary = self.is_gradient_accumulation_boundary()
@@ -127,15 +129,15 @@ class DeepSpeedEngine(nn.Module):
         reshard(self.module)  # an evaluation since the backward has gathered the weights, which are about to change
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if all(p.grad is None for p in parameters):
-            raise ValueError("no parameter of the optimizer has a gradient; compute the loss from the engine's output, with these parameters")
+            raise ValueError(
+                "no parameter of the optimizer has a gradient; compute the loss from the engine's output, with these parameters"
+            )
         if self._watch is not None:
             self._watch.before()
         for p in parameters:  # as every rank of several has it: what was not used has a gradient of zero
             if p.grad is None and p.requires_grad:
                 p.grad = torch.zeros_like(p)
-        self._norm, found_inf = update(
-            self.optimizer, parameters, parameters, self.mesh.stage_ranks, self._config.clip_grad, self.scaler
-        )
+        self._norm, found_inf = update(self.optimizer, parameters, parameters, self.mesh.stage_ranks, self._config.clip_grad, self.scaler)
         self.module.zero_grad(set_to_none=True)  # also what no group has
         self._applied = found_inf is None or not found_inf  # the host waits: fp16 alone has a scale
         if self._applied:
@@ -200,7 +202,9 @@ class DeepSpeedEngine(nn.Module):
                 f"({self.train_micro_batch_size_per_gpu()} x {self.dp_world_size} = {share})"
             )
         if self.is_within_a_step:
-            raise ValueError(f"set_train_batch_size({train_batch_size}) in the middle of a step: its gradients are divided by the old one; call it behind the update")
+            raise ValueError(
+                f"set_train_batch_size({train_batch_size}) in the middle of a step: its gradients are divided by the old one; call it behind the update"
+            )
         self._sizes[0], self._sizes[2] = train_batch_size, train_batch_size // share
 
     def train_batch_size(self) -> int:
@@ -319,7 +323,9 @@ class DeepSpeedEngine(nn.Module):
             raise ValueError("custom_load_fn gets a whole state_dict on every rank, which no rank has here; load, then change the module")
         return checkpoint.load(self, load_dir, tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only)
 
-    def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False) -> bool:
+    def save_16bit_model(
+        self, save_dir: str | Path, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+    ) -> bool:
         """By all ranks: whole weights in one file."""
         return checkpoint.save_16bit_model(self, save_dir, save_filename, exclude_frozen_parameters)
 

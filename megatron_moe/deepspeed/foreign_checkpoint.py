@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron_moe.checkpoint.files import CheckpointError, temporary_name
@@ -289,7 +289,9 @@ class _Reading:
         elif ours is not None and not isinstance(theirs, dict):
             self.left.append("lr_scheduler: there is none in the files; the one of this run starts anew")
         elif ours is not None and (theirs.keys() != ours.state_dict().keys() or not is_plain(theirs)):
-            self.left.append(f"lr_scheduler: its state has {sorted(theirs)}, the one of this run {sorted(ours.state_dict())}; it starts anew")
+            self.left.append(
+                f"lr_scheduler: its state has {sorted(theirs)}, the one of this run {sorted(ours.state_dict())}; it starts anew"
+            )
         elif ours is not None:
             ours.load_state_dict(theirs)
 

@@ -21,7 +21,16 @@ from torch.optim import Optimizer
 
 from megatron_moe.checkpoint.files import CheckpointError
 from megatron_moe.deepspeed.foreign_files import Files, Inert, read_file
-from megatron_moe.deepspeed.foreign_names import Member, MoEModule, Place, expert_of, members, moe_modules, optimizer_groups, places, tensors_of
+from megatron_moe.deepspeed.foreign_names import (
+    Member,
+    MoEModule,
+    expert_of,
+    members,
+    moe_modules,
+    optimizer_groups,
+    places,
+    tensors_of,
+)
 
 Slots = dict[str, Tensor]  # exp_avg, exp_avg_sq, step, momentum_buffer
 

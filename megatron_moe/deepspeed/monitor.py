@@ -1,7 +1,7 @@
 """Numbers of a run for people: the csv_monitor and tensorboard sections of a DeepSpeed JSON.
 
-    csv_monitor    OUTPUT_PATH/JOB_NAME/Train_Samples_lr.csv: a file for each name, a line of "step,value" for each event
-    tensorboard    OUTPUT_PATH/JOB_NAME
+csv_monitor    OUTPUT_PATH/JOB_NAME/Train_Samples_lr.csv: a file for each name, a line of "step,value" for each event
+tensorboard    OUTPUT_PATH/JOB_NAME
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Monitor:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ValueError(f"tensorboard.enabled is true and it cannot be imported ({error}); pip install tensorboard, or switch it off") from None
+                raise ValueError(
+                    f"tensorboard.enabled is true and it cannot be imported ({error}); pip install tensorboard, or switch it off"
+                ) from None
             self._board = SummaryWriter(str(_directory(sections, "tensorboard")))
 
     @property

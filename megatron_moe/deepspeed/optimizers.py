@@ -168,7 +168,9 @@ class Watch:
         for number, (group, then, had) in enumerate(zip(self.optimizer.param_groups, self.versions, self.had_gradients)):
             what = f"group {number} ({_called(group)}) of {type(self.optimizer).__name__}"
             strangers = [p for p in group["params"] if id(p) not in mine]
-            assert not strangers, f"{what} updates {len(strangers)} of {len(then)} parameters that are not the sharded model's: it trains nothing"
+            assert not strangers, (
+                f"{what} updates {len(strangers)} of {len(then)} parameters that are not the sharded model's: it trains nothing"
+            )
             here = [(p, version) for p, version in zip(group["params"], then) if local(p).numel() and p.requires_grad]
             if not had and here:
                 logger.warning("%s has had no gradient in the first step: its parameters had no part in the loss", what)

@@ -80,10 +80,14 @@ def check_layers(module: nn.Module, section: dict[str, Any], spelled: dict[str, 
     the key that said it."""
     layers = moe_modules(module)
     if section and not layers:
-        raise ValueError(f"the config speaks of experts ({', '.join(spelled.values())}) and the model has no MoE layer; leave the moe section out")
+        raise ValueError(
+            f"the config speaks of experts ({', '.join(spelled.values())}) and the model has no MoE layer; leave the moe section out"
+        )
     counts = section.get("num_experts", ())
     if len(counts) > 1 and len(counts) != len(layers):
-        raise ValueError(f"moe.num_experts has {len(counts)} numbers and the model {len(layers)} MoE layers; give one number, or one for each")
+        raise ValueError(
+            f"moe.num_experts has {len(counts)} numbers and the model {len(layers)} MoE layers; give one number, or one for each"
+        )
     for i, (name, moe) in enumerate(layers.items()):
         made = {"num_experts": moe.num_experts, "mlp_type": "residual" if moe.use_residual else "standard"}
         for field, value in section.items():
@@ -92,7 +96,9 @@ def check_layers(module: nn.Module, section: dict[str, Any], spelled: dict[str, 
             wanted = counts[i if len(counts) > 1 else 0] if field == "num_experts" else value
             has = made[field] if field in made else getattr(moe.core.config, field)
             if has != wanted:
-                raise ValueError(f"{spelled[field]} ({wanted}) contradicts the MoE layer {name}, which was made with {has}; make them equal or drop one")
+                raise ValueError(
+                    f"{spelled[field]} ({wanted}) contradicts the MoE layer {name}, which was made with {has}; make them equal or drop one"
+                )
 
 
 # ---------------------------------------------------------------- the recipe
@@ -106,7 +112,9 @@ def check_module(module: nn.Module) -> None:
     if any(isinstance(m, FSDPModule) for m in module.modules()):
         raise ValueError("the model has FSDP units in it already; give it as it was before fully_shard, the engine wraps it")
     if empty := [name for name, p in module.named_parameters() if p.is_meta]:
-        raise ValueError(f"parameters without memory (device meta): {', '.join(empty[:5])}; build the model on a device, its weights are its start")
+        raise ValueError(
+            f"parameters without memory (device meta): {', '.join(empty[:5])}; build the model on a device, its weights are its start"
+        )
     if not any(p.requires_grad for p in module.parameters()):
         raise ValueError(f"the model {kind} has no parameter that requires a gradient; check requires_grad")
 

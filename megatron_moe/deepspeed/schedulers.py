@@ -184,7 +184,11 @@ def scheduler_problems(section: dict[str, Any]) -> list[str]:
     params = {name: value for name, value in section.items() if name != "scheduler_type"}
     kind = section.get("scheduler_type")
     if kind is None:
-        return [f"the scheduler section has parameters ({', '.join(params)}) and no type; give one of {', '.join(SCHEDULES)}"] if params else []
+        return (
+            [f"the scheduler section has parameters ({', '.join(params)}) and no type; give one of {', '.join(SCHEDULES)}"]
+            if params
+            else []
+        )
     known = [name for name in inspect.signature(SCHEDULES[kind]).parameters if name not in ("optimizer", "last_batch_iteration")]
     problems = [f"scheduler.params.{name} is no parameter of {kind}, which has {', '.join(known)}" for name in params if name not in known]
     return problems + [f"scheduler.params.{name} is missing: {kind} needs it" for name in _NEEDED.get(kind, ()) if name not in params]

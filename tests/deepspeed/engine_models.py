@@ -127,7 +127,9 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 ADAM = {"type": "AdamW", "params": {"lr": 1e-2, "eps": 1e-5, "weight_decay": 0.1}}
 
 
-def plain_run(ranks: int, accumulation: int, clip: float = 0.3, dtype: torch.dtype = torch.float64, make: Any = adam, **kind: Any) -> dict[str, Tensor]:
+def plain_run(
+    ranks: int, accumulation: int, clip: float = 0.3, dtype: torch.dtype = torch.float64, make: Any = adam, **kind: Any
+) -> dict[str, Tensor]:
     net = plain_net(dtype, **kind)
     optimizer = make(net.parameters()) if make is adam else make(net)
     out: dict[str, Tensor] = {}
@@ -155,7 +157,9 @@ def config_of(ranks: int, accumulation: int, stage: int, **sections: Any) -> dic
     }  # fmt: skip
 
 
-def engine_run(config: dict[str, Any], ep_size: int, dtype: torch.dtype = torch.float64, make: Any = None, **kind: Any) -> dict[str, Tensor] | None:
+def engine_run(
+    config: dict[str, Any], ep_size: int, dtype: torch.dtype = torch.float64, make: Any = None, **kind: Any
+) -> dict[str, Tensor] | None:
     net = our_net(dtype, ep_size, **kind)
     optimizer = make(net) if make else None
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=copy.deepcopy(config))
@@ -204,7 +208,9 @@ def of_all_ranks(x: Tensor) -> list[Tensor]:
 
 def check(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
-    errors = {n: float((t.double() - expected[n].double()).abs().max() / max(float(expected[n].abs().max()), 1e-3)) for n, t in found.items()}
+    errors = {
+        n: float((t.double() - expected[n].double()).abs().max() / max(float(expected[n].abs().max()), 1e-3)) for n, t in found.items()
+    }
     name, error = max(errors.items(), key=lambda item: item[1])
     assert error < tolerance, f"{name} is off by {error:.1e} of its largest element"
 

@@ -92,7 +92,14 @@ def test_the_sections_of_the_tutorials():
         "zero_optimization": {"stage": 2, "allgather_partitions": True, "reduce_scatter": True, "allgather_bucket_size": 50000000,
                               "reduce_bucket_size": "5e8", "overlap_comm": True, "contiguous_gradients": True, "cpu_offload": True},
     }, 2)  # fmt: skip
-    assert c.optimizer == {"optimizer_type": "Adam", "lr": 0.001, "adam_beta1": 0.8, "adam_beta2": 0.999, "adam_eps": 1e-8, "weight_decay": 3e-7}
+    assert c.optimizer == {
+        "optimizer_type": "Adam",
+        "lr": 0.001,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.999,
+        "adam_eps": 1e-8,
+        "weight_decay": 3e-7,
+    }
     assert c.scheduler == {"scheduler_type": "WarmupLR", "warmup_min_lr": 0.0, "warmup_max_lr": 0.001, "warmup_num_steps": 1000}
     assert (c.half, c.loss_scale.initial_loss_scale, c.loss_scale.loss_scale_window, c.zero_stage) == ("float16", 2.0**15, 500, 2)
     assert c.is_offloaded and not c.is_stored_in_half
@@ -118,16 +125,28 @@ def test_every_key_of_pretraining_is_known_to_the_engine():
         ({"optimizer": {"type": "SGD", "params": {"betas": [0.9, 0.9]}}}, "optimizer.params.betas is Adam's, and the type is SGD"),
         ({"optimizer": {"params": {"lr": 0.1}}}, "the optimizer section has parameters (lr) and no type"),
         ({"optimizer": {"type": "Adam", "params": {"bias_correction": False}}}, "Adam without bias correction is not built yet"),
-        ({"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 5}}}, "scheduler.params.total_num_steps is no parameter of WarmupLR"),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 5}}},
+            "scheduler.params.total_num_steps is no parameter of WarmupLR",
+        ),
         ({"scheduler": {"type": "WarmupDecayLR"}}, "scheduler.params.total_num_steps is missing: WarmupDecayLR needs it"),
         ({"scheduler": {"type": "Cosine"}}, "scheduler.type must be one of"),
         ({"scheduler": {"params": {"warmup_num_steps": 5}}}, "the scheduler section has parameters (warmup_num_steps) and no type"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16.enabled and bf16.enabled are both true"),
         ({"fp16": {"fp16_master_weights_and_grads": True}}, "and fp16.enabled is not"),
-        ({"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}, "optimizer": {"type": "SGD"}}, "needs an optimizer section of type AdamW"),
-        ({"fp16": {"enabled": True, "initial_scale_power": 0, "min_loss_scale": 4}}, "fp16.initial_scale_power (1) must not be below fp16.min_loss_scale (4)"),
+        (
+            {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}, "optimizer": {"type": "SGD"}},
+            "needs an optimizer section of type AdamW",
+        ),
+        (
+            {"fp16": {"enabled": True, "initial_scale_power": 0, "min_loss_scale": 4}},
+            "fp16.initial_scale_power (1) must not be below fp16.min_loss_scale (4)",
+        ),
         ({"gradient_clipping": -1}, "gradient_clipping must be at least 0, not -1"),
-        ({"curriculum_learning": {"enabled": True, "curriculum_type": "voc"}}, "a curriculum of anything but the length (seqlen) is not built yet"),
+        (
+            {"curriculum_learning": {"enabled": True, "curriculum_type": "voc"}},
+            "a curriculum of anything but the length (seqlen) is not built yet",
+        ),
         ({"curriculum_learning": {"enabled": True, "min_difficulty": 8}}, "curriculum_learning.schedule_config.total_curriculum_step"),
         ({"moe": {"num_expert": 8}}, "there is no key moe.num_expert; did you mean moe.num_experts?"),
         ({"train_batch_size": 0}, "train_batch_size must be at least 1, not 0"),
@@ -146,20 +165,23 @@ def test_all_problems_are_said_at_once():
 def test_keys_that_are_not_acted_on_are_named_in_one_warning(heard):
     read_config(SIZES | {"wall_clock_breakdown": True, "zero_optimization": {"overlap_comm": True}, "moe": {"moe_loss_coeff": 0.01},
                              "gradient_clipping": 1.0}, 2)  # fmt: skip
-    assert heard == [
-        "the DeepSpeed config: not acted on here: wall_clock_breakdown, zero_optimization.overlap_comm, moe.moe_loss_coeff"
-    ]
+    assert heard == ["the DeepSpeed config: not acted on here: wall_clock_breakdown, zero_optimization.overlap_comm, moe.moe_loss_coeff"]
 
 
 def test_a_file_with_comments_and_trailing_commas_is_read_with_one_warning(tmp_path, heard):
     path = tmp_path / "ds.json"
-    path.write_text('{\n  "train_batch_size": 8, // two ranks\n  "train_micro_batch_size_per_gpu": 2,\n  "zero_optimization": {"reduce_bucket_size": 5e8,},\n}')
+    path.write_text(
+        '{\n  "train_batch_size": 8, // two ranks\n  "train_micro_batch_size_per_gpu": 2,\n  "zero_optimization": {"reduce_bucket_size": 5e8,},\n}'
+    )
     assert read_config(str(path), 2).accumulation == 2
     assert sum("comments or trailing commas" in n for n in heard) == 1 and len(heard) == 2
 
 
 def test_auto_is_left_to_the_other_numbers():
-    assert read_config({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": "auto"}, 2).accumulation == 2
+    assert (
+        read_config({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": "auto"}, 2).accumulation
+        == 2
+    )
 
 
 def test_a_config_is_not_changed_by_reading_it():

@@ -23,7 +23,7 @@ def test_initialize_keeps_a_degree_and_one_process_is_the_only_data_rank():
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "2"])
 def test_a_degree_that_is_no_number_of_ranks_is_refused(size):
-    with pytest.raises(ValueError, match="ep_size .* must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"ep_size .* must be a whole number of at least 1"):
         groups.initialize(size)
     assert groups.default_ep_size() == 1
 
@@ -34,7 +34,7 @@ def test_groups_of_another_framework_are_refused():
 
 
 def test_groups_of_experts_are_asked_for_too_early():
-    with pytest.raises(ValueError, match="made by deepspeed.initialize"):
+    with pytest.raises(ValueError, match=r"made by deepspeed\.initialize"):
         groups.get_expert_parallel_group()
 
 
@@ -66,7 +66,12 @@ def test_the_getters_answer_for_the_mesh_of_the_run():
     for rank, found in enumerate(run_distributed(everything, 4, [2, 4])):
         assert found["before"] == found["data"] == (4, rank)
         first = rank // 2 * 2
-        assert found["ep_size_2"] == {"ep": [first, first + 1], "edp": [rank % 2, rank % 2 + 2], "sizes": (2, 2), "ranks": (rank % 2, rank // 2)}
+        assert found["ep_size_2"] == {
+            "ep": [first, first + 1],
+            "edp": [rank % 2, rank % 2 + 2],
+            "sizes": (2, 2),
+            "ranks": (rank % 2, rank // 2),
+        }
         assert found["ep_size_4"] == {"ep": [0, 1, 2, 3], "edp": [rank], "sizes": (4, 1), "ranks": (rank, 0)}
         assert found[None] == found["ep_size_4"]
 

@@ -82,7 +82,9 @@ class PlainMoE(nn.Module):
         for x_D, probs_E, chosen in zip(x_TD, probs_TE, kept):
             here = [e for e in chosen if e >= 0]
             total = sum(probs_E[e] for e in here) if self.k > 1 else 1.0
-            rows.append(sum((probs_E[e] / total * self.deepspeed_moe.experts.deepspeed_experts[e](x_D) for e in here), torch.zeros_like(x_D)))
+            rows.append(
+                sum((probs_E[e] / total * self.deepspeed_moe.experts.deepspeed_experts[e](x_D) for e in here), torch.zeros_like(x_D))
+            )
         y = torch.stack(rows).view_as(x)
         if hasattr(self, "mlp"):
             c = F.softmax(self.coefficient(x), dim=-1)
@@ -404,7 +406,9 @@ def test_noise_is_torchs_seed_in_training_and_nothing_in_evaluation(noise):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("options", [{"k": 1, "drop_tokens": False}, {"k": 1, "use_rts": False}, {"k": 4}, {"k": 2, "top2_2nd_expert_sampling": False}])
+@pytest.mark.parametrize(
+    "options", [{"k": 1, "drop_tokens": False}, {"k": 1, "use_rts": False}, {"k": 4}, {"k": 2, "top2_2nd_expert_sampling": False}]
+)
 def test_nothing_is_drawn_where_nothing_is_random(options):
     moe, before = build(**options), torch.get_rng_state()
     moe(tokens())
@@ -520,7 +524,10 @@ REFUSED = {
     "capacity": ({"capacity_factor": 0}, "^MoE: capacity_factor must be above 0"),
     "evaluation capacity": ({"eval_capacity_factor": float("inf")}, "eval_capacity_factor must be above 0 and finite.*drop_tokens=False"),
     "noise": ({"noisy_gate_policy": "jitter"}, "noisy_gate_policy must be None, 'None', 'Jitter' or 'RSample', not 'jitter'"),
-    "RSample": ({"noisy_gate_policy": "RSample", "k": 2, "num_experts": 4}, "'RSample' draws the expert of k = 1, and has no effect with k = 2"),
+    "RSample": (
+        {"noisy_gate_policy": "RSample", "k": 2, "num_experts": 4},
+        "'RSample' draws the expert of k = 1, and has no effect with k = 2",
+    ),
     "tutel": ({"use_tutel": True}, "use_tutel=True"),
     "tensor parallel": ({"enable_expert_tensor_parallelism": True}, "enable_expert_tensor_parallelism=True.*cannot be cut"),
     "output dropout": ({"output_dropout_prob": 1.0}, "output_dropout_prob must be at least 0 and below 1, not 1.0"),
@@ -544,7 +551,7 @@ def test_all_mistakes_are_said_at_once():
 
 
 def test_the_order_of_arguments_of_old_deepspeed_is_refused():
-    with pytest.raises(ValueError, match="expert must be an nn.Module, not 0.1.*DeepSpeed 0.4"):
+    with pytest.raises(ValueError, match=r"expert must be an nn\.Module, not 0\.1.*DeepSpeed 0\.4"):
         MoE(D, 0.1, FeedForward())
 
 

@@ -63,7 +63,12 @@ def test_scanning_the_parameters_of_modules_finds_each_once():
 
 def test_experts_of_every_group_and_degree_become_groups_with_the_options_of_theirs():
     model = build()
-    weights = {"params": [p for n, p in model.named_parameters() if n.endswith("weight")], "name": "weights", "lr": 0.1, "weight_decay": 0.3}
+    weights = {
+        "params": [p for n, p in model.named_parameters() if n.endswith("weight")],
+        "name": "weights",
+        "lr": 0.1,
+        "weight_decay": 0.3,
+    }
     biases = {"params": (p for n, p in model.named_parameters() if n.endswith("bias")), "name": "biases", "lr": 0.2}  # a generator
     groups = split_params_into_different_moe_groups_for_optimizer((weights, biases))
     assert described(model, groups) == [
@@ -91,7 +96,8 @@ def test_what_is_passed_in_stays_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("most", "sizes"), [(None, [[96, 24, 64, 16]]), (120, [[96, 24], [64, 16]]), (100, [[96], [24, 64], [16]]), (10, [[96], [24], [64], [16]])]
+    ("most", "sizes"),
+    [(None, [[96, 24, 64, 16]]), (120, [[96, 24], [64, 16]]), (100, [[96], [24, 64], [16]]), (10, [[96], [24], [64], [16]])],
 )
 def test_groups_of_experts_are_no_larger_than_asked_for(most, sizes):
     model = nn.Sequential(MoE(4, nn.Linear(4, 4), 6), MoE(4, nn.Linear(4, 4), 4))
@@ -118,7 +124,11 @@ def test_configure_moe_param_groups():
 
 
 def test_configure_refuses_what_an_optimizer_would_refuse():
-    for wrong, message in ((iter([]), "must be a list, not list_iterator"), ([3], "it has int in it"), ([torch.zeros(1), {}], "it has dict in it")):
+    for wrong, message in (
+        (iter([]), "must be a list, not list_iterator"),
+        ([3], "it has int in it"),
+        ([torch.zeros(1), {}], "it has dict in it"),
+    ):
         with pytest.raises(TypeError, match=message):
             configure_moe_param_groups(wrong)
     with pytest.raises(ValueError, match="model_parameters is empty"):

@@ -8,7 +8,28 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from distributed_pool import run_distributed
-from engine_models import ADAM, E, IN, MICRO, OUT, STEPS, Block, D, Net, adam, batch, check, config_of, expert, loss_of, our_net, plain_run, said, train, whole
+from engine_models import (
+    ADAM,
+    IN,
+    MICRO,
+    OUT,
+    STEPS,
+    Block,
+    D,
+    E,
+    Net,
+    adam,
+    batch,
+    check,
+    config_of,
+    expert,
+    loss_of,
+    our_net,
+    plain_run,
+    said,
+    train,
+    whole,
+)
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -23,7 +44,9 @@ from megatron_moe.deepspeed.utils import groups
 
 
 def start(accumulation=1, stage=0, ep=1, net=None, optimizer=ADAM, **arguments):
-    config = config_of(dist.get_world_size(), accumulation, stage, **({"optimizer": optimizer} if optimizer else {}), **arguments.pop("sections", {}))
+    config = config_of(
+        dist.get_world_size(), accumulation, stage, **({"optimizer": optimizer} if optimizer else {}), **arguments.pop("sections", {})
+    )
     return deepspeed.initialize(model=our_net(torch.float32, ep) if net is None else net, config=config, **arguments)
 
 
@@ -36,9 +59,19 @@ def _what_comes_back():
     assert (engine.train_batch_size(), engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()) == (12, 3, 2)
     assert (engine.global_rank, engine.world_size, engine.dp_world_size, engine.mp_world_size) == (dist.get_rank(), 2, 2, 1)
     assert engine.local_rank == dist.get_rank() and engine.device == torch.device("cpu")
-    assert (engine.zero_optimization_stage(), engine.zero_optimization(), engine.fp16_enabled(), engine.bfloat16_enabled()) == (2, True, False, False)
+    assert (engine.zero_optimization_stage(), engine.zero_optimization(), engine.fp16_enabled(), engine.bfloat16_enabled()) == (
+        2,
+        True,
+        False,
+        False,
+    )
     assert (engine.global_steps, engine.skipped_steps, engine.get_global_grad_norm(), engine.loss_scale) == (0, 0, None, 1.0)
-    assert (engine.gradient_clipping(), engine.dynamic_loss_scale(), engine.get_lr(), engine.get_mom()) == (0.3, False, [0.0], [(0.9, 0.999)])
+    assert (engine.gradient_clipping(), engine.dynamic_loss_scale(), engine.get_lr(), engine.get_mom()) == (
+        0.3,
+        False,
+        [0.0],
+        [(0.9, 0.999)],
+    )
     assert engine.first is engine.module.first, "attributes of the module are reached through the engine"
     with pytest.raises(AttributeError, match="nowhere"):
         _ = engine.nowhere
@@ -82,7 +115,9 @@ def _made_by_the_caller(kind):
     make = {"function": lambda groups: adam(groups), "parameters": None}[kind]
     parameters = [{"params": list(net.moe.parameters()), "lr": 0.5}, {"params": list(net.last.parameters())}]
     sections = {} if make else {"optimizer": ADAM}
-    engine, optimizer, *_ = deepspeed.initialize(model=net, optimizer=make, model_parameters=parameters, config=config_of(2, 1, 1, **sections))
+    engine, optimizer, *_ = deepspeed.initialize(
+        model=net, optimizer=make, model_parameters=parameters, config=config_of(2, 1, 1, **sections)
+    )
     names = {p: n for n, p in engine.module.named_parameters()}
     before = {n: whole(p) for p, n in names.items()}
     engine.backward(loss_of(engine, *batch(0, 0, dist.get_rank(), torch.float32)))
@@ -117,7 +152,11 @@ def _marks():
     net.first.weight.no_decay = True
     engine, *_ = start(net=net, stage=2)
     named = dict(engine.module.named_parameters())
-    return [n for n, p in named.items() if is_moe_param(p)], named["first.weight"].no_decay, {p.group_name for p in named.values() if is_moe_param(p)}
+    return (
+        [n for n, p in named.items() if is_moe_param(p)],
+        named["first.weight"].no_decay,
+        {p.group_name for p in named.values() if is_moe_param(p)},
+    )
 
 
 def test_marks_on_parameters_move_to_the_sharded_ones():
@@ -230,7 +269,11 @@ def test_a_step_updates_at_boundaries_alone():
 def _returned():
     engine, *_ = start(4)
     loss = loss_of(engine, *batch(0, 0, 0, torch.float32))
-    return float(loss), float(engine.backward(loss)), float(engine.backward(loss_of(engine, *batch(0, 0, 0, torch.float32)), scale_wrt_gas=False))
+    return (
+        float(loss),
+        float(engine.backward(loss)),
+        float(engine.backward(loss_of(engine, *batch(0, 0, 0, torch.float32)), scale_wrt_gas=False)),
+    )
 
 
 def test_backward_returns_the_loss_over_the_accumulation():
@@ -258,7 +301,9 @@ def _manual(stage, how):
     return {f"weight {n}": whole(t) for n, t in engine.module_state_dict().items()}
 
 
-@pytest.mark.parametrize(("how", "stage"), [("boundary", 0), ("boundary", 2), ("boundary", 3), ("set_train_batch_size", 1), ("no_sync", 0), ("no_sync", 1)])
+@pytest.mark.parametrize(
+    ("how", "stage"), [("boundary", 0), ("boundary", 2), ("boundary", 3), ("set_train_batch_size", 1), ("no_sync", 0), ("no_sync", 1)]
+)
 def test_accumulation_by_the_callers_word_is_the_same(how, stage):
     expected = {n: t for n, t in plain_run(2, 2).items() if n.startswith("weight")}
     check(run_distributed(_manual, 2, stage, how)[0], expected, 1e-10)
@@ -337,7 +382,9 @@ def test_a_layer_that_one_rank_alone_uses(stage):
     from torch.distributed.fsdp import FSDPModule
 
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
-        pytest.fail("this torch cannot; initialize() says so in a warning")  # 2.11, where the tests of the engine are not run on several ranks
+        pytest.fail(
+            "this torch cannot; initialize() says so in a warning"
+        )  # 2.11, where the tests of the engine are not run on several ranks
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         net = Branches().double()

@@ -264,7 +264,9 @@ def no_sync_of_shards(engine):
 
 def test_no_sync_is_for_whole_gradients():
     found = run_distributed(said, 1, _in_the_loop, no_sync_of_shards, 2)
-    assert all(re.match("(ValueError|ConfigError): ", text) and re.search("ZeRO 2 keeps shards of them; use stage 0 or 1", text) for text in found), found
+    assert all(
+        re.match("(ValueError|ConfigError): ", text) and re.search("ZeRO 2 keeps shards of them; use stage 0 or 1", text) for text in found
+    ), found
 
 
 def another_batch_within_a_step(engine):
@@ -286,7 +288,7 @@ def _stale(directory):
 
     net = our_net(torch.float32, 2)
     optimizer = torch.optim.SGD([{"params": net.parameters(), "name": "mine"}], lr=0.1)
-    with mock.patch.object(optimizers, "move_optimizer", lambda *_: None):
+    with mock.patch.object(optimizers, "move_optimizer", return_value=None):
         engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config_of(2, 1, 1))
     for p in optimizer.param_groups[0]["params"]:  # gradients from elsewhere: otherwise a ValueError comes first
         p.grad = torch.ones_like(p)
@@ -296,7 +298,11 @@ def _stale(directory):
 
 def test_an_optimizer_that_was_not_moved_is_found_in_the_first_step():
     found = run_distributed(said, 2, _stale, "")
-    assert all(re.match("AssertionError: ", text) and re.search(r"group 0 \(mine\) of SGD updates \d+ of \d+ parameters that are not the sharded model's", text) for text in found), found
+    assert all(
+        re.match("AssertionError: ", text)
+        and re.search(r"group 0 \(mine\) of SGD updates \d+ of \d+ parameters that are not the sharded model's", text)
+        for text in found
+    ), found
 
 
 def _lazy():
@@ -313,7 +319,10 @@ def _lazy():
 
 def test_a_group_that_did_not_move_is_found_in_the_first_step():
     found = run_distributed(said, 1, _lazy)
-    assert all(re.match("AssertionError: ", text) and re.search(r"group 0 \(without a name\) of Lazy did not move in the first step", text) for text in found), found
+    assert all(
+        re.match("AssertionError: ", text) and re.search(r"group 0 \(without a name\) of Lazy did not move in the first step", text)
+        for text in found
+    ), found
 
 
 def test_add_config_arguments_reads_what_scripts_are_given(tmp_path):
@@ -321,4 +330,3 @@ def test_add_config_arguments_reads_what_scripts_are_given(tmp_path):
     args = parser.parse_args(["--deepspeed", "--deepspeed_config", "x.json"])
     assert args.deepspeed is True and args.deepspeed_config == "x.json"
     assert parser.parse_args(["--deepscale_config", "y.json"]).deepspeed_config == "y.json"
-

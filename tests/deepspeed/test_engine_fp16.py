@@ -157,7 +157,9 @@ def _stored_in_half(stage):
 def test_weights_and_gradients_stored_in_float16(stage):
     losses, kinds, moved, moments = run_distributed(_stored_in_half, 2, stage)[0]
     assert losses[-1] < losses[0] - 0.05
-    assert {d for n, d in kinds.items() if "gate" not in n} == {torch.float16} and {d for n, d in kinds.items() if "gate" in n} == {torch.float32}
+    assert {d for n, d in kinds.items() if "gate" not in n} == {torch.float16} and {d for n, d in kinds.items() if "gate" in n} == {
+        torch.float32
+    }
     assert set(moved) == set(kinds) and moments == {torch.float32}
 
 

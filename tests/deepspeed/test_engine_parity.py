@@ -66,7 +66,11 @@ def two_steps_old(net):
         for name, p in net.named_parameters():
             grad = torch.sin(torch.arange(p.numel(), dtype=p.dtype) + step).reshape(p.shape)
             # a stack of experts has the gradients that they have one by one
-            p.grad = torch.sin(torch.arange(p[0].numel(), dtype=p.dtype) + step).reshape(p[0].shape).expand_as(p).clone() if "experts.stack" in name else grad
+            p.grad = (
+                torch.sin(torch.arange(p[0].numel(), dtype=p.dtype) + step).reshape(p[0].shape).expand_as(p).clone()
+                if "experts.stack" in name
+                else grad
+            )
         optimizer.step()
     optimizer.zero_grad()
     return optimizer

@@ -128,7 +128,9 @@ def _load(directory, stage, ep, optimizer=None, tag=None):
     return everything(engine)
 
 
-@pytest.mark.parametrize(("wrote", "reads"), [((1, 0, 1), (4, 3, 2)), ((4, 2, 2), (2, 1, 1)), ((4, 3, 4), (1, 0, 1)), ((2, 0, 2), (4, 1, 4))])
+@pytest.mark.parametrize(
+    ("wrote", "reads"), [((1, 0, 1), (4, 3, 2)), ((4, 2, 2), (2, 1, 1)), ((4, 3, 4), (1, 0, 1)), ((2, 0, 2), (4, 1, 4))]
+)
 def test_another_layout_reads_weights_and_moments(tmp_path, wrote, reads):
     """(ranks, ZeRO stage, expert-parallel degree)"""
     saved = run_distributed(_save, wrote[0], str(tmp_path), *wrote[1:])[0]
@@ -246,7 +248,11 @@ def _parts(directory):
     kept = torch.equal(frozen, whole(third.module.frozen.weight)) and torch.equal(whole(third.module.last.weight), saved["last.weight"])
     fourth, *_ = build(4, 1, 2, schedule=False)
     fourth.load_checkpoint(directory, "all", load_optimizer_states=False)
-    return only, kept, (fourth.global_steps, len(fourth.optimizer.state), torch.equal(whole(fourth.module.first.weight), saved["first.weight"]))
+    return (
+        only,
+        kept,
+        (fourth.global_steps, len(fourth.optimizer.state), torch.equal(whole(fourth.module.first.weight), saved["first.weight"])),
+    )
 
 
 def test_parts_of_a_checkpoint(tmp_path):

@@ -132,9 +132,7 @@ def test_old_files_of_an_expert_number_in_all_modules_load(tmp_path):
 
 def _old_import(folder: Path):
     model = torch.nn.ModuleDict({"only": MoE(8, torch.nn.Linear(8, 8), num_experts=4, drop_tokens=False)})
-    engine, *_ = deepspeed.initialize(
-        model=model, config={"train_batch_size": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
-    )
+    engine, *_ = deepspeed.initialize(model=model, config={"train_batch_size": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}})
     import_checkpoint(engine, folder, **WEIGHTS_ALONE)
     return weights_of(engine)
 
@@ -449,7 +447,12 @@ def write_zero(folder: Path, kind: str, weights: dict[str, Tensor], moments: dic
         groups = [{"lr": 0.02, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.1, "params": [i]} for i in range(2)]
         groups[1] |= {"moe": True, "name": "ep_size_2"}
         base = states if kind == "elastic" else {"state": dict(enumerate(states)), "param_groups": groups}
-        content = {"base_optimizer_state": base, "single_partition_of_fp32_groups": parts, "group_paddings": pads, "partition_count": [4, 2]}
+        content = {
+            "base_optimizer_state": base,
+            "single_partition_of_fp32_groups": parts,
+            "group_paddings": pads,
+            "partition_count": [4, 2],
+        }
         content |= {} if kind == "bf16" else {"zero_stage": 2}
         name = f"{'bf16_' if kind == 'bf16' else ''}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         torch.save({"optimizer_state_dict": content, "ds_version": "0.19.8"}, tag / name)
@@ -466,7 +469,12 @@ def write_fp16(folder: Path, weights: dict[str, Tensor], moments: dict[str, dict
             parts.append(torch.cat([weights[n].flatten() for n in names]))
             states[i] = {s: torch.cat([moments[n][s].flatten() for n in names]) for s in ("exp_avg", "exp_avg_sq")}
         groups = [{"lr": 0.02, "step": 7, "params": [0]}, {"lr": 0.02, "step": 7, "params": [1], "moe": True, "name": "ep_size_2"}]
-        content = {"optimizer_state_dict": {"state": states, "param_groups": groups}, "fp32_groups_flat": parts, "cur_scale": 64.0, "cur_iter": 7}
+        content = {
+            "optimizer_state_dict": {"state": states, "param_groups": groups},
+            "fp32_groups_flat": parts,
+            "cur_scale": 64.0,
+            "cur_iter": 7,
+        }
         torch.save({"optimizer": content}, tag / f"expp_rank_{rank}_mp_rank_00_optim_states.pt")
     return tag
 

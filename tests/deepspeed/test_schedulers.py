@@ -118,4 +118,6 @@ def test_a_section_is_built():
     opt = optimizer()
     assert type(build_scheduler({"scheduler_type": "WarmupLR", "warmup_num_steps": 3}, opt)) is SCHEDULES["WarmupLR"]
     assert build_scheduler({}, opt) is None
-    assert scheduler_problems({"scheduler_type": "LRRangeTest", "warmup_num_steps": 3})[0].startswith("scheduler.params.warmup_num_steps is no parameter")
+    assert scheduler_problems({"scheduler_type": "LRRangeTest", "warmup_num_steps": 3})[0].startswith(
+        "scheduler.params.warmup_num_steps is no parameter"
+    )

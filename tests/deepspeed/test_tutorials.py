@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import tutorials
 from distributed_pool import run_distributed
+from plain_moe import plain
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-import tutorials
-from plain_moe import plain
 from megatron_moe import deepspeed
 from megatron_moe.deepspeed.moe.layer import MoE
 from megatron_moe.deepspeed.moe.utils import is_moe_param

@@ -16,7 +16,7 @@ from distributed_pool import run_distributed
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # workers are given this path too
 
-from examples import image_classifier
+from examples import image_classifier  # noqa: E402
 
 pytestmark = pytest.mark.distributed
 
@@ -32,7 +32,10 @@ def write_cifar(folder: Path, images: int = 20, keys=lambda name: name.encode(),
     """As its python version has them: bytes as keys, 3072 bytes an image, a list of labels."""
     for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
         draw = np.random.RandomState(number)
-        content = {keys("data"): draw.randint(0, 256, (images, 3072)).astype(np.uint8), keys("labels"): [int(i) % 10 for i in range(images)]}
+        content = {
+            keys("data"): draw.randint(0, 256, (images, 3072)).astype(np.uint8),
+            keys("labels"): [int(i) % 10 for i in range(images)],
+        }
         (folder / name).write_bytes(pickle.dumps(content, protocol))
 
 
@@ -105,7 +108,7 @@ def test_damaged_files_end_with_a_sentence(tmp_path, content, message):
 
 
 def test_a_folder_without_the_files_is_named(tmp_path):
-    with pytest.raises(SystemExit, match="data_batch_1.*data_batch_1 to data_batch_5"):
+    with pytest.raises(SystemExit, match=r"data_batch_1.*data_batch_1 to data_batch_5"):
         image_classifier.cifar(tmp_path)
 
 

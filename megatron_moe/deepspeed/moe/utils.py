@@ -95,7 +95,9 @@ def configure_moe_param_groups(model_parameters: list[nn.Parameter] | list[Group
     are_groups = isinstance(model_parameters[0], dict)
     kind = dict if are_groups else Tensor
     if wrong := [type(p).__name__ for p in model_parameters if not isinstance(p, kind)]:
-        raise TypeError(f"model_parameters must be tensors, or dicts of them, all of one kind; it has {', '.join(sorted(set(wrong)))} in it")
+        raise TypeError(
+            f"model_parameters must be tensors, or dicts of them, all of one kind; it has {', '.join(sorted(set(wrong)))} in it"
+        )
     if not are_groups:
         return split_params_into_different_moe_groups_for_optimizer({"params": model_parameters, "name": "dense-params"})
     if any("moe" in group for group in model_parameters):

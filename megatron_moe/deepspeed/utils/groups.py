@@ -40,7 +40,9 @@ def check_ranks(ep_size: int, ranks: int) -> None:
     """ValueError where so many ranks do not make whole expert-parallel groups."""
     if ranks % ep_size:
         legal = ", ".join(map(str, divisors(ranks)))
-        raise ValueError(f"the number of ranks ({ranks}) must be divisible by ep_size ({ep_size}); use one of {legal}, or start other ranks")
+        raise ValueError(
+            f"the number of ranks ({ranks}) must be divisible by ep_size ({ep_size}); use one of {legal}, or start other ranks"
+        )
 
 
 def default_ep_size() -> int:
