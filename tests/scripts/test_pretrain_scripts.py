@@ -155,7 +155,7 @@ def test_a_smoke_run_has_the_shape_of_the_recipe(script, environment, tmp_path):
 
 
 # one of each kind; the other sizes with --full
-ALWAYS = ("pretrain_tiny.sh", "pretrain_gpt_125m.sh", "pretrain_gpt_350m_moe_128.sh", "pretrain_gpt_350m_pr_moe_32_64_mos.sh")
+ALWAYS = ("pretrain_tiny.sh", "pretrain_gpt_125m.sh", "pretrain_gpt_350m_moe_128.sh")
 
 
 @pytest.mark.slow
