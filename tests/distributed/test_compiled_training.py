@@ -91,6 +91,7 @@ def test_a_compiled_layout_equals_one_process_in_float64(model, world, flags):
     parity.check(found, parity.expected(model, world, flags), 1e-10)
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_compiled_layout_equals_one_process_in_float32_with_inductor():
     """The model with every dropout: the counter hash as generated C++ draws the same bits."""

@@ -68,7 +68,7 @@ def test_an_all_to_all_sends_routed_rows_and_nothing_else(world, etp, chunks):
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
-@pytest.mark.parametrize(("world", "etp", "node_size"), [(4, 1, 2), (8, 2, 4)])
+@pytest.mark.parametrize(("world", "etp", "node_size"), [(4, 1, 2), pytest.param(8, 2, 4, marks=pytest.mark.matrix)])
 def test_a_row_crosses_between_nodes_once_or_not_at_all(world, etp, node_size, chunks):
     rows = routed(world, etp)
     relay = [(a // node_size * node_size + b % node_size, b) for a, b in rows]  # the neighbour with the owner's number

@@ -55,7 +55,7 @@ def different(a, b) -> list[str]:
     [
         (1, ""),
         (2, "--zero-stage 3 --moe-expert-parallel-size 2"),
-        (2, "--zero-stage 2 --tensor-model-parallel-size 2"),
+        pytest.param(2, "--zero-stage 2 --tensor-model-parallel-size 2", marks=pytest.mark.matrix),
     ],
 )
 def test_a_staged_run_resumes_bit_for_bit_in_both_stages(world, flags, text, teacher, tmp_path):

@@ -91,7 +91,7 @@ def test_metrics_are_those_of_one_process(world, flags, text, tmp_path):
 @pytest.mark.parametrize(
     ("world", "flags"),
     [
-        (2, f"{PP2} --zero-stage 1 --bf16"),
+        pytest.param(2, f"{PP2} --zero-stage 1 --bf16", marks=pytest.mark.matrix),
         pytest.param(4, f"{FOUR} {INTERLEAVED} {EP2} --zero-stage 3", marks=pytest.mark.matrix),
         (4, f"{FOUR} {PP2} {EP2} --pipeline-schedule zero-bubble --zero-stage 2 --recompute-granularity full"),
     ],
@@ -109,7 +109,7 @@ MOVES = [  # layout before, ranks, layout after, ranks
     pytest.param(PP2, 2, "", 1, marks=pytest.mark.matrix),
     pytest.param("", 1, f"{PP2} --decoder-last-pipeline-num-layers 2", 2, marks=pytest.mark.matrix),
     (f"--zero-stage 3 {PP2} {EP2}", 4, "--zero-stage 1 --tensor-model-parallel-size 2 --moe-expert-parallel-size 2", 2),
-    (f"{FOUR} {INTERLEAVED} {EP2} --zero-stage 2", 4, f"{FOUR} --pipeline-model-parallel-size 4", 4),
+    pytest.param(f"{FOUR} {INTERLEAVED} {EP2} --zero-stage 2", 4, f"{FOUR} --pipeline-model-parallel-size 4", 4, marks=pytest.mark.matrix),
     (f"{FOUR} --zero-stage 3 {EP2}", 2, f"{FOUR} {INTERLEAVED} --pipeline-schedule zero-bubble --tensor-model-parallel-size 2", 4),
 ]
 
