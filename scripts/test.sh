@@ -18,12 +18,13 @@ say "ruff format --check"
 say "ruff check"
 "$PYTHON" -m ruff check . || lint=$?
 
-# One pytest process: the gloo workers of the distributed tests are started once per process and kept (tests/distributed_pool.py).
+# Two pytest processes, each with whole files: much of a test of several ranks is waiting, and the gloo workers are started once per
+# process and kept (tests/distributed_pool.py).
 say "pytest"
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT
 tests=0
-"$PYTHON" -m pytest -ra --durations=15 --durations-min=1 --allowed-skips tests/allowed_skips.txt --junit-xml "$report" "$@" || tests=$?
+"$PYTHON" -m pytest -n 2 --dist loadfile -ra --durations=15 --durations-min=1 --allowed-skips tests/allowed_skips.txt --junit-xml "$report" "$@" || tests=$?
 case "$tests" in
   0 | 1) ;; # 1: failures, or skips that are not allowed; pytest has named them
   5) say "pytest found no test to run" ;;

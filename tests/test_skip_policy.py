@@ -52,8 +52,12 @@ def test_a_listed_reason_passes(tmp_path):
     ],
     ids=["in a test", "whole file", "mark", "expected failure"],
 )
-def test_an_unlisted_reason_fails_and_is_named(tmp_path, tests):
-    done = run_pytest(tmp_path, tests, "no alpaca # not a dependency\n")
+@pytest.mark.parametrize("processes", [0, 2])
+def test_an_unlisted_reason_fails_and_is_named(tmp_path, tests, processes):
+    if processes:
+        pytest.importorskip("xdist.plugin", reason="pytest-xdist is not installed")
+    words = ("-n", str(processes), "--dist", "loadfile") if processes else ()
+    done = run_pytest(tmp_path, tests, "no alpaca # not a dependency\n", *words)
     assert done.returncode != 0
     assert "test_sample.py" in done.stdout
     assert "no llama here" in done.stdout
