@@ -39,7 +39,7 @@ from megatron_moe.deepspeed.schedulers import build_scheduler
 from megatron_moe.deepspeed.utils import groups as _groups  # noqa: F401
 from megatron_moe.mpu.mesh import build_mesh
 from megatron_moe.training import distributed
-from megatron_moe.utils.logging import logger
+from megatron_moe.utils.logging import logger, setup_logging
 
 __all__ = ["DeepSpeedEngine", "add_config_arguments", "init_distributed", "initialize", "moe", "utils"]
 

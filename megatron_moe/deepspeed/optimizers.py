@@ -141,38 +141,42 @@ def _half_adam(groups: list[Group], own: dict[str, Any]) -> HalfAdamW:
 # ---------------------------------------------------------------- did it train what it should?
 
 
-@torch.no_grad()
-def _version(p: nn.Parameter) -> int:
-    """Counts writes: of the sharded tensor, and of what of it is here, which some kernels are given directly."""
-    return p._version + (local(p)._version if isinstance(p, DTensor) else 0)
+def _marks(p: nn.Parameter, state: Mapping[str, Any]) -> tuple:
+    """Another tuple after each update: torch counts writes to the sharded tensor or to what of it is here, and fused kernels, whose writes to
+    parameters are not counted, count their steps in the state."""
+    slots = tuple((slot, v._version if isinstance(v, Tensor) else repr(v)) for slot, v in state.items())
+    return p._version, local(p)._version, slots
 
 
 class Watch:
     """Asks after the first step that was not skipped whether every group of the optimizer moved.
 
-    An update in place counts a tensor's version up, however small it is: no copies are compared, and a rate of zero is no fault.
+    No values are compared, so the smallest update counts, and a rate of zero is no fault.
     """
 
     def __init__(self, optimizer: Optimizer, module: nn.Module):
         self.optimizer, self.module = optimizer, module
-        self.versions: list[list[int]] = []
+        self.marks: list[list[tuple]] = []
         self.had_gradients: list[bool] = []
 
     def before(self) -> None:
         groups = [group["params"] for group in self.optimizer.param_groups]
-        self.versions = [[_version(p) for p in params] for params in groups]
+        self.marks = [[self._marks_of(p) for p in params] for params in groups]
         self.had_gradients = [any(p.grad is not None for p in params) for params in groups]
 
     def after(self) -> None:
         mine = {id(p) for p in self.module.parameters()}
-        for number, (group, then, had) in enumerate(zip(self.optimizer.param_groups, self.versions, self.had_gradients)):
+        for number, (group, then, had) in enumerate(zip(self.optimizer.param_groups, self.marks, self.had_gradients)):
             what = f"group {number} ({_called(group)}) of {type(self.optimizer).__name__}"
             strangers = [p for p in group["params"] if id(p) not in mine]
             assert not strangers, (
                 f"{what} updates {len(strangers)} of {len(then)} parameters that are not the sharded model's: it trains nothing"
             )
-            here = [(p, version) for p, version in zip(group["params"], then) if local(p).numel() and p.requires_grad]
+            here = [(p, mark) for p, mark in zip(group["params"], then) if local(p).numel() and p.requires_grad]
             if not had and here:
                 logger.warning("%s has had no gradient in the first step: its parameters had no part in the loss", what)
             elif here:
-                assert any(_version(p) != version for p, version in here), f"{what} did not move in the first step"
+                assert any(self._marks_of(p) != mark for p, mark in here), f"{what} did not move in the first step"
+
+    def _marks_of(self, p: nn.Parameter) -> tuple:
+        return _marks(p, self.optimizer.state.get(p, {}))

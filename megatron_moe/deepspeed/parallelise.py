@@ -166,6 +166,8 @@ def parallelise(module: nn.Module, mesh: ParallelMesh, degrees: dict[str, int], 
         logger.warning("this torch cannot sum gradients of parameters that some ranks alone have used: all ranks must use the same ones")
     for name, p in module.named_parameters():
         _move_marks(before[name], p)
+    for moe in moe_modules(module).values():
+        moe.tag_experts()  # the group's name has the degree, which the JSON may have said
     names = f" (blocks: {blocks[0][0]} to {blocks[-1][0]})" if blocks else ""
     logger.info("FSDP units: %d of experts, %d blocks%s, and the rest", len(degrees), len(blocks), names)
     return True

@@ -473,13 +473,14 @@ def _lines(every):
     handler.emit = lambda record: records.append(record.getMessage())
     logger = logging.getLogger("megatron_moe")
     logger.addHandler(handler)
-    before, logger.level = logger.level, logging.INFO
+    before = logger.level
+    logger.setLevel(logging.INFO)
     try:
         engine, *_ = start(sections={"steps_per_print": every, "zero_optimization": {"stage": 1, "cpu_offload": True}})
         train(engine, range(4), torch.float32)
     finally:
         logger.removeHandler(handler)
-        logger.level = before
+        logger.setLevel(before)
     return records
 
 

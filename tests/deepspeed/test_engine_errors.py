@@ -99,7 +99,8 @@ def experts_in_the_config_and_no_layer():
 
 def a_stream_of_data():
     class Stream(torch.utils.data.IterableDataset):
-        pass
+        def __iter__(self):
+            return iter(())
 
     start(training_data=Stream())
 

@@ -89,6 +89,8 @@ class MoE(nn.Module):
             y_BD = y_BD * c_B2[..., :1] + output_of(self.mlp(hidden_states)) * c_B2[..., 1:]
         if self.output_dropout_prob:
             y_BD = F.dropout(y_BD, self.output_dropout_prob, self.training)
+        if self.is_parallel and not torch.compiler.is_compiling():
+            self.tag_experts()  # what FSDP has gathered are other parameters
         return y_BD.to(hidden_states.dtype), l_aux, routing.counts_E
 
     def _tokens(self, hidden_states: Tensor) -> Tensor:
