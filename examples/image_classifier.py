@@ -63,8 +63,8 @@ class Net(nn.Module):
                         ep_size=args.ep_world_size,
                         use_residual=args.mlp_type == "residual",
                         k=args.top_k,
-                        min_capacity=args.min_capacity,
                         noisy_gate_policy=args.noisy_gate_policy,
+                        **capacity_of(args),
                     )
                 )
             self.fc4 = nn.Linear(84, CLASSES)
@@ -85,6 +85,14 @@ class Net(nn.Module):
             x, l_aux, _ = layer(x)
             balance = balance + l_aux
         return (self.fc4(x) if len(self.moe_layers) else self.fc3(x)), balance
+
+
+def capacity_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Nothing leads around these layers: an image that its expert has no place for leaves them as zeros. So all have one by default."""
+    if args.capacity_factor is None and args.min_capacity is None:
+        return {"drop_tokens": False}
+    factor = args.capacity_factor or 1.0
+    return {"capacity_factor": factor, "eval_capacity_factor": factor, "min_capacity": args.min_capacity or 0}
 
 
 # ---------------------------------------------------------------- the images
@@ -120,7 +128,7 @@ def read_batch(path: Path) -> tuple[Tensor, Tensor]:
         images, labels = np.asarray(content[b"data"]), np.asarray(content[b"labels"])
     except OSError as error:
         raise SystemExit(f"--data: {error}; the python version of CIFAR-10 has data_batch_1 to data_batch_5 and test_batch") from None
-    except pickle.UnpicklingError as error:
+    except Refused as error:
         raise SystemExit(f"--data: {path}: {error}") from None
     except Exception as error:  # damaged bytes raise nearly anything
         raise SystemExit(f"--data: {path}: damaged, or no file of CIFAR-10 ({type(error).__name__}: {error})") from None
@@ -136,6 +144,10 @@ def read_batch(path: Path) -> tuple[Tensor, Tensor]:
     return torch.tensor(images).view(-1, 3, 32, 32).float() / 127.5 - 1, torch.tensor(labels, dtype=torch.int64)
 
 
+class Refused(pickle.UnpicklingError):
+    """What a pickle asks for is more than data."""
+
+
 class ArrayUnpickler(pickle.Unpickler):
     """Makes numpy arrays, numbers, text and containers; a pickle that names anything else is refused and runs nothing."""
 
@@ -149,7 +161,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"would import {module}.{name}, and images need arrays alone; nothing was executed")
+            raise Refused(f"would import {module}.{name}, and images need arrays alone; nothing was executed")
         return super().find_class(module.replace("numpy.core.", "numpy._core.") if hasattr(np, "_core") else module, name)
 
 
@@ -170,7 +182,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-experts", type=int, nargs="+", default=[1], help="of each MoE layer")
     parser.add_argument("--mlp-type", choices=("standard", "residual"), default="standard")
     parser.add_argument("--top-k", type=int, default=1, help="experts of an image")
-    parser.add_argument("--min-capacity", type=int, default=0, help="rows that every expert takes, whatever the capacity factor says")
+    parser.add_argument("--capacity-factor", type=float, help="an expert takes so many times its even share of a batch at most; "
+                        "not given, with --min-capacity neither, it takes all")  # fmt: skip
+    parser.add_argument("--min-capacity", type=int, help="rows that every expert takes, whatever the capacity factor (1.0 then) says")
     parser.add_argument("--noisy-gate-policy", choices=("None", "RSample", "Jitter"))
     parser.add_argument("--moe-param-group", action="store_true", help="make the optimizer's groups of experts here, not in the engine")
     parser.add_argument("--moe-loss-coeff", type=float, default=0.01, help="weight of the balance loss")
@@ -186,17 +200,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 MOE_FLAGS = (
-    "ep_world_size", "num_experts", "mlp_type", "top_k", "min_capacity", "noisy_gate_policy", "moe_param_group", "moe_loss_coeff",
+    "ep_world_size", "num_experts", "mlp_type", "top_k", "capacity_factor", "min_capacity", "noisy_gate_policy", "moe_param_group",
+    "moe_loss_coeff",
 )  # fmt: skip
 
 
-def config_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The tutorial's JSON; its warm-up of 1000 steps is more than the digits have."""
+BATCH = 32
+
+
+def config_of(args: argparse.Namespace, images: int) -> dict[str, Any]:
+    """The tutorial's JSON but for the schedule: its warm-up of 1000 steps is more than the digits have."""
+    steps = args.epochs * -(-images // BATCH)
+    rates = {"warmup_min_lr": 0, "warmup_max_lr": 0.002, "warmup_num_steps": min(50, steps // 2), "total_num_steps": steps}
     return {
-        "train_batch_size": 32,
+        "train_batch_size": BATCH,
         "steps_per_print": 100000,
         "optimizer": {"type": "Adam", "params": {"lr": 0.002, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 3e-7}},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": 0.002, "warmup_num_steps": 50}},
+        "scheduler": {"type": "WarmupDecayLR", "params": rates},
         "gradient_clipping": 1.0,
         "bf16": {"enabled": args.dtype == "bf16"},
         "fp16": {"enabled": args.dtype == "fp16", "loss_scale": 0, "initial_scale_power": 15, "loss_scale_window": 500},
@@ -226,7 +246,7 @@ def train(args: argparse.Namespace) -> float:
         model=net,
         model_parameters=parameters_of(net, args),
         training_data=TensorDataset(images, labels),
-        config=None if args.deepspeed_config else config_of(args),
+        config=None if args.deepspeed_config else config_of(args, len(labels)),
     )
     dtype = torch.float16 if engine.fp16_enabled() else torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
     is_first, steps = dist.get_rank() == 0, 0

@@ -110,7 +110,10 @@ def init_distributed(
 
     Ranks come from the environment alone: `auto_mpi_discovery` finds none here, and `init_method`, `rank` and `world_size` are taken
     when they are given together.
+    Where nobody has set up Python's logging, rank 0 writes what it has to say to stderr from now on.
     """
+    if not logger.hasHandlers():
+        setup_logging()
     if dist.is_initialized():
         return
     if dist_init_required is False:
@@ -265,8 +268,8 @@ def _schedule(lr_scheduler: Any, optimizer: Optimizer | None, settings: EngineCo
 def _say(engine: DeepSpeedEngine, degrees: dict[str, int]) -> None:
     layers = ", ".join(f"{name or 'the model'}: {degree}" for name, degree in degrees.items())
     logger.info(
-        "%d ranks, ZeRO %d, %s; batch %d = %d x %d steps x %d ranks; clipping at %g; expert-parallel degree of %s",
-        engine.world_size, engine.zero_optimization_stage(), engine.compute_dtype or "types as they are", engine.train_batch_size(),
-        engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps(), engine.dp_world_size, engine.gradient_clipping(),
-        layers or "no MoE layer",
+        "ranks %d, ZeRO %d, %s; batch %d = micro-batch %d x steps %d x ranks %d; clipping at %g; %s",
+        engine.world_size, engine.zero_optimization_stage(), engine.compute_dtype or "computed in the model's own type",
+        engine.train_batch_size(), engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps(), engine.dp_world_size,
+        engine.gradient_clipping(), f"expert-parallel degree of {layers}" if layers else "no MoE layer",
     )  # fmt: skip

@@ -37,13 +37,15 @@ def speak_deepspeed(moe: nn.Module) -> None:
 
 
 def _to_deepspeed(moe: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    of_core = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(f"{prefix}core.")}
+    own = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    of_core = {name: own.pop(name) for name in list(own) if name.startswith("core.")}
     state_dict[prefix + GATE[1]] = of_core.pop(GATE[0])
     stacks = {name.removeprefix(STACK): _whole(of_core.pop(name)).unbind() for name in list(of_core) if name.startswith(STACK)}
     assert not of_core, f"{sorted(of_core)} have no name in DeepSpeed"
     for expert in range(moe.num_experts):
         for name, stack in stacks.items():
             state_dict[prefix + expert_key(expert, name)] = stack[expert]
+    state_dict.update({prefix + name: t for name, t in own.items()})  # in DeepSpeed's order: the dense ones are behind the experts
 
 
 @torch.no_grad()
