@@ -422,7 +422,7 @@ def test_the_balance_loss_is_handed_out_where_it_is_not_attached(training):
     layer = build(topk=3, moe_token_dropping=False).train(training)
     _, routing = layer.routed(tokens(), info())
     probs = F.softmax(tokens() @ layer.gate.weight.t(), dim=-1)
-    expected = E * (routing.counts_E / routing.counts_E.sum() * probs.sum(0)).sum()
+    expected = E * (routing.counts_E.double() / routing.counts_E.sum() * probs.sum(0)).sum()
     torch.testing.assert_close(routing.balance, expected, **EXACT)
     got, want = (torch.autograd.grad(loss, layer.gate.weight)[0] for loss in (routing.balance, expected))
     torch.testing.assert_close(got, want, **EXACT)

@@ -163,11 +163,20 @@ def test_last_collective_is_the_one_that_is_waited_in():
     assert "[7]" in str(waiting[0]) and not waiting[0].is_completed and waiting[0].sequence > ended.sequence
 
 
+class Branch(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.always, self.rare = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
+
+    def forward(self, x, is_rare):
+        x = self.always(x)
+        return self.rare(x) if is_rare else x
+
+
 def _one_rank_uses_it():
     from torch.distributed.fsdp import fully_shard
 
-    module = torch.nn.ModuleList([torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)])
-    module.forward = lambda x, is_rare: module[1](module[0](x)) if is_rare else module[0](x)
+    module = Branch()
     fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
     if not compat.reduce_unused_gradients(module):
         return None
