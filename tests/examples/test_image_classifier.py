@@ -170,8 +170,8 @@ def _trained(flags: str) -> float:
     "flags",
     [
         "--moe --num-experts 8 --ep-world-size 2 --moe-param-group --stage 2",
-        "--moe --num-experts 8 --ep-world-size 2 --stage 3 --dtype bf16 --top-k 2",
-        "--stage 1",
+        pytest.param("--moe --num-experts 8 --ep-world-size 2 --stage 3 --dtype bf16 --top-k 2", marks=pytest.mark.matrix),
+        pytest.param("--stage 1", marks=pytest.mark.matrix),
     ],
 )
 def test_four_processes_learn_the_digits(flags):
