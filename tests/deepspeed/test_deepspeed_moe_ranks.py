@@ -211,6 +211,7 @@ def test_an_expert_that_is_missing_stays_as_it_was(kind):
 
 def refusals() -> dict[str, str]:
     mesh, found = build_mesh("cpu", 1, [2], 0), {}
+    mpu.set_default_mesh(None)  # an engine of another test leaves its own
     moe = build(2)
     for name, call in {
         "no mesh": lambda: build(4).parallelise_(mesh),
