@@ -2,6 +2,10 @@
 
 import csv
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +43,8 @@ from megatron_moe.deepspeed.moe.layer import MoE
 from megatron_moe.deepspeed.moe.utils import is_moe_param
 from megatron_moe.deepspeed.parallelise import blocks_of
 from megatron_moe.deepspeed.utils import groups
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # ---------------------------------------------------------------- what comes back
 
@@ -167,6 +173,7 @@ def test_marks_on_parameters_move_to_the_sharded_ones():
 def _degrees(section):
     net = nn.Sequential(Layer(8, 2), Layer(4, 1))
     start(net=net, sections={"moe": section} if section else {})
+    assert all({p.group_name for p in layer.parameters() if is_moe_param(p)} == {f"ep_size_{layer.moe.ep_size}"} for layer in net)
     return [net[0].moe.ep_size, net[1].moe.ep_size], mpu.get_expert_model_parallel_world_size(), groups.get_data_parallel_world_size()
 
 
@@ -490,6 +497,26 @@ def test_steps_per_print_and_what_has_no_effect_are_said():
     assert sum("offload to the host has no effect on a CPU" in r for r in records) == 1
 
 
+SCRIPT = """
+import torch
+from megatron_moe import deepspeed
+
+config = {"train_batch_size": 1, "steps_per_print": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.5}}}
+engine, *_ = deepspeed.initialize(model=torch.nn.Linear(2, 1), config=config)
+for _ in range(4):
+    engine.backward(engine(torch.ones(1, 2)).mean())
+    engine.step()
+"""
+
+
+def test_a_script_that_sets_up_no_logging_shows_them():
+    """And starts without a launcher."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "step 2, skipped 0, lr [0.5]" in done.stderr and "step 4, skipped 0, lr [0.5]" in done.stderr
+
+
 # ---------------------------------------------------------------- the loader
 
 
@@ -523,6 +550,16 @@ def test_a_loader_goes_on_where_its_state_was_taken(stop):
     again = (b for _ in range(9) for b in other)
     for _ in range(8):
         assert torch.equal(next(endless)[0], next(again)[0])
+
+
+def _share_of_the_engine():
+    _, _, loader, _ = start(training_data=numbers(12))
+    return [n for samples in taken(loader) for n in samples]
+
+
+def test_an_engine_gives_each_rank_its_share():
+    first, second = run_distributed(_share_of_the_engine, 2)
+    assert sorted(first + second) == list(range(12))
 
 
 def test_a_pass_that_is_broken_off_begins_anew():

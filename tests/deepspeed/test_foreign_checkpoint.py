@@ -294,7 +294,8 @@ def _imported_and_trained(folder: Path, ep_size: int, stage: int) -> tuple[dict,
     return weights, moments, small_moe.train(engine, 2, 4, engine.global_rank), found.left
 
 
-@pytest.mark.parametrize(("ep_size", "stage", "other_stage"), 
+@pytest.mark.parametrize(
+    ("ep_size", "stage", "other_stage"),
     [(2, 0, 3), (4, 1, 0)] + [pytest.param(*row, marks=pytest.mark.matrix) for row in ((2, 3, 1), (1, 2, 2))],
 )
 def test_an_export_comes_back_with_its_moments(tmp_path, ep_size, stage, other_stage):
