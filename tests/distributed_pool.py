@@ -78,7 +78,8 @@ def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 
         work = pickle.dumps((fn, args))
         for pipe in pool.pipes:
             pipe.send_bytes(pickle.dumps((sys.path, work)))
-        replies = _collect(pool, time.monotonic() + timeout, f"{fn.__qualname__} on {world_size} ranks did not end in {timeout:g} s")
+        name = getattr(fn, "__qualname__", fn)  # a functools.partial has none
+        replies = _collect(pool, time.monotonic() + timeout, f"{name} on {world_size} ranks did not end in {timeout:g} s")
         return [replies[rank].result for rank in range(world_size)]
     except BaseException:
         _kill(pool)

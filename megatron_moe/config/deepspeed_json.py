@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from megatron_moe.config.flags import FieldSpec, FlagInfo, convert
@@ -227,7 +228,22 @@ KEYS: dict[str, Key] = {
                 "compile", "pipeline", "hybrid_engine", "nebula", "autotuning", "eigenvalue"),
     **{name: Key(kind=None, feature=feature) for name, feature in _WHOLE_SECTIONS.items()},
 }  # fmt: skip
-SECTIONS = {key[:i] for key in KEYS for i, letter in enumerate(key) if letter == "."}
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a reader of a JSON knows: its keys, and the fields that these set."""
+
+    keys: dict[str, Key]
+    fields: dict[str, FieldSpec]
+
+    @cached_property
+    def sections(self) -> set[str]:
+        return {key[:i] for key in self.keys for i, letter in enumerate(key) if letter == "."}
+
+
+PRETRAINING = Table(KEYS, FIELDS)
+SECTIONS = PRETRAINING.sections
 
 # DeepSpeed prints lines of its own beside Megatron's: an --log-interval that differs is no contradiction.
 WEAK_FIELDS = ("log_interval",)
@@ -274,7 +290,7 @@ class DeepSpeedJson:
         return next(e for e in self.entries if field_name in e.fields)
 
 
-def read_deepspeed(source: str | dict[str, Any]) -> DeepSpeedJson:
+def read_deepspeed(source: str | dict[str, Any], table: Table = PRETRAINING) -> DeepSpeedJson:
     """From a path or a dict. Mistakes are in `problems`; only a file that is not there raises, FileNotFoundError."""
     result = DeepSpeedJson(source if isinstance(source, str) else "the DeepSpeed config")
     try:
@@ -286,11 +302,11 @@ def read_deepspeed(source: str | dict[str, Any]) -> DeepSpeedJson:
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or not UTF-8
         result.problems.append(f"{result.name}: cannot be read: {error}")
         return result
-    leaves = dict(_leaves(data))
+    leaves = dict(_leaves(data, table.sections))
     for key, value in leaves.items():
         parent, _, name = key.partition(".")
         is_asleep = name not in ("", "enabled") and leaves.get(f"{parent}.enabled") is False
-        _read_entry(result, key, value, is_asleep)
+        _read_entry(result, table, key, value, is_asleep)
     return result
 
 
@@ -322,27 +338,27 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(data: dict[str, Any], sections: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value), down to what is no section."""
     for name, value in data.items():
         key = f"{prefix}{name}"
-        if isinstance(value, dict) and key in SECTIONS:
-            yield from _leaves(value, f"{key}.")
+        if isinstance(value, dict) and key in sections:
+            yield from _leaves(value, sections, f"{key}.")
         else:
             yield key, value
 
 
-def _read_entry(result: DeepSpeedJson, key: str, value: Any, is_asleep: bool) -> None:
+def _read_entry(result: DeepSpeedJson, table: Table, key: str, value: Any, is_asleep: bool) -> None:
     """Adds what one key says to `result`."""
-    known = KEYS.get(key)
+    known = table.keys.get(key)
     if known is None:
-        result.problems.append(f"{result.name}: {_unknown(key, value)}")
+        result.problems.append(f"{result.name}: {_unknown(table, key, value)}")
         return
     values: dict[str, Any] = {}
     note = ASLEEP if is_asleep else AUTO if value == "auto" else "asks for nothing" if known.fields or known.feature else NO_EFFECT
     try:
         if value != "auto":
-            values = _typed(known, value)
+            values = _typed(table, known, value)
         if note not in (ASLEEP, AUTO) and known.feature and _asks(key, known, value):
             raise NotBuiltError(f"{known.feature} is not built yet; leave it out")
     except NotBuiltError as error:
@@ -356,7 +372,7 @@ def _read_entry(result: DeepSpeedJson, key: str, value: Any, is_asleep: bool) ->
     for name, typed in values.items():
         if result.values.setdefault(name, typed) != typed:
             result.problems.append(f"{result.name}: {result.origin(name)} and {result.entries[-1]} set the same thing "
-                                   f"({FIELDS[name].option}); keep one")  # fmt: skip
+                                   f"({table.fields[name].option}); keep one")  # fmt: skip
 
 
 def _asks(key: str, known: Key, value: Any) -> bool:
@@ -371,14 +387,15 @@ def _asks(key: str, known: Key, value: Any) -> bool:
 _ANY = FieldSpec("value", bool, None, FlagInfo(help=""))
 
 
-def _typed(known: Key, value: Any) -> dict[str, Any]:
+def _typed(table: Table, known: Key, value: Any) -> dict[str, Any]:
     """Values of our fields. ValueError with what is wrong, to be read behind the key."""
     if known.fields is None:
         if known.kind is not None and value is not None:
             _checked(replace(_ANY, kind=known.kind), value)
         return {}
     raw = known.fields(value)
-    return {name: _checked(FIELDS[name], v, "" if len(raw) == 1 else f"for {FIELDS[name].option} ") for name, v in raw.items()}
+    specs = table.fields
+    return {name: _checked(specs[name], v, "" if len(raw) == 1 else f"for {specs[name].option} ") for name, v in raw.items()}
 
 
 def _checked(spec: FieldSpec, raw: Any, lead: str = "") -> Any:
@@ -396,14 +413,14 @@ def _checked(spec: FieldSpec, raw: Any, lead: str = "") -> Any:
         raise ValueError(lead + re.sub(rf"^{spec.option}:? ", "", str(error))) from None
 
 
-def _unknown(key: str, value: Any) -> str:
+def _unknown(table: Table, key: str, value: Any) -> str:
     """A key that there is not, or that is a section where it should be a value or the other way round."""
-    if key in SECTIONS:
+    if key in table.sections:
         return f"{key} wants a section {{...}}, not {value!r}"
     prefix = key[: key.rfind(".") + 1]
-    siblings = {k.removeprefix(prefix).partition(".")[0] for k in KEYS if k.startswith(prefix)}
+    siblings = {k.removeprefix(prefix).partition(".")[0] for k in table.keys if k.startswith(prefix)}
     leaf = key.removeprefix(prefix)
-    near = [prefix + n for n in difflib.get_close_matches(leaf, siblings, 1)] or [k for k in KEYS if k.rpartition(".")[2] == leaf]
+    near = [prefix + n for n in difflib.get_close_matches(leaf, siblings, 1)] or [k for k in table.keys if k.rpartition(".")[2] == leaf]
     hint = f"; did you mean {near[0]}?" if near else f"; {prefix[:-1] or 'the top level'} knows {', '.join(sorted(siblings))}"
     return f"there is no key {key}{hint}"
 

@@ -10,12 +10,11 @@ import re
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from megatron_moe.moe.experts import STACKS
 from megatron_moe.moe.gate import Gate
 from megatron_moe.moe.module_experts import ModuleExperts
-from megatron_moe.utils.compat import local_slices
+from megatron_moe.utils.dtensor import local_part
 from megatron_moe.utils.random import named_generator
 
 _EXPERT_STACK = re.compile(rf"\bexperts\.({'|'.join(STACKS)})$")
@@ -33,7 +32,7 @@ def initialize_parameters(model: nn.Module, seed: int, std: float, num_layers: i
         buffer.zero_()
     drawn_by_factories = _draw_module_experts(model, seed, identical_experts)
     for name, p in model.named_parameters():
-        local, slices = _local(p)
+        local, slices = local_part(p)
         if local.numel() == 0 or name in drawn_by_factories:
             continue
         scale = std * (2 * num_layers) ** -0.5 if _RESIDUAL_OUTPUT.search(name) else std
@@ -45,20 +44,13 @@ def initialize_parameters(model: nn.Module, seed: int, std: float, num_layers: i
             local.copy_(_draw(name, name, tuple(p.shape), seed, scale)[slices])
 
 
-def _local(p: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """What of a parameter is here, and where it lies in the whole."""
-    if isinstance(p, DTensor):
-        return p.to_local(), local_slices(p)
-    return p, tuple(slice(0, n) for n in p.shape)
-
-
 def _draw_module_experts(model: nn.Module, seed: int, identical: bool) -> set[str]:
     """Experts of a factory get the initial weights that it gives them, one expert at a time; returns the names of these parameters."""
     names: set[str] = set()
     for prefix, experts in model.named_modules():
         if not isinstance(experts, ModuleExperts):
             continue
-        here = {name: _local(p) for name, p in experts.named_parameters()}
+        here = {name: local_part(p) for name, p in experts.named_parameters()}
         names |= {f"{prefix}.{name}" for name in here}
         for expert in sorted({e for _, slices in here.values() for e in range(slices[0].start, slices[0].stop)}):
             drawn = experts.draw(prefix, seed, None if identical else expert)

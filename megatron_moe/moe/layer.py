@@ -51,11 +51,11 @@ class MoELayer(nn.Module):
     (the dispatcher's `through`, which may do so in several parts)
 
     With --moe-latent-size tokens are projected to that width before dispatch, and back behind combine. `expert_factory` makes
-    experts of any kind, see moe/module_experts.py; without it they are MLPs.
+    experts of any kind, see moe/module_experts.py; without it they are MLPs. `experts_may_draw`: these may have dropout of their own.
     """
 
     def __init__(self, layer: int, num_experts: int, hidden_size: int, ffn_size: int, moe: MoEConfig, activation: str = "gelu",
-                 bias: bool = True, expert_factory: ExpertFactory | None = None):  # fmt: skip
+                 bias: bool = True, expert_factory: ExpertFactory | None = None, experts_may_draw: bool = False):  # fmt: skip
         super().__init__()
         self.layer, self.num_experts, self.config = layer, num_experts, moe
         self.gate = Gate(hidden_size, num_experts, moe.moe_router_enable_expert_bias)
@@ -66,7 +66,7 @@ class MoELayer(nn.Module):
         if expert_factory is None:
             self.experts: nn.Module = Experts(num_experts, width, ffn_size, activation, bias)
         else:
-            self.experts = ModuleExperts(num_experts, width, expert_factory)
+            self.experts = ModuleExperts(num_experts, width, expert_factory, experts_may_draw)
         self.dispatcher: Any = build_dispatcher("auto", num_experts, moe.topk, None, pad=moe.moe_pad_expert_input_to_capacity)
         self.reducer = Reducer()
         self.run = call
@@ -80,11 +80,15 @@ class MoELayer(nn.Module):
         self.stats.reset()
 
     def forward(self, x_TD: Tensor, tokens: TokenInfo = NO_INFO) -> Tensor:
+        return self.routed(x_TD, tokens)[0]
+
+    def routed(self, x_TD: Tensor, tokens: TokenInfo = NO_INFO) -> tuple[Tensor, Routing]:
+        """The same, and how the tokens were routed."""
         routing, limits = self.route(x_TD, tokens)
         plan = self.dispatcher.plan(routing.ids_TK, limits)
         y_TD = self.run(self.compute, x_TD, routing.ids_TK, routing.weights_TK, plan)
         self.stats.add_sent(plan.sent_bytes, torch.is_grad_enabled(), self.run is not call)
-        return y_TD
+        return y_TD, routing
 
     def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: Any) -> Tensor:
         """The part that may be recomputed: it decides nothing."""
@@ -132,7 +136,8 @@ class MoELayer(nn.Module):
         c = self.config
         weights_TK = combine_weights(scores_TE, choice.ids_TK, kept_TK, c.normalize, c.moe_router_topk_scaling_factor)
         measured = measure(choice.probs_TE, counts_E, (kept_TK >= 0).sum(), losses.balance, losses.z)
-        return Routing(kept_TK, weights_TK, counts_E, measured, losses.batch_counts_E)
+        balance = losses.balance if loss_weight is None else None
+        return Routing(kept_TK, weights_TK, counts_E, measured, losses.batch_counts_E, balance)
 
     def jittered(self, x_TD: Tensor, keys_T: Tensor) -> Tensor:
         noise_TD = uniform(keys_T, Purpose.GATE_JITTER, x_TD.shape[1])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,11 @@ class ModuleExperts(StackedExperts):
     An expert without rows is called with none of them: its gradient is zero, and there, as every rank must have it.
     """
 
-    def __init__(self, num_experts: int, width: int, factory: ExpertFactory):
+    def __init__(self, num_experts: int, width: int, factory: ExpertFactory, may_draw: bool = False):
         super().__init__()
         self.width, self.factory = width, factory
         experts = [factory(width) for _ in range(num_experts)]
-        check_expert(experts[0], width)
+        check_expert(experts[0], width, may_draw)
         stacks, _ = stack_module_state(experts)
         self.stack = copy.deepcopy(experts[0])
         for name, p in list(self.stack.named_parameters()):
@@ -97,8 +98,9 @@ def output_of(result: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
 
 
 @torch.no_grad()
-def check_expert(module: nn.Module, width: int) -> None:
-    """Raises ValueError when a module cannot be an expert, with trials of two rows and of none on whatever device it is."""
+def check_expert(module: nn.Module, width: int, may_draw: bool = False) -> None:
+    """Raises ValueError when a module cannot be an expert, with trials of two rows and of none on whatever device it is. `may_draw`: it may
+    have dropout, or other noise, from torch's generator; for callers who do without the same numbers under every layout."""
     name = type(module).__name__
     if mixing := [n for n, _ in module.named_buffers()] + [n for n, m in module.named_modules() if isinstance(m, _BatchNorm)]:
         raise ValueError(
@@ -113,11 +115,11 @@ def check_expert(module: nn.Module, width: int) -> None:
     for rows in (2, 0):
         x_rD = torch.zeros(rows, width, device=device, dtype=dtype)
         try:
-            with _RandomDraws() as draws:
+            with _undrawn(device), _RandomDraws() as draws:
                 result = module(x_rD)
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(f"the expert module {name} cannot take {rows or 'no'} rows of width {width}: {error}") from error
-        if draws.seen:
+        if draws.seen and not may_draw:
             raise ValueError(
                 f"the expert module {name} draws random numbers ({', '.join(draws.seen)}): recomputation would draw other ones, and so "
                 f"would another layout; set the p of its dropouts to 0 and use --hidden-dropout, which drops the layer's output"
@@ -125,6 +127,11 @@ def check_expert(module: nn.Module, width: int) -> None:
         y_rD = output_of(result)
         if y_rD.shape != x_rD.shape:
             raise ValueError(_other_shape(module, x_rD, y_rD))
+
+
+def _undrawn(device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn inside is not missing from the generators behind it."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 class _RandomDraws(TorchDispatchMode):

@@ -29,6 +29,8 @@ class Routing:
     counts_E: Tensor  # int64, before dropping
     measured: Tensor  # for the statistics: moe.metrics.measure
     batch_counts_E: Tensor | None = None  # for the global-batch loss: moe.losses
+    # sum over the tokens here of the balance loss of the micro-batch, with its gradient, where it was not attached to the scores
+    balance: Tensor | None = None
 
 
 def expert_capacity(num_tokens: int, num_experts: int, factor: float, k: int, min_capacity: int) -> int:

@@ -19,6 +19,7 @@ __all__ = [
     "get_data_parallel_group",
     "get_data_parallel_rank",
     "get_data_parallel_world_size",
+    "get_default_mesh",
     "get_expert_data_parallel_group",
     "get_expert_data_parallel_world_size",
     "get_expert_model_parallel_group",
@@ -54,6 +55,11 @@ def _mesh() -> ParallelMesh:
     if not _default:
         raise ValueError("process groups are not initialised: call mpu.set_default_mesh(build_mesh(...)) first, as training.setup does")
     return _default[0]
+
+
+def get_default_mesh() -> ParallelMesh:
+    """For code that is handed none, as DeepSpeed's names are."""
+    return _mesh()
 
 
 def get_tensor_model_parallel_group() -> dist.ProcessGroup:

@@ -28,17 +28,21 @@ def apply_expert_parallel(model: GPT, mesh: ParallelMesh, dispatcher: str) -> No
     their gradients comes from there.
     """
     for moe in moe_layers(model):
-        ep = expert_degree(model, moe)
-        moe.experts.cut_into(mesh.expert_tensor_size(ep))
-        for name, p in list(moe.experts.named_parameters()):
-            placements = expert_placements(moe.experts.dims(name))
-            whole = distribute_tensor(p.data, mesh.experts[ep]["ep", "etp"], placements, src_data_rank=None)
-            set_parameter(moe.experts, name, nn.Parameter(whole, p.requires_grad))
-        c = moe.config
-        moe.dispatcher = build_dispatcher(
-            dispatcher, moe.num_experts, c.topk, mesh.expert_group(ep), capacity_factor_of(c), c.moe_pad_expert_input_to_capacity,
-            slices=mesh.expert_tensor_group(ep), nodes=mesh.expert_node_groups(ep), chunks=c.moe_overlap_chunks,
-        )  # fmt: skip
+        split_experts(moe, mesh, expert_degree(model, moe), dispatcher)
+
+
+def split_experts(moe: MoELayer, mesh: ParallelMesh, ep: int, dispatcher: str) -> None:
+    """The same for one layer, over `ep` ranks. Nothing is sent: every rank keeps its share of what it has."""
+    moe.experts.cut_into(mesh.expert_tensor_size(ep))
+    for name, p in list(moe.experts.named_parameters()):
+        placements = expert_placements(moe.experts.dims(name))
+        whole = distribute_tensor(p.data, mesh.experts[ep]["ep", "etp"], placements, src_data_rank=None)
+        set_parameter(moe.experts, name, nn.Parameter(whole, p.requires_grad))
+    c = moe.config
+    moe.dispatcher = build_dispatcher(
+        dispatcher, moe.num_experts, c.topk, mesh.expert_group(ep), capacity_factor_of(c), c.moe_pad_expert_input_to_capacity,
+        slices=mesh.expert_tensor_group(ep), nodes=mesh.expert_node_groups(ep), chunks=c.moe_overlap_chunks,
+    )  # fmt: skip
 
 
 def capacity_factor_of(moe: MoEConfig) -> float:
@@ -95,8 +99,11 @@ def _sum(counts: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
 def share_counts(model: GPT, mesh: ParallelMesh) -> None:
     """A micro-batch is spread over the tensor- and context-parallel ranks, the step over these and the data ranks: routing counts
     are summed."""
-    microbatch, batch = [mesh.group("tp"), mesh.group("cp")], [mesh.group("dp")]
     for moe in moe_layers(model):
-        ep = expert_degree(model, moe)
-        experts = [mesh.expert_group(ep), mesh.expert_tensor_group(ep)]
-        moe.reducer = GroupReducer(microbatch, batch, experts, mesh.dense.device_type)
+        moe.reducer = reducer_over(mesh, expert_degree(model, moe))
+
+
+def reducer_over(mesh: ParallelMesh, ep: int) -> GroupReducer:
+    """For a layer whose experts are over `ep` ranks."""
+    experts = [mesh.expert_group(ep), mesh.expert_tensor_group(ep)]
+    return GroupReducer([mesh.group("tp"), mesh.group("cp")], [mesh.group("dp")], experts, mesh.dense.device_type)

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import Shard
 
 from megatron_moe.model.gpt import GPT
+from megatron_moe.moe.layer import MoELayer
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.parallel.expert import expert_degree
 
@@ -33,27 +34,36 @@ def apply_zero(
     (1 and 2 differ in when gradients are reduced: `sync_gradients`.) Gradients are summed, never averaged: the loss
     carries the one division, so expert and dense gradients need no factor of their own.
     """
-    reshard = mesh.zero_stage == 3
-    # 16-bit compute from whatever the parameters are stored in
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=reduced_in) if half else MixedPrecisionPolicy()
-    kind: dict[str, Any] = {
-        "reshard_after_forward": reshard, "mp_policy": policy, "offload_policy": CPUOffloadPolicy() if is_offloaded else OffloadPolicy(),
-    }  # fmt: skip
+    kind = unit_options(mesh.zero_stage, half, is_offloaded, reduced_in)
     for block in model.layers.values():
         if block.moe is not None:
-            if half:  # a unit of its own, so that the router keeps float32
-                _shard(block.moe.gate, mesh.data, **kind | {"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)})
-            ep = expert_degree(model, block.moe)
-            of_experts = dict(kind)
-            if block.moe.num_experts // ep % mesh.expert_data_size(ep):
-                of_experts["shard_placement_fn"] = _spare_dims(block.moe.experts, mesh.expert_data_size(ep))
-            _shard(block.moe.experts, mesh.expert_data(ep), **of_experts)
-            register_fsdp_forward_method(block.moe.experts, "in_one_call")
-        _shard(block, mesh.data, **kind)
-    _shard(model, mesh.data, **kind | {"reshard_after_forward": False})
+            shard_moe(block.moe, mesh, expert_degree(model, block.moe), half, kind)
+        shard_unit(block, mesh.data, **kind)
+    shard_unit(model, mesh.data, **kind | {"reshard_after_forward": False})
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, **kind: Any) -> None:
+def unit_options(
+    zero_stage: int, half: torch.dtype | None, is_offloaded: bool = False, reduced_in: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """How FSDP2 treats each unit of a model; arguments as of `apply_zero`."""
+    # 16-bit compute from whatever the parameters are stored in
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=reduced_in) if half else MixedPrecisionPolicy()
+    offload = CPUOffloadPolicy() if is_offloaded else OffloadPolicy()
+    return {"reshard_after_forward": zero_stage == 3, "mp_policy": policy, "offload_policy": offload}
+
+
+def shard_moe(moe: MoELayer, mesh: ParallelMesh, ep: int, half: torch.dtype | None, kind: dict[str, Any]) -> None:
+    """Units inside of a MoE layer: its experts, over their own data mesh, and in 16 bits its router, so that it keeps float32."""
+    if half:
+        shard_unit(moe.gate, mesh.data, **kind | {"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)})
+    of_experts = dict(kind)
+    if moe.num_experts // ep % mesh.expert_data_size(ep):
+        of_experts["shard_placement_fn"] = _spare_dims(moe.experts, mesh.expert_data_size(ep))
+    shard_unit(moe.experts, mesh.expert_data(ep), **of_experts)
+    register_fsdp_forward_method(moe.experts, "in_one_call")
+
+
+def shard_unit(module: nn.Module, mesh: DeviceMesh, **kind: Any) -> None:
     """One FSDP unit, whose gradients are summed over `mesh`."""
     unit = fully_shard(module, mesh=mesh, **kind)
     unit.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it sums

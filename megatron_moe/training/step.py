@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,7 +78,7 @@ def forward_backward(
         sync_gradients(model, mesh.zero_stage, i == len(microbatches) - 1)
         keys_BS = token_keys(seed, iteration, batch.sample_ids, batch.tokens.shape[1])
         loss, lm_loss = objective(model, *part_of(batch, keys_BS, mesh), divisor)
-        (loss if loss_scale is None else loss * loss_scale).backward()
+        backward(loss, loss_scale)
         total += lm_loss
     return total
 
@@ -88,6 +88,13 @@ def language_model_loss(model: GPT, batch: Batch, keys_BS: Tensor, divisor: Tens
     losses_BS = model(batch.tokens, batch.position_ids, batch.labels, batch.segment_ids, keys_BS)
     loss = share_of_step(losses_BS, batch.loss_mask, divisor)
     return loss, loss.detach()
+
+
+def backward(loss: Tensor, loss_scale: Tensor | None = None, divisor: float = 1, retain_graph: bool = False) -> None:
+    """Adds the gradients of loss / divisor, `loss_scale` times as large. `divisor` is what the loss has not been divided by yet: 1 for
+    the shares of a pretraining step, ranks x accumulation for the local means of the DeepSpeed-shaped engine."""
+    share = loss if divisor == 1 else loss / divisor
+    (share if loss_scale is None else share * loss_scale).backward(retain_graph=retain_graph)
 
 
 def share_of_step(losses_BS: Tensor, mask_BS: Tensor, divisor: Tensor) -> Tensor:
@@ -113,21 +120,35 @@ def train_step(
     kd_loss = distillation.divergence if distillation is not None else None
     for loss in (lm_loss,) if kd_loss is None else (lm_loss, kd_loss):
         mesh.sum(loss, "dp", "cp", "pp")
-    parameters = list(model.parameters())
-    norm, found_inf = gradient_norm(counted_parameters(model), mesh.stage_ranks), None
+    set_rates(optimizer, learning_rate, weight_decay)
+    norm, found_inf = update(optimizer, list(model.parameters()), counted_parameters(model), mesh.stage_ranks, clip_grad, loss_scale)
+    move_expert_biases(model, mesh, found_inf)
+    return StepResult(lm_loss, norm, kd_loss, found_inf)
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    counted: Iterable[nn.Parameter],
+    stage_ranks: int,
+    clip_grad: float,
+    loss_scale: LossScale | None,
+) -> tuple[Tensor, Tensor | None]:
+    """What follows the backward, wherever its gradients came from: norm, clip, update or skip. Returns the norm that the gradients of
+    `counted` had without the scale, and 1.0 where the step was skipped (None without a loss scale). Collective; the host waits for nothing."""
+    scale = None if loss_scale is None else loss_scale.scale
+    norm, found_inf = gradient_norm(counted, stage_ranks), None
     if loss_scale is not None:  # the norm is one number of the whole world, and so is what follows from it
         norm, found_inf = loss_scale.unscaled(norm)
     if isinstance(optimizer, HalfAdamW):
         optimizer.gradient_factor = gradient_factor(norm, clip_grad, scale)
     elif clip_grad > 0 or scale is not None:
         clip_gradients(parameters, norm, clip_grad, scale)
-    set_rates(optimizer, learning_rate, weight_decay)
     update_weights(optimizer, found_inf)
     optimizer.zero_grad(set_to_none=True)
-    move_expert_biases(model, mesh, found_inf)
     if loss_scale is not None:
         loss_scale.update(found_inf)
-    return StepResult(lm_loss, norm, kd_loss, found_inf)
+    return norm, found_inf
 
 
 def counted_parameters(model: GPT | PipelinedGPT) -> Iterator[nn.Parameter]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -136,3 +137,12 @@ def last_collective() -> Collective | None:
 def _has_ended(entry: dict) -> bool:
     """gloo never says completed: it takes what has ended off its list. NCCL also takes off what has timed out."""
     return entry["state"] == "completed" or (entry.get("retired", False) and entry.get("profiling_name", "").startswith("gloo:"))
+
+
+def reduce_unused_gradients(unit: FSDPModule) -> bool:
+    """Parameters that a rank has not used count as zeros in the sum over ranks, in `unit` and the units in it. False where torch (before
+    2.13) cannot: there all ranks must use the same parameters."""
+    if not hasattr(unit, "set_reduce_scatter_unused_params"):
+        return False
+    unit.set_reduce_scatter_unused_params(True)
+    return True

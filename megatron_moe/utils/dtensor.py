@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from megatron_moe.utils.compat import local_slices
+
 
 def local_weight(weight: Tensor) -> Tensor:
     """The shard of `weight` that lives here, for code in which every rank works on tokens of its own.
@@ -16,3 +18,10 @@ def local_weight(weight: Tensor) -> Tensor:
         return weight
     placements = [Partial() if isinstance(p, Replicate) else p for p in weight.placements]
     return weight.to_local(grad_placements=placements)
+
+
+def local_part(p: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What of a parameter is here, and where it lies in the whole: to read it or to fill it, without a gradient."""
+    if isinstance(p, DTensor):
+        return p.to_local(), local_slices(p)
+    return p, tuple(slice(0, n) for n in p.shape)

@@ -63,6 +63,15 @@ def token_keys(seed: int, iteration: int, sample_ids_B: Tensor, seq_length: int)
     return mix(per_sample_B[:, None] + position_S * _GOLDEN)
 
 
+def drawn_keys(tokens: int, device: torch.device, part: int = 0) -> Tensor:
+    """int64 [T]: keys from one draw of torch's own generator, which so governs all that follows from them, and which checkpointing
+    replays. For callers that know neither iteration nor samples. The keys of another `part` are others, also after an equal draw.
+    """
+    draw = torch.randint(1 << 62, (), dtype=torch.int64, device=device)
+    number_T = torch.arange(1, tokens + 1, dtype=torch.int64, device=device) + (part << 32)
+    return mix(mix(draw) + number_T * _GOLDEN)
+
+
 def layer_keys(keys: Tensor, layer: int) -> Tensor:
     """Keys from which layer 0's streams draw what `layer`'s streams draw from `keys`.
 

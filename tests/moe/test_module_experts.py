@@ -225,3 +225,18 @@ def test_frozen_parameters_stay_frozen():
 
     experts = build(factory).experts
     assert {n for n, p in experts.named_parameters() if not p.requires_grad} == {"stack.scale"}
+
+
+def test_dropout_is_for_those_who_ask_for_it_and_the_trial_draws_nothing():
+    config = MoEConfig(num_experts=(E,), moe_token_dropping=False)
+    modules = [nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5)) for _ in range(E)]
+    left = iter(modules)
+    torch.manual_seed(1)
+    nn.init.normal_(torch.empty(E, D))  # the gate's
+    before = torch.get_rng_state()
+    torch.manual_seed(1)
+    layer = MoELayer(1, E, D, 0, config, expert_factory=lambda _: next(left), experts_may_draw=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    x = torch.randn(T, D)
+    assert not torch.equal(layer(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))

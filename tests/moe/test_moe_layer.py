@@ -414,3 +414,17 @@ def test_routing_happens_once_outside_of_what_may_be_recomputed():
     assert tokens_seen == T
     layer.run = lambda function, *args: function(*args)
     torch.testing.assert_close(layer(x, info()), once, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_balance_loss_is_handed_out_where_it_is_not_attached(training):
+    """With its gradient, as the sum over the tokens; and never both, or it would count twice."""
+    layer = build(topk=3, moe_token_dropping=False).train(training)
+    _, routing = layer.routed(tokens(), info())
+    probs = F.softmax(tokens() @ layer.gate.weight.t(), dim=-1)
+    expected = E * (routing.counts_E.double() / routing.counts_E.sum() * probs.sum(0)).sum()
+    torch.testing.assert_close(routing.balance, expected, **EXACT)
+    got, want = (torch.autograd.grad(loss, layer.gate.weight)[0] for loss in (routing.balance, expected))
+    torch.testing.assert_close(got, want, **EXACT)
+    layer.loss_weight = 1 / T
+    assert (layer.routed(tokens(), info())[1].balance is None) == training

@@ -9,7 +9,7 @@ from distributed_pool import run_distributed
 
 from megatron_moe.optimizer.groups import build_optimizer
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
-from megatron_moe.training.step import train_step
+from megatron_moe.training.step import backward, train_step
 
 pytestmark = pytest.mark.distributed
 
@@ -37,3 +37,14 @@ def test_step_without_a_token_that_counts_has_no_loss_and_harms_nothing():
     before, after, loss = run_distributed(matrix_after_a_step, 2, "--optimizer sgd --weight-decay 0", 1.0, 0.0)[0]
     assert loss == 0
     assert torch.equal(after, before)
+
+
+def test_the_divisor_of_the_backward_is_an_argument():
+    """Pretraining divides its losses by tokens before; the DeepSpeed-shaped engine by ranks x accumulation here."""
+    x = torch.tensor(3.0, requires_grad=True)
+    gradients = []
+    for scale, divisor in ((None, 1), (None, 4), (torch.tensor(8.0), 4)):
+        backward(x.square(), scale, divisor)
+        gradients.append(float(x.grad))
+        x.grad = None
+    assert gradients == [6.0, 1.5, 12.0]

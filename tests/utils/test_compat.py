@@ -17,6 +17,7 @@ from megatron_moe.utils import compat
 TESTED = {
     "grouped_mm", "all_gather_into_tensor", "local_slices", "all_gather_rows", "reduce_scatter_rows",
     "sum_over_ranks", "fake_process_group", "last_collective", "Collective", "ring_attention", "ring_attention_backward",
+    "reduce_unused_gradients",
 }  # fmt: skip
 
 
@@ -26,7 +27,7 @@ def test_every_name_has_a_test_here():
         for name, value in vars(compat).items()
         if not name.startswith("_")
         and not inspect.ismodule(value)
-        and name not in ("annotations", "Any", "Callable", "Tensor", "DTensor", "Iterator")
+        and name not in ("annotations", "Any", "Callable", "Tensor", "DTensor", "FSDPModule", "Iterator")
     }
     assert defined - {"compute_local_shape_and_global_offset", "contextmanager", "dataclass"} == TESTED
 
@@ -160,3 +161,30 @@ def test_last_collective_is_the_one_that_is_waited_in():
     assert re.match(r"all_reduce \(number 1 of group \d+.*\[3, 5\]", str(ended)), str(ended)
     assert ended.is_completed and str(ended_on_1) == str(ended)
     assert "[7]" in str(waiting[0]) and not waiting[0].is_completed and waiting[0].sequence > ended.sequence
+
+
+class Branch(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.always, self.rare = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
+
+    def forward(self, x, is_rare):
+        x = self.always(x)
+        return self.rare(x) if is_rare else x
+
+
+def _one_rank_uses_it():
+    from torch.distributed.fsdp import fully_shard
+
+    module = Branch()
+    fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    if not compat.reduce_unused_gradients(module):
+        return None
+    module(torch.ones(1, 2), dist.get_rank() == 0).sum().backward()
+    return [tuple(p.grad.full_tensor().shape) for p in module.parameters()]
+
+
+def test_reduce_unused_gradients_sums_where_one_rank_alone_has_some():
+    found = run_distributed(_one_rank_uses_it, 2)
+    assert found in ([[(2, 2), (2, 2)]] * 2, [None, None])
+    assert compat.reduce_unused_gradients(object()) is False, "torch 2.11 has no such setting"

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_moe.utils.random import Purpose, dropout, gumbel, layer_keys, mix, named_generator, stream, token_keys, uniform
+from megatron_moe.utils.random import Purpose, drawn_keys, dropout, gumbel, layer_keys, mix, named_generator, stream, token_keys, uniform
 
 BITS = (1 << 64) - 1
 GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -188,3 +188,18 @@ def test_the_global_generator_is_left_alone():
     torch.randn(3, generator=named_generator(1, "a"))
     uniform(keys(), 0, 3)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_drawn_keys_follow_torchs_seed_and_take_one_draw_of_it():
+    states, found = [], []
+    for seed, part in ((1, 0), (1, 0), (2, 0), (1, 1)):
+        torch.manual_seed(seed)
+        found.append(drawn_keys(60, torch.device("cpu"), part).tolist())
+        states.append(torch.get_rng_state())
+    assert found[0] == found[1]
+    assert len({key for keys in found for key in keys}) == 180  # another seed, or another part, is no shift of these
+    assert torch.equal(states[0], states[3])
+    torch.manual_seed(1)
+    first, second = (drawn_keys(5, torch.device("cpu")).tolist() for _ in range(2))
+    assert first == found[0][:5]
+    assert not set(first) & set(second)

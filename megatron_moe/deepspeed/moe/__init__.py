@@ -1,0 +1,1 @@
+"""deepspeed.moe: the layer, and what tells its experts' parameters from others."""
