@@ -48,10 +48,51 @@ def unread(files: list[Path], classes: dict[str, type]) -> list[tuple[str, str]]
     return [field for field in built if field not in alive]
 
 
+def read_by_name(files: list[Path], names: list[str]) -> list[str]:
+    """Of the keys of a mapping, those that some code names: as text, as a parameter (what `f(**section)` fills), or in two parts of text."""
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    parts = {part for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in parts}
+    texts |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    endings = {part.value for part in parts if isinstance(part, ast.Constant)}
+    return [name for name in names if name in texts or any(name == text + ending for text in texts for ending in endings)]
+
+
+def looked_up(path: Path) -> set[str]:
+    """What stands in x["..."] and x.get("..."): where keys are declared too, texts alone say nothing."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        is_get = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get" and node.args
+        key = node.args[0] if is_get else node.slice if isinstance(node, ast.Subscript) else None
+        if isinstance(key, ast.Constant):
+            found.add(key.value)
+    return found
+
+
+def is_mapping(cls: type) -> bool:
+    """Sections of an engine's JSON: what was given of them travels as a dict, for what is missing means the default of somebody else."""
+    return cls.__module__ == "megatron_moe.deepspeed.config"
+
+
 def test_every_field_is_read_outside_of_its_checks():
     classes = config_classes()
     assert set(GROUPS.values()) <= set(classes.values())
-    assert unread(source_files(), classes) == []
+    assert unread(source_files(), {name: cls for name, cls in classes.items() if not is_mapping(cls)}) == []
+
+
+def test_every_key_of_an_engines_json_is_read():
+    names = [spec.name for cls in config_classes().values() if is_mapping(cls) for spec in fields_of(cls)]
+    declaring = ROOT / "megatron_moe" / "deepspeed" / "config.py"
+    files = [path for path in sorted(declaring.parent.rglob("*.py")) if path != declaring]
+    assert len(names) > 30
+    assert sorted(set(names) - set(read_by_name(files, names)) - looked_up(declaring)) == []
+
+
+def test_names_that_nothing_reads_are_found(tmp_path):
+    (tmp_path / "reader.py").write_text('def f(section, rate):\n    return section["kind"], section[f"{section}_path"], f("csv", 1)\n')
+    assert read_by_name([tmp_path / "reader.py"], ["rate", "kind", "csv_path", "path", "_path", "lost"]) == ["rate", "kind", "csv_path"]
+    (tmp_path / "config.py").write_text('KEYS = {"kind": sets("rate")}\n\ndef f(v):\n    return v.get("rate"), v["lost"]\n')
+    assert looked_up(tmp_path / "config.py") == {"rate", "lost"}
 
 
 # ---------------------------------------------------------------- the walk itself
