@@ -135,7 +135,6 @@ NOT_YET: dict[str, tuple[int | str, str]] = {
     "profile-step-start": (1, "the profiler"),
     "profile-step-end": (1, "the profiler"),
     "profile-ranks": ("*", "the profiler"),
-    "rotary-percent": (1, "rotary positions in a part of each head"),
     "openai-gelu": (0, "GELU by the tanh formula"),
     "init-method-xavier-uniform": (0, "uniform initial weights"),
     "apply-layernorm-1p": (0, "norm weights around zero"),
@@ -146,7 +145,7 @@ NOT_YET: dict[str, tuple[int | str, str]] = {
 }
 
 # Flags of NOT_YET at these values ask for nothing: what upstream does without the flag.
-NEUTRAL: dict[str, str] = {"ds-sequence-parallel-size": "1", "rotary-percent": "1"}
+NEUTRAL: dict[str, str] = {"ds-sequence-parallel-size": "1"}
 
 # Settings of a feature in NOT_YET: without one of its switches they ask for nothing.
 _FPDT, _WANDB, _PROFILER = ("ds-sequence-parallel-fpdt",), ("wandb-project",), ("profile",)

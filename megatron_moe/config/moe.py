@@ -51,6 +51,7 @@ class MoEConfig:
         minimum=1)  # fmt: skip
     topk: int = flag(1, "experts per token (k)", names=("moe-router-topk",), minimum=1)
     expert_interval: int = flag(2, "layers divisible by this (counted from 1) are MoE layers", minimum=1)
+    moe_first_k_dense_replace: int = flag(0, "the first so many layers are dense, whatever --expert-interval says (DeepSeek)", minimum=0)
     moe_expert_parallel_size: int = flag(
         1, "expert-parallel degree (EP); a layer with fewer experts uses that many",
         names=("expert-model-parallel-size",), minimum=1)  # fmt: skip
@@ -240,21 +241,26 @@ class MoEConfig:
         return any(n > 1 for n in self.num_experts)
 
     def experts_per_layer(self, num_layers: int) -> tuple[int, ...]:
-        """Experts of each layer, 1 where it is dense. Layer n (from 1) is MoE when expert_interval divides it.
+        """Experts of each layer, 1 where it is dense. Layer n (from 1) is MoE when expert_interval divides it and it is not one of the
+        first dense ones.
 
-        Example: 8 layers, interval 2, experts (4, 8) -> (1, 4, 1, 4, 1, 8, 1, 8).
+        Example: 8 layers, interval 2, experts (4, 8) -> (1, 4, 1, 4, 1, 8, 1, 8); with 2 dense first, experts (4,) -> (1, 1, 1, 4, 1, 4, 1, 4).
         """
-        slots = num_layers // self.expert_interval
+        interval, dense = self.expert_interval, self.moe_first_k_dense_replace
+        skipped = dense // interval
+        slots = max(num_layers // interval - skipped, 0)
         given = self.num_experts
         if not self.has_experts:
             return (1,) * num_layers
         if slots == 0 or slots % len(given):
             raise ValueError(
-                f"--num-experts has {len(given)} entries, but {num_layers} layers with --expert-interval {self.expert_interval} make "
-                f"{slots} MoE layers; " + (f"give {_any_of(divisors(slots))} entries" if slots else "lower --expert-interval")
+                f"--num-experts has {len(given)} entries, but {num_layers} layers with --expert-interval {interval}"
+                + (f" and --moe-first-k-dense-replace {dense}" if dense else "")
+                + f" make {slots} MoE layers; "
+                + (f"give {_any_of(divisors(slots))} entries" if slots else f"lower {'one of them' if dense else '--expert-interval'}")
             )
         blocks = [n for n in given for _ in range(slots // len(given))]
-        return tuple(blocks[i // self.expert_interval - 1] if i % self.expert_interval == 0 else 1 for i in range(1, num_layers + 1))
+        return tuple(blocks[i // interval - 1 - skipped] if i > dense and i % interval == 0 else 1 for i in range(1, num_layers + 1))
 
     def expert_parallel_degree(self, num_experts: int) -> int:
         """EP degree of a layer with `num_experts` experts (DeepSpeed-MoE paper, section 4.1.3)."""

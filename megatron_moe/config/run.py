@@ -165,8 +165,15 @@ class RunConfig:
             yield f"{what} has no dropout of attention, and --attention-dropout is {self.model.attention_dropout:g}; set it to 0, {instead}"
         if self.data.reset_attention_mask:
             yield f"{what} has no masks of documents, which --reset-attention-mask asks for; leave one of them out"
-        if self.model.head_dim % 8:
-            yield f"{what} wants heads whose width is a multiple of 8, not {self.model.head_dim}; change --num-attention-heads, {instead}"
+        if self.model.qk_width % 8:
+            yield f"{what} wants heads whose width is a multiple of 8, not {self.model.qk_width}; change --num-attention-heads, {instead}"
+        if self.model.window_size is not None:
+            yield (f"{what} has kernels without a window, and --window-size is {self.model.window_size}: every rank's keys would pass by, in the "
+                   f"window or not; drop the window, {instead}")  # fmt: skip
+        if self.model.softmax_type == "learnable":
+            yield f"{what} merges partial softmaxes that know of no sinks, which --softmax-type learnable asks for; drop them, {instead}"
+        if self.model.multi_latent_attention:
+            yield (f"{what} has kernels for keys and values of one width, and --multi-latent-attention has two; drop one of them, {instead}")  # fmt: skip
         if self.training.compile:
             yield f"{what} is a loop that --compile does not trace; leave one of them out"
 
@@ -228,7 +235,11 @@ class RunConfig:
                    "never compared")  # fmt: skip
         yield from self._expert_layout_warnings()
         yield from (f"{option} has no effect: it is a setting of --mos and --kd" for option in self.distillation.idle)
-        yield from (f"{option} has no effect: it is a setting of {of}" for option, of in self.curriculum.idle.items())
+        yield from (f"{option} has no effect: it is a setting of {of}" for option, of in (self.curriculum.idle | self.model.idle).items())
+        if self.model.add_qkv_bias and self.model.add_bias_linear:
+            yield "--add-qkv-bias has no effect with biases in all linear layers; add --disable-bias-linear"
+        if self.moe.moe_first_k_dense_replace and not self.moe.has_experts:
+            yield f"--moe-first-k-dense-replace ({self.moe.moe_first_k_dense_replace}) has no effect: all layers are dense; see --num-experts"
         if self.distillation.mos and not self.moe.has_experts:
             yield "--mos with a dense student is plain distillation (--kd): a Mixture-of-Students keeps its experts; see --num-experts"
         if (longest := self.curriculum.longest(self.training.seq_length)) < self.training.seq_length:
@@ -464,6 +475,12 @@ class RunConfig:
         for name in ("hidden_dropout", "attention_dropout", "init_method_std", "use_rotary_position_embeddings", "activation_func",
                      "squared_relu"):  # fmt: skip
             del m[name]
+        idle = {option[2:].replace("-", "_") for option in self.model.idle} | ({"add_qkv_bias"} if m["add_bias_linear"] else set())
+        for name in _NEWER_FIELDS:  # named only where they do something
+            if name in idle or m[name] == FIELDS[name].default:
+                del m[name]
+            elif isinstance(m[name], tuple):
+                m[name] = list(m[name])  # as JSON has it
         m |= {
             "num_key_value_heads": self.model.key_value_heads, "kv_channels": self.model.head_dim,
             "ffn_hidden_size": self.model.ffn_size, "vocab_size": vocab_size,
@@ -491,6 +508,14 @@ class RunConfig:
             del newer["moe_ffn_hidden_size"]
         return newer
 
+
+# Fields of ModelConfig that came after the first checkpoints: at their defaults they describe the models of before.
+_NEWER_FIELDS = (
+    "rotary_percent", "rotary_interleaved", "rope_scaling_type", "rope_scaling_factor", "rope_original_max_position_embeddings",
+    "rope_low_freq_factor", "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow", "rope_mscale", "rope_mscale_all_dim",
+    "rope_yarn_truncate", "qk_layernorm", "qk_layernorm_scope", "window_size", "window_attn_skip_freq", "softmax_type",
+    "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "add_qkv_bias",
+)  # fmt: skip
 
 _OF_THE_TEACHER = r"--(num-layers|num-experts|hidden-size|num-attention-heads)(?![\w-])"
 

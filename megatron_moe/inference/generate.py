@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from megatron_moe.config.sampling import SamplingConfig
 from megatron_moe.inference.kv_cache import cached_attention
 from megatron_moe.inference.sampling import sample
-from megatron_moe.model.attention import all_are_here
+from megatron_moe.model.core import all_are_here
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.loss import mask_padding
 from megatron_moe.parallel.tensor import VocabParallelProjection

@@ -13,7 +13,7 @@ Worked example, prompts `a b c` and `d`, then two steps:
   step       y         4            a b c x y
              f         2            d e f
 """
-# B batch, S tokens of this call, L slots in use, H query heads, G key/value heads, h head width
+# B batch, S tokens of this call, L slots in use, H query heads, G key/value heads, h head width of q and k, w of v
 
 from __future__ import annotations
 
@@ -24,42 +24,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_moe.model.attention import Context
+from megatron_moe.model.core import CausalCore, Context, repeat_heads
 from megatron_moe.model.gpt import GPT
 
 
-class CachedCore:
-    """`CausalCore` for one layer of a text that arrives in pieces.
+class CachedCore(CausalCore):
+    """The same for one layer of a text that arrives in pieces.
 
     The first call fixes the batch. Keys and values are kept once per key/value head, not per query head.
     """
 
-    def __init__(self, max_length: int):
+    def __init__(self, max_length: int, scale: float | None = None, window: int | None = None):
+        super().__init__(0.0, scale, window)
         self.max_length = max_length
         self.length = 0  # tokens of the longest row
         self.k_BLGh: Tensor | None = None
-        self.v_BLGh: Tensor | None = None
+        self.v_BLGw: Tensor | None = None
 
-    def __call__(self, q_BHSh: Tensor, k_BGSh: Tensor, v_BGSh: Tensor, context: Context) -> Tensor:
+    def __call__(self, q_BHSh: Tensor, k_BGSh: Tensor, v_BGSw: Tensor, context: Context, sinks_H: Tensor | None = None) -> Tensor:
         assert context.segments_BS is None and context.keys_BS is None, "a cache has no documents and no dropout"
-        self._store(k_BGSh, v_BGSh, context.positions_BS)
-        slot_L = torch.arange(self.length, device=q_BHSh.device)
-        seen_B1SL = slot_L <= context.positions_BS[:, None, :, None]
-        k_BGLh, v_BGLh = (t[:, : self.length].transpose(1, 2) for t in (self.k_BLGh, self.v_BLGh))
-        is_grouped = k_BGLh.shape[1] < q_BHSh.shape[1]
-        return F.scaled_dot_product_attention(q_BHSh, k_BGLh, v_BGLh, attn_mask=seen_B1SL, enable_gqa=is_grouped)
+        self._store(k_BGSh, v_BGSw, context.positions_BS)
+        slot_L, position_B1S1 = torch.arange(self.length, device=q_BHSh.device), context.positions_BS[:, None, :, None]
+        seen_B1SL = slot_L <= position_B1S1
+        if self.window is not None:
+            seen_B1SL = seen_B1SL & (slot_L > position_B1S1 - self.window)
+        k_BGLh, v_BGLw = (t[:, : self.length].transpose(1, 2) for t in (self.k_BLGh, self.v_BLGw))
+        heads = q_BHSh.shape[1]
+        if sinks_H is not None:
+            return self.masked(q_BHSh, repeat_heads(k_BGLh, heads), repeat_heads(v_BGLw, heads), seen_B1SL, None, self.length, sinks_H)
+        is_grouped = k_BGLh.shape[1] < heads
+        return F.scaled_dot_product_attention(q_BHSh, k_BGLh, v_BGLw, attn_mask=seen_B1SL, enable_gqa=is_grouped, scale=self.scale)
 
-    def _store(self, k_BGSh: Tensor, v_BGSh: Tensor, positions_BS: Tensor) -> None:
-        k_BSGh, v_BSGh = k_BGSh.transpose(1, 2), v_BGSh.transpose(1, 2)
-        B, S, G, h = k_BSGh.shape
+    def _store(self, k_BGSh: Tensor, v_BGSw: Tensor, positions_BS: Tensor) -> None:
+        k_BSGh, v_BSGw = k_BGSh.transpose(1, 2), v_BGSw.transpose(1, 2)
+        B, S = positions_BS.shape
         if self.k_BLGh is None:
             # zeros: a slot that no token has taken yet is multiplied by probability 0, and 0 x NaN would be NaN
-            self.k_BLGh, self.v_BLGh = (t.new_zeros(B, self.max_length, G, h) for t in (k_BSGh, v_BSGh))
+            self.k_BLGh, self.v_BLGw = (t.new_zeros(B, self.max_length, *t.shape[2:]) for t in (k_BSGh, v_BSGw))
         self.length += S
         assert self.length <= self.max_length, f"{self.length} tokens in a cache of {self.max_length}"
         row_B1 = torch.arange(B, device=positions_BS.device)[:, None]
         self.k_BLGh[row_B1, positions_BS] = k_BSGh
-        self.v_BLGh[row_B1, positions_BS] = v_BSGh
+        self.v_BLGw[row_B1, positions_BS] = v_BSGw
 
 
 @contextmanager
@@ -71,8 +77,8 @@ def cached_attention(model: GPT, max_length: int) -> Iterator[None]:
     attentions = [block.attn for block in model.layers.values()]
     plain = [attention.core for attention in attentions]
     try:
-        for attention in attentions:
-            attention.core = CachedCore(max_length)
+        for attention, core in zip(attentions, plain):
+            attention.core = CachedCore(max_length, core.scale, core.window)
         yield
     finally:
         for attention, core in zip(attentions, plain):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
-from megatron_moe.model.attention import Attention, Context
+from megatron_moe.model.attention import build_attention
+from megatron_moe.model.core import Context
 from megatron_moe.model.mlp import MLP
 from megatron_moe.model.norm import build_norm
 from megatron_moe.moe.layer import MoELayer, call
@@ -31,7 +32,7 @@ class Block(nn.Module):
         super().__init__()
         is_moe, D, shared = num_experts > 1, config.hidden_size, moe.moe_shared_expert_intermediate_size
         self.layer, self.dropout = layer, config.hidden_dropout
-        self.attn_norm, self.attn, self.mlp_norm = build_norm(config), Attention(config), build_norm(config)
+        self.attn_norm, self.attn, self.mlp_norm = build_norm(config), build_attention(config, layer), build_norm(config)
         self.mlp = MLP(config) if not is_moe or moe.residual else None
         self.moe = None
         if is_moe:

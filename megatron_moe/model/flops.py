@@ -1,7 +1,7 @@
 """How many parameters a model has and how many FLOPs a token costs, from the configuration alone.
 
 Conventions: a multiply-add is 2 FLOPs, matrix products only; the backward costs twice the forward, recomputation is not
-counted. Causal attention is counted at half the square, what a kernel that skips masked blocks computes. A routed token is
+counted. Causal attention is counted at half the square, or what of it lies in the window: what a kernel that skips masked blocks computes. A routed token is
 counted at k experts: nothing is dropped or padded.
 """
 
@@ -72,8 +72,8 @@ def parameter_counts(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> Par
 
 def flops_per_token(model: ModelConfig, moe: MoEConfig, seq_length: int, vocab_size: int) -> float:
     """Forward and backward FLOPs of one trained token, averaged over the sequence."""
-    layers = (layer_flops(model, moe, num_experts, seq_length) for num_experts in moe.experts_per_layer(model.num_layers))
-    return logit_flops(model, vocab_size) + sum(layers)
+    experts = enumerate(moe.experts_per_layer(model.num_layers), start=1)
+    return logit_flops(model, vocab_size) + sum(layer_flops(model, moe, n, seq_length, model.window_of(layer)) for layer, n in experts)
 
 
 def logit_flops(model: ModelConfig, vocab_size: int) -> float:
@@ -81,9 +81,9 @@ def logit_flops(model: ModelConfig, vocab_size: int) -> float:
     return 3.0 * 2 * model.hidden_size * model.padded_vocab_size(vocab_size)
 
 
-def layer_flops(model: ModelConfig, moe: MoEConfig, num_experts: int, seq_length: int) -> float:
+def layer_flops(model: ModelConfig, moe: MoEConfig, num_experts: int, seq_length: int, window: int | None = None) -> float:
     """Of a token in one layer, forward and backward."""
-    forward = _attention_flops(model, seq_length)
+    forward = 2 * attention_matrices(model) + score_flops(model, seq_length, window)
     if num_experts == 1:
         return 3.0 * (forward + 2 * _mlp_matrices(model))
     forward += 2 * model.hidden_size * num_experts  # router
@@ -124,21 +124,40 @@ def _expert_widths(model: ModelConfig, moe: MoEConfig) -> tuple[int, int]:
     return moe.moe_latent_size or model.hidden_size, moe.expert_ffn_size(model.ffn_size)
 
 
-def _attention_matrices(model: ModelConfig) -> int:
-    query, key_value = model.num_attention_heads * model.head_dim, model.key_value_heads * model.head_dim
-    return model.hidden_size * (2 * query + 2 * key_value)  # q and out; k and v
+def attention_matrices(model: ModelConfig) -> int:
+    """Elements of the projections."""
+    D, H = model.hidden_size, model.num_attention_heads
+    out = H * model.v_width * D
+    if not model.multi_latent_attention:
+        return D * H * model.head_dim + 2 * D * model.key_value_heads * model.head_dim + out
+    query = H * model.qk_width * (model.q_lora_rank or D) + D * (model.q_lora_rank or 0)
+    return (
+        query + D * (model.kv_lora_rank + model.qk_pos_emb_head_dim) + model.kv_lora_rank * H * (model.qk_head_dim + model.v_head_dim) + out
+    )
 
 
 def _attention_parameters(model: ModelConfig) -> int:
-    query, key_value = model.num_attention_heads * model.head_dim, model.key_value_heads * model.head_dim
-    biases = query + 2 * key_value + model.hidden_size
-    return _attention_matrices(model) + (biases if model.add_bias_linear else 0)
+    """With biases, norms inside and sinks."""
+    D, H = model.hidden_size, model.num_attention_heads
+    norm = 2 if model.normalization == "LayerNorm" else 1
+    total = attention_matrices(model) + (H if model.softmax_type == "learnable" else 0) + (D if model.add_bias_linear else 0)
+    if model.multi_latent_attention:
+        narrow, queries = model.q_lora_rank or 0, H * model.qk_width
+        keys = model.kv_lora_rank + model.qk_pos_emb_head_dim + H * (model.qk_head_dim + model.v_head_dim)
+        return total + norm * (narrow + model.kv_lora_rank) + (narrow + queries + keys if model.add_bias_linear else 0)
+    queries, keys = H * model.head_dim, model.key_value_heads * model.head_dim
+    if model.add_bias_linear or model.add_qkv_bias:
+        total += queries + 2 * keys
+    if model.qk_layernorm:
+        total += norm * (2 * model.head_dim if model.qk_layernorm_scope == "head" else queries + keys)
+    return total
 
 
-def _attention_flops(model: ModelConfig, seq_length: int) -> int:
-    width = model.num_attention_heads * model.head_dim
-    scores_and_values = 2 * (2 * width * seq_length) // 2  # two products over the sequence, halved by the causal mask
-    return 2 * _attention_matrices(model) + scores_and_values
+def score_flops(model: ModelConfig, seq_length: int, window: int | None = None) -> float:
+    """Forward, of a token, over the mean of what it sees: scores, and values weighted by them."""
+    reach = min(window or seq_length, seq_length)
+    seen = reach - reach * reach / (2 * seq_length)  # the first tokens see less; half the sequence without a window
+    return 2 * model.num_attention_heads * (model.qk_width + model.v_width) * seen
 
 
 def _mlp_matrices(model: ModelConfig, hidden: int | None = None, width: int | None = None) -> int:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
-from megatron_moe.model.attention import Context, all_are_here
 from megatron_moe.model.block import Block
+from megatron_moe.model.core import Context, all_are_here
 from megatron_moe.model.loss import chunked_token_losses, columns_at_a_time, token_divergences, token_losses
 from megatron_moe.model.norm import build_norm
 from megatron_moe.moe.module_experts import ExpertFactory

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe.data.batch import Batch
-from megatron_moe.model.attention import CausalCore, Context, repeat_heads, visible
+from megatron_moe.model.core import CausalCore, Context, repeat_heads, visible
 from megatron_moe.model.gpt import GPT
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.parallel.ring import RingCore
@@ -28,7 +28,8 @@ from megatron_moe.utils.compat import all_gather_rows
 def apply_context_parallel(model: GPT, group: dist.ProcessGroup, has_ring: bool = False) -> None:
     """No parameter is touched: ranks of `group` are further data ranks to FSDP. `has_ring`: keys travel (ring.py) instead of being gathered."""
     for block in model.layers.values():
-        block.attn.core = RingCore(group) if has_ring else GatheredKeysCore(block.attn.core.dropout, group)
+        plain = block.attn.core
+        block.attn.core = RingCore(group, plain.scale) if has_ring else GatheredKeysCore(plain, group)
     model.locate = ZigzagPlaces(group)
 
 
@@ -76,26 +77,25 @@ class ZigzagPlaces:
 class GatheredKeysCore(CausalCore):
     """The queries here meet the keys of the whole sequence, up to their own places: chunk i looks at chunks 0 to i."""
 
-    def __init__(self, dropout: float, group: dist.ProcessGroup):
-        super().__init__(dropout)
+    def __init__(self, plain: CausalCore, group: dist.ProcessGroup):
+        super().__init__(plain.dropout, plain.scale, plain.window)
         self.group, self.chunks = group, chunks_of(group)
 
-    def __call__(self, q_BHSh: Tensor, k_BGSh: Tensor, v_BGSh: Tensor, context: Context) -> Tensor:
-        k_BGLh, v_BGLh = gather_in_order(torch.stack([k_BGSh, v_BGSh]), self.group)
-        k_BHLh, v_BHLh = (repeat_heads(t, q_BHSh.shape[1]) for t in (k_BGLh, v_BGLh))
+    def __call__(self, q_BHSh: Tensor, k_BGSh: Tensor, v_BGSw: Tensor, context: Context, sinks_H: Tensor | None = None) -> Tensor:
+        kv_BGL = gather_in_order(torch.cat([k_BGSh, v_BGSw], -1), self.group)  # side by side: their widths may differ
+        k_BHLh, v_BHLw = (repeat_heads(t, q_BHSh.shape[1]) for t in kv_BGL.split([k_BGSh.shape[-1], v_BGSw.shape[-1]], -1))
         chunk, length, out = q_BHSh.shape[2] // 2, k_BHLh.shape[2], []
         for half, number in enumerate(self.chunks):
             here, end = slice(half * chunk, (half + 1) * chunk), (number + 1) * chunk
             keys_Bc = None if context.keys_BS is None else context.keys_BS[:, here]
-            mask = visible(context, number * chunk, chunk)
-            out.append(self.masked(q_BHSh[:, :, here], k_BHLh[:, :, :end], v_BHLh[:, :, :end], mask, keys_Bc, length))
+            mask = visible(context, number * chunk, chunk, self.window)
+            out.append(self.masked(q_BHSh[:, :, here], k_BHLh[:, :, :end], v_BHLw[:, :, :end], mask, keys_Bc, length, sinks_H))
         return torch.cat(out, dim=2)
 
 
-def gather_in_order(kv_2BGSh: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Keys and values of the whole sequence, [2, B, G, L, h], in one collective; the backward sums their gradients and scatters them."""
-    ranks = dist.get_world_size(group)
-    halves = all_gather_rows(kv_2BGSh, group).unflatten(0, (ranks, 2)).unflatten(4, (2, -1))  # [P, 2, B, G, 2, c, h]
-    first, second = halves.unbind(4)  # chunks 0 to P-1, and 2P-1 to P
-    in_order = torch.cat([first, second.flip(0)])  # [2P, 2, B, G, c, h]
-    return in_order.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
+def gather_in_order(kv_BGSh: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Keys and values of the whole sequence, [B, G, L, h], in one collective; the backward sums their gradients and scatters them."""
+    halves = all_gather_rows(kv_BGSh[None], group).unflatten(3, (2, -1))  # [P, B, G, 2, c, h]
+    first, second = halves.unbind(3)  # chunks 0 to P-1, and 2P-1 to P
+    in_order = torch.cat([first, second.flip(0)])  # [2P, B, G, c, h]
+    return in_order.permute(1, 2, 0, 3, 4).flatten(2, 3)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe.model.attention import CausalCore, Context, repeat_heads
+from megatron_moe.model.core import CausalCore, Context, repeat_heads
 from megatron_moe.utils.compat import ring_attention, ring_attention_backward
 
 aten = torch.ops.aten
@@ -25,11 +25,13 @@ aten = torch.ops.aten
 class RingCore(CausalCore):
     """The queries here meet the keys of one rank after the other."""
 
-    def __init__(self, group: dist.ProcessGroup):
-        super().__init__(0.0)
+    def __init__(self, group: dist.ProcessGroup, scale: float | None = None):
+        super().__init__(0.0, scale)
         self.group = group
 
     def __call__(self, q_BHSh: Tensor, k_BGSh: Tensor, v_BGSh: Tensor, context: Context) -> Tensor:
+        if self.scale is not None:  # the kernels below scale by 1/sqrt(h)
+            q_BHSh = q_BHSh * (self.scale * q_BHSh.shape[-1] ** 0.5)
         return _Ring.apply(q_BHSh, k_BGSh, v_BGSh, self.group)
 
 

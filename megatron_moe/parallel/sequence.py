@@ -13,14 +13,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_moe.model.attention import Context
+from megatron_moe.model.core import Context
 from megatron_moe.model.gpt import GPT
-from megatron_moe.parallel.tensor import replicate_parameter
-from megatron_moe.utils.dtensor import local_weight
+from megatron_moe.parallel.replicated import of_own_tokens
 
 
 def apply_sequence_parallel(model: GPT, mesh: DeviceMesh) -> None:
@@ -32,38 +29,6 @@ def apply_sequence_parallel(model: GPT, mesh: DeviceMesh) -> None:
         if module is not None:
             of_own_tokens(module, mesh)
     model.locate = RunOfTokens(model.locate, mesh)
-
-
-def of_own_tokens(module: nn.Module, mesh: DeviceMesh) -> None:
-    """A module of which every rank applies the whole, each to tokens of its own."""
-    for name, _ in list(module.named_parameters(recurse=False)):
-        replicate_parameter(module, name, mesh)
-    forward = FORWARDS[type(module)]
-    module.forward = lambda x: forward(module, x)
-
-
-def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, local_weight(norm.weight), local_weight(norm.bias), norm.eps)
-
-
-def _rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    return F.rms_norm(x, norm.normalized_shape, local_weight(norm.weight), norm.eps)
-
-
-def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, local_weight(linear.weight), None if linear.bias is None else local_weight(linear.bias))
-
-
-def _embedding(embedding: nn.Embedding, x: Tensor) -> Tensor:
-    return F.embedding(x, local_weight(embedding.weight))
-
-
-FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.LayerNorm: _layer_norm,
-    nn.RMSNorm: _rms_norm,
-    nn.Linear: _linear,
-    nn.Embedding: _embedding,
-}
 
 
 class RunOfTokens:

@@ -24,19 +24,19 @@ from megatron_moe.model.gpt import GPT
 from megatron_moe.model.loss import mask_padding
 from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.tokens import TokenInfo
+from megatron_moe.parallel.heads import head_plan
+from megatron_moe.parallel.replicated import replicate_parameter
 from megatron_moe.utils.compat import all_gather_into_tensor
-from megatron_moe.utils.dtensor import local_weight
 
 
-def block_plan(stream: Placement, key_value: ParallelStyle) -> dict[str, ParallelStyle]:
-    """`stream`: how vectors lie between the modules, `Shard(1)` under sequence parallelism. `key_value`: of these two projections."""
+def block_plan(stream: Placement, config: ModelConfig, ranks: int) -> dict[str, ParallelStyle]:
+    """`stream`: how vectors lie between the modules, `Shard(1)` under sequence parallelism."""
     plan: dict[str, ParallelStyle] = {
         # DTensor in: the gradients of q, k and v are summed locally before the one reduction
         "attn": PrepareModuleInput(input_layouts=(stream, None), desired_input_layouts=(Replicate(), None)),
         "attn.q_proj": ColwiseParallel(),
-        "attn.k_proj": key_value,
-        "attn.v_proj": key_value,
         "attn.out_proj": RowwiseParallel(output_layouts=stream),
+        **{f"attn.{name}": style for name, style in head_plan(config, ranks).items()},
     }
     for mlp in ("mlp", "shared_expert"):
         plan[mlp] = PrepareModuleInput(input_layouts=(stream,), desired_input_layouts=(Replicate(),))
@@ -50,11 +50,13 @@ def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, sequence_parallel: bool 
 
     With `sequence_parallel` every rank has tokens of its own between the modules: see parallel/sequence.py for the rest of it."""
     stream = Shard(1) if sequence_parallel else Replicate()
-    key_value = ColwiseParallel() if model.config.key_value_heads % mesh.size() == 0 else SharedHeads(model.config)
+    full_plan = block_plan(stream, model.config, mesh.size())
     for block in model.layers.values():
-        plan = {name: style for name, style in block_plan(stream, key_value).items() if _has(block, name)}
+        plan = {name: style for name, style in full_plan.items() if _has(block, name)}
         parallelize_module(block, mesh, plan)
         block.attn.core.first_head = mesh.get_local_rank() * (model.config.num_attention_heads // mesh.size())
+        if block.attn.sinks is not None:
+            block.attn.sinks = nn.Parameter(distribute_tensor(block.attn.sinks.data, mesh, [Shard(0)], src_data_rank=None))
         if block.moe is not None:
             for module in (block.moe.gate, block.moe.latent_down, block.moe.latent_up):
                 if module is not None:
@@ -77,36 +79,6 @@ def _has(module: nn.Module, path: str) -> bool:
         if module is None:
             return False
     return True
-
-
-def replicate_parameter(module: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """Declare a parameter replicated over `mesh`; `local_weight` then declares its gradient partial (each rank, own tokens)."""
-    whole = getattr(module, name).data
-    module.register_parameter(name, nn.Parameter(distribute_tensor(whole, mesh, [Replicate()], src_data_rank=None)))
-
-
-class SharedHeads(ParallelStyle):
-    """Keys or values of fewer heads than there are ranks: each rank computes the one head that its queries look at.
-
-    The weight is whole on all of them, which costs G heads instead of one; the gradient of a head is the sum over the ranks that share it.
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.heads, self.width = config.key_value_heads, config.head_dim
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        head = device_mesh.get_local_rank() * self.heads // device_mesh.size()
-        rows = slice(head * self.width, (head + 1) * self.width)
-        for name, _ in list(module.named_parameters()):
-            replicate_parameter(module, name, device_mesh)
-
-        def forward(x: DTensor) -> Tensor:
-            bias = None if module.bias is None else local_weight(module.bias)[rows]
-            return torch.nn.functional.linear(x.to_local(grad_placements=[Partial()]), local_weight(module.weight)[rows], bias)
-
-        module.forward = forward
-        return module
 
 
 # ---------------------------------------------------------------- tokens of the MoE layer

@@ -36,7 +36,9 @@ def stages_of(run: RunConfig, vocab_size: int) -> list[Stage]:
             if not is_first and run.model.is_tied:
                 parts["tied_logits"] = token_vectors
         here = [experts[layer - 1] for layer in layers]
-        flops = sum(layer_flops(run.model, run.moe, n, run.training.seq_length) for n in here)
+        flops = sum(
+            layer_flops(run.model, run.moe, n, run.training.seq_length, run.model.window_of(layer)) for layer, n in zip(layers, here)
+        )
         stages.append(
             Stage(
                 number, rank_of_stage(number, run.parallel.pipeline_model_parallel_size), layers, [p for p, n in parts.items() if n],

@@ -141,7 +141,6 @@ def test_a_value_that_asks_for_nothing_is_not_refused(words):
     [
         "--ds-sequence-parallel-size 2",
         "--ds-sequence-parallel-size",
-        "--rotary-percent 0.5",
         "--wandb-project x --wandb-exp-name y",
     ],
 )

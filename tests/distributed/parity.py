@@ -102,6 +102,24 @@ MODELS = {
     "--moe-loss-warmup-iters 3",
     # rotary positions, grouped queries, no dropout
     "ring": "--num-experts 1 2 4 --topk 2 --num-key-value-heads 2 --position-embedding-type rope --hidden-dropout 0.1 --disable-moe-token-dropping",
+    # kinds of attention. Norms of each head, biases of q, k and v alone, half of each head rotated in neighbouring pairs; dense first
+    "qk_heads": "--num-experts 4 --moe-first-k-dense-replace 1 --topk 2 --num-key-value-heads 2 --disable-bias-linear --add-qkv-bias --qk-layernorm "
+    "--position-embedding-type rope --rotary-percent 0.5 --rotary-interleaved --disable-moe-token-dropping",
+    # norms of all heads together, stretched frequencies
+    "qk_hidden": "--num-experts 1 2 4 --topk 2 --num-key-value-heads 2 --normalization RMSNorm --qk-layernorm --qk-layernorm-scope hidden "
+    "--position-embedding-type rope --rope-scaling-type linear --rope-scaling-factor 3 --disable-moe-token-dropping",
+    "qk_hidden_mean": "--num-experts 1 2 4 --topk 2 --num-key-value-heads 2 --qk-layernorm --qk-layernorm-scope hidden --disable-moe-token-dropping",
+    # latent attention with narrow queries and YaRN; without, with dropout
+    "latent_heads": "--num-experts 1 2 4 --topk 2 --swiglu --normalization RMSNorm --disable-bias-linear --multi-latent-attention --q-lora-rank 14 "
+    "--kv-lora-rank 12 --qk-head-dim 6 --qk-pos-emb-head-dim 4 --v-head-dim 10 --position-embedding-type rope --rotary-interleaved "
+    "--rope-scaling-type yarn --rope-scaling-factor 4 --rope-original-max-position-embeddings 16 --rope-mscale 0.7 --rope-mscale-all-dim 1.3 "
+    "--disable-moe-token-dropping",
+    "latent_direct": "--num-experts 1 2 4 --topk 2 --multi-latent-attention --kv-lora-rank 12 --qk-head-dim 6 --qk-pos-emb-head-dim 4 "
+    "--v-head-dim 4 --position-embedding-type rope --attention-dropout 0.2 --disable-moe-token-dropping",
+    # a window on two layers of three, sinks, dropout
+    "windows": "--num-experts 1 2 4 --topk 2 --num-key-value-heads 2 --window-size 5 --window-attn-skip-freq 1 0 1 --softmax-type learnable "
+    "--attention-dropout 0.2 --position-embedding-type rope --rope-scaling-type llama3 --rope-scaling-factor 4 "
+    "--rope-original-max-position-embeddings 12 --init-method-std 0.2 --disable-moe-token-dropping",
     # four layers, for pipelines of up to four stages
     "deep": "--num-layers 4 --num-experts 1 2 4 8 --mlp-type residual --topk 2 --num-key-value-heads 2 --disable-moe-token-dropping",
     # experts in the later half alone: early stages have none

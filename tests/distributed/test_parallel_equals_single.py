@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from distributed_pool import run_distributed
 
-from distributed import parity, sequence_layouts
+from distributed import attention_layouts, parity, sequence_layouts
 from distributed.precision_rows import PRECISION_LAYOUTS
 
 pytestmark = pytest.mark.distributed
@@ -154,6 +154,8 @@ CROSS_LAYOUTS = [  # where the parts meet
 for further in (EXPERT_LAYOUTS, PRECISION_LAYOUTS, PIPELINE_LAYOUTS, sequence_layouts.LAYOUTS, CROSS_LAYOUTS):
     QUICK += [row for row in further[::8] if row[1] < 8]
     MATRIX += [row for row in further if row not in QUICK]
+QUICK += attention_layouts.QUICK
+MATRIX += attention_layouts.MATRIX
 LAYOUTS = QUICK + MATRIX
 FAST = [
     ("pyramid", 4, f"--zero-stage 3 {TP2} {EP2} {ETP2} {ALLTOALL} --moe-overlap-chunks 2"),

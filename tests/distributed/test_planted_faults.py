@@ -367,7 +367,7 @@ def chunks_that_are_neighbours():
 @contextmanager
 def tokens_counted_as_if_all_were_here():
     """Each context-parallel rank takes its tokens for the first ones of the micro-batch."""
-    from megatron_moe.model.attention import Context
+    from megatron_moe.model.core import Context
 
     original = Context.token_info
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from distributed_pool import run_distributed
 
-from megatron_moe.model.attention import repeat_heads
+from megatron_moe.model.core import repeat_heads
 from megatron_moe.parallel import ring
 from megatron_moe.parallel.context import chunks_of
 

@@ -13,6 +13,16 @@ ROPE_GQA_SWIGLU = {
     "position_embedding_type": "rope", "num_key_value_heads": 2, "swiglu": True, "normalization": "RMSNorm",
     "add_bias_linear": False, "untie_embeddings_and_output_weights": True,
 }  # fmt: skip
+LATENT = {
+    "position_embedding_type": "rope", "multi_latent_attention": True, "q_lora_rank": 12, "kv_lora_rank": 10, "qk_head_dim": 6,
+    "qk_pos_emb_head_dim": 4, "v_head_dim": 5, "rope_scaling_type": "yarn", "rope_scaling_factor": 4.0, "rope_mscale_all_dim": 1.0,
+    "moe_first_k_dense_replace": 2, "num_experts": (8,),
+}  # fmt: skip
+WINDOWS_AND_SINKS = {
+    "position_embedding_type": "rope", "num_key_value_heads": 2, "window_size": 3, "window_attn_skip_freq": (2,), "softmax_type": "learnable",
+    "qk_layernorm": True, "add_bias_linear": False, "add_qkv_bias": True, "rotary_percent": 0.5,
+}  # fmt: skip
+WINDOW = {"window_size": 3, "num_key_value_heads": 2}
 
 
 def small_run(**values) -> RunConfig:

@@ -6,7 +6,7 @@ from small_models import LEARNED, ROPE_GQA_SWIGLU, VOCAB, all_logits, small_mode
 
 from megatron_moe.config.sampling import SamplingConfig
 from megatron_moe.inference.generate import generate, stream
-from megatron_moe.model.attention import CausalCore
+from megatron_moe.model.core import CausalCore
 
 GREEDY = SamplingConfig(greedy=True)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [49, 0, 12]]

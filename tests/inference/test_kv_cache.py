@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small_models import LEARNED, ROPE_GQA_SWIGLU, all_logits, random_tokens, small_model
+from small_models import LATENT, LEARNED, ROPE_GQA_SWIGLU, WINDOW, WINDOWS_AND_SINKS, all_logits, random_tokens, small_model
 
 from megatron_moe.inference.kv_cache import CachedCore, cached_attention
-from megatron_moe.model.attention import CausalCore, Context
+from megatron_moe.model.core import CausalCore, Context
 
 SHARED_LATENT = LEARNED | {
     "mlp_type": "standard", "moe_shared_expert_intermediate_size": 12, "moe_shared_expert_gate": True, "moe_latent_size": 10,
@@ -13,7 +13,10 @@ SHARED_LATENT = LEARNED | {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [LEARNED, LEARNED | {"num_key_value_heads": 1, "mlp_type": "standard"}, ROPE_GQA_SWIGLU, SHARED_LATENT])
+GROUPED = LEARNED | {"num_key_value_heads": 1, "mlp_type": "standard"}
+
+
+@pytest.mark.parametrize("kind", [LEARNED, GROUPED, ROPE_GQA_SWIGLU, SHARED_LATENT, LATENT, WINDOW, WINDOWS_AND_SINKS])
 @pytest.mark.parametrize("pieces", [(5, *[1] * 11), (16,), (4, 3, 1, 8)])
 def test_cached_decoding_equals_the_full_forward_at_every_position(kind, pieces):
     model, tokens = small_model(**kind), random_tokens(2, 16)
@@ -43,7 +46,7 @@ def test_the_cache_holds_key_value_heads_not_query_heads():
     with torch.no_grad(), cached_attention(model, max_length=9):
         model(random_tokens(3, 4), torch.arange(4).expand(3, 4))
         core = model.layers["1"].attn.core
-        assert core.k_BLGh.shape == core.v_BLGh.shape == (3, 9, 2, 8)
+        assert core.k_BLGh.shape == core.v_BLGw.shape == (3, 9, 2, 8)
 
 
 def test_plain_cores_are_back_after_an_error():

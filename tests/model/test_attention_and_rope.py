@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from megatron_moe.config.model import ModelConfig
-from megatron_moe.model.attention import Attention, CausalCore, Context, visible
-from megatron_moe.model.rope import rotate
+from megatron_moe.model.attention import Attention
+from megatron_moe.model.core import CausalCore, Context, visible
+from megatron_moe.model.rope import Rotary
 from megatron_moe.utils.random import Purpose, token_keys, uniform
 
 B, S, H, h = 2, 7, 4, 6
 EXACT = {"rtol": 0, "atol": 1e-10}
+ROTARY = Rotary(h, 1e4)
 
 
 def qkv(heads=H, seed=0):
@@ -133,21 +135,21 @@ def test_rotation_is_multiplication_by_a_unit_complex_number():
     frequency = torch.tensor([500.0 ** (-2 * i / h) for i in range(h // 2)], dtype=torch.float64)
     angle = positions[:, None, :, None].double() * frequency
     turned = torch.complex(x[..., : h // 2], x[..., h // 2 :]) * torch.polar(torch.ones_like(angle), angle)
-    torch.testing.assert_close(rotate(x, positions, 500.0), torch.cat([turned.real, turned.imag], dim=-1), **EXACT)
+    torch.testing.assert_close(Rotary(h, 500.0)(x, positions), torch.cat([turned.real, turned.imag], dim=-1), **EXACT)
 
 
 def test_scores_depend_on_the_distance_of_positions_only():
     q, k, _ = qkv()
     for shift in (1, 100, 100_000):
-        a = rotate(q, torch.full((B, S), 3), 1e4) * rotate(k, torch.full((B, S), 1), 1e4)
-        b = rotate(q, torch.full((B, S), 3 + shift), 1e4) * rotate(k, torch.full((B, S), 1 + shift), 1e4)
+        a = ROTARY(q, torch.full((B, S), 3)) * ROTARY(k, torch.full((B, S), 1))
+        b = ROTARY(q, torch.full((B, S), 3 + shift)) * ROTARY(k, torch.full((B, S), 1 + shift))
         torch.testing.assert_close(a.sum(-1), b.sum(-1), rtol=0, atol=1e-9)
 
 
 def test_position_zero_is_the_identity_and_lengths_are_kept():
     x = torch.randn(B, H, S, h, dtype=torch.float64)
-    assert torch.equal(rotate(x, torch.zeros(B, S, dtype=torch.int64), 1e4), x)
-    torch.testing.assert_close(rotate(x, torch.arange(S).expand(B, S), 1e4).norm(dim=-1), x.norm(dim=-1))
+    assert torch.equal(ROTARY(x, torch.zeros(B, S, dtype=torch.int64)), x)
+    torch.testing.assert_close(ROTARY(x, torch.arange(S).expand(B, S)).norm(dim=-1), x.norm(dim=-1))
 
 
 def test_attention_with_rotary_positions_does_not_change_when_all_positions_move():
@@ -163,7 +165,7 @@ def test_angles_are_float32_also_for_bfloat16_heads():
     """At position 1000 a bf16 angle would be off by up to 4 radians."""
     x = torch.randn(1, 1, 1, h)
     position = torch.tensor([[1001]])
-    exact = rotate(x.bfloat16().float(), position, 1e4)
-    got = rotate(x.bfloat16(), position, 1e4)
+    exact = ROTARY(x.bfloat16().float(), position)
+    got = ROTARY(x.bfloat16(), position)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), exact, rtol=0.01, atol=0.01)

@@ -10,7 +10,7 @@ from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.training import TrainingConfig
-from megatron_moe.model.attention import Context
+from megatron_moe.model.core import Context
 from megatron_moe.model.flops import flops_per_token, parameter_counts
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.init import initialize_parameters

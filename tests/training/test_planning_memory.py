@@ -109,6 +109,10 @@ LAYOUTS = {
     "TP 2, EP 2, shared expert": (
         2, "--tensor-model-parallel-size 2 --moe-expert-parallel-size 2 --zero-stage 1 --moe-shared-expert-intermediate-size 64 "
         "--global-batch-size 8"),
+    "one process, latent attention": (
+        1, MODERN.replace("--num-key-value-heads 2", "") + "--multi-latent-attention --q-lora-rank 32 --kv-lora-rank 24 --qk-head-dim 16 "
+        "--qk-pos-emb-head-dim 8 --v-head-dim 16"),
+    "one process, norms of q and k, window, sinks": (1, MODERN + "--qk-layernorm --window-size 16 --softmax-type learnable"),
 }  # fmt: skip
 
 

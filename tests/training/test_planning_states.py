@@ -14,7 +14,7 @@ from megatron_moe.training.planning.layout import of_run
 from megatron_moe.training.planning.states import states
 
 COMPONENTS = ("parameters", "gathered", "gradients", "whole_gradients", "optimizer")
-MODELS = ("pyramid", "modern", "shared", "latent")
+MODELS = ("pyramid", "modern", "shared", "latent", "qk_heads", "qk_hidden", "latent_heads", "windows")
 # (TP, EP, ETP, CP, PP, replicas): what is not built yet is refused by the configuration, and left out below
 DEGREES = [
     (1, 1, 1, 1, 1, 1), (1, 2, 1, 1, 1, 1), (1, 4, 1, 1, 1, 1), (2, 1, 1, 1, 1, 1), (2, 4, 1, 1, 1, 1), (4, 2, 1, 1, 1, 1),

@@ -73,6 +73,11 @@ def test_degrees_stay_where_the_ranks_are_here():
     "--optimizer muon", "--expert-tensor-parallel-size 2", "--num-distributed-optimizer-instances 2", "--moe-overlap-chunks 4",
     "--cross-entropy-loss-chunk-size 4096", "--moe-layer-recompute", "--context-parallel-size 2",
     "--untie-embeddings-and-output-weights", "--position-embedding-type rope", "--normalization RMSNorm", "--moe-router-policy hash",
+    "--qk-layernorm --qk-layernorm-scope hidden", "--add-qkv-bias --disable-bias-linear", "--moe-first-k-dense-replace 3",
+    "--window-size 512 --window-attn-skip-freq 4", "--softmax-type learnable", "--position-embedding-type rope --rotary-percent 0.25 --rotary-interleaved",
+    "--position-embedding-type rope --rope-scaling-type yarn --rope-scaling-factor 4 --rope-mscale-all-dim 1",
+    "--multi-latent-attention --q-lora-rank 256 --position-embedding-type rope --kv-lora-rank 128 --qk-head-dim 64 --qk-pos-emb-head-dim 32 "
+    "--v-head-dim 64",
 ])  # fmt: skip
 def test_a_switch_of_the_run_is_a_switch_of_the_small_one(flags):
     """All of them at once would hide one that is lost, so one at a time."""

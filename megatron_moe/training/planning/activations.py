@@ -100,23 +100,53 @@ def norm(x: Shapes) -> Kept:
 def attend(x: Shapes) -> Kept:
     """Norm, attention, residual addition; the stream that comes out of it."""
     m, tp = x.run.model, x.layout.tp
-    D, h, heads = m.hidden_size, m.head_dim, m.num_attention_heads // tp
+    D, heads = m.hidden_size, m.num_attention_heads // tp
+    q_width, v_width = m.qk_width + 8 * (m.softmax_type == "learnable"), m.v_width  # columns that carry the sinks (model/core.py)
     keys = x.T * x.layout.cp  # keys and values of whole sequences
     kept = norm(x).dense + x.T * D * x.a  # what q, k and v are made from (gathered, under sequence parallelism)
-    kept += x.T * heads * h * x.a  # q
+    kept += x.T * heads * q_width * x.a  # q
     if x.run.parallel.cp_comm_type == "p2p" and x.layout.cp > 1:
-        kept += 2 * x.T * max(m.key_value_heads // tp, 1) * h * x.a  # k and v of this rank: those of others are let go
+        kept += x.T * max(m.key_value_heads // tp, 1) * (q_width + v_width) * x.a  # k and v of this rank: those of others are let go
     else:
-        kept += 2 * keys * heads * h * x.a  # k and v, a copy for every query head
+        kept += keys * heads * (q_width + v_width) * x.a  # k and v, a copy for every query head
     if m.position_embedding_type == "rope":
-        kept += 2 * 2 * x.T * (h // 2) * x.w  # cosines and sines, of q and of k
+        rotated = m.qk_pos_emb_head_dim if m.multi_latent_attention else m.rotary_width(m.head_dim)
+        kept += 2 * 2 * x.T * (rotated // 2) * x.w  # cosines and sines, of q and of k
+    kept += _between_projections(x)
     if m.attention_dropout:  # the explicit product: probabilities, the same with zeros, and the mask of bytes
         kept += keys * x.run.training.seq_length // x.layout.cp * heads * (x.w + x.a + 1)
+    elif x.is_cpu and q_width != v_width:  # no fused kernel of a CPU takes two widths: probabilities
+        kept += keys * x.run.training.seq_length // x.layout.cp * heads * x.w
     else:
         kept += x.T * heads * x.w  # fused: log of the sum of exponentials
-    kept += x.T * heads * h * x.a  # what comes out, and goes into the projection
+    kept += x.T * heads * v_width * x.a  # what comes out, and goes into the projection
     out = x.s * D * x.a * (1 + (m.hidden_dropout > 0))  # the new stream, dropout's mask
-    return Kept(kept + out, work=x.T * (D + 4 * heads * h) * x.a)  # gradients of what came out, of q, k and v
+    return Kept(kept + out, work=x.T * (D + 2 * heads * (m.qk_width + m.v_width)) * x.a)  # gradients of what came out, of q, k and v
+
+
+def _between_projections(x: Shapes) -> float:
+    """Of the norms of q and k: what goes in, and what a norm keeps. Of latent attention: the same of the narrow vectors, which go on into
+    a projection; the keys that lie beside the values."""
+    m, tp = x.run.model, x.layout.tp
+    if m.multi_latent_attention:
+        narrow = [width for width in (m.q_lora_rank, m.kv_lora_rank) if width]
+        beside = m.num_attention_heads // tp * m.qk_head_dim * x.a
+        return x.T * (sum(2 * width * x.a + _norm_keeps(x, width) for width in narrow) + beside)
+    if not m.qk_layernorm:
+        return 0.0
+    q_heads, k_heads = m.num_attention_heads // tp, max(m.key_value_heads // tp, 1)
+    if m.qk_layernorm_scope == "head":
+        norms = (q_heads + k_heads) * _norm_keeps(x, m.head_dim)
+    else:
+        norms = _norm_keeps(x, q_heads * m.head_dim) + _norm_keeps(x, k_heads * m.head_dim)
+    return x.T * ((q_heads + k_heads) * m.head_dim * x.a + norms)
+
+
+def _norm_keeps(x: Shapes, width: int) -> float:
+    """Of one vector, beside what goes in: see `norm`."""
+    if x.run.model.normalization == "LayerNorm":
+        return 2 * x.a
+    return width * x.w + x.w if x.is_cpu else x.w
 
 
 def stream(x: Shapes) -> Kept:

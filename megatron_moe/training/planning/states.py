@@ -122,24 +122,46 @@ def degree(run: RunConfig, layout: Layout, num_experts: int) -> int:
     return math.gcd(num_experts, layout.ep) if run.moe.moe_pyramid_ep == "auto" else min(num_experts, layout.ep)
 
 
-def _norm(m: ModelConfig) -> list[Weight]:
-    return [Weight((m.hidden_size,))] * (2 if m.normalization == "LayerNorm" else 1)
+def _norm(m: ModelConfig, width: int | None = None) -> list[Weight]:
+    return [Weight((width or m.hidden_size,))] * (2 if m.normalization == "LayerNorm" else 1)
 
 
 @functools.lru_cache(maxsize=1024)
 def dense_weights(m: ModelConfig, moe: MoEConfig, is_moe: bool, tp: int) -> list[Weight]:
     """Of a block, experts left out. Columns of q, k, v, fc1 are cut, rows of the projections behind them (parallel/tensor.py)."""
-    D, h = m.hidden_size, m.head_dim
-    q, kv = m.num_attention_heads * h // tp, m.key_value_heads * h
-    kv = kv // tp if m.key_value_heads % tp == 0 else kv  # fewer heads than ranks: whole on all of them
-    out = [*_norm(m), *_norm(m), Weight((q, D)), Weight((kv, D)), Weight((kv, D)), Weight((D, q))]
-    if m.add_bias_linear:
-        out += [Weight((q,)), Weight((kv,)), Weight((kv,)), Weight((D,))]
+    out = [*_norm(m), *_norm(m), *(_latent_attention(m, tp) if m.multi_latent_attention else _attention(m, tp))]
+    if m.softmax_type == "learnable":
+        out.append(Weight((m.num_attention_heads // tp,)))
     if not is_moe or moe.residual:
         out += _mlp(m, m.ffn_size // tp)
     if is_moe:
         out += _beside_experts(m, moe, tp)
     return out
+
+
+def _attention(m: ModelConfig, tp: int) -> list[Weight]:
+    D, h = m.hidden_size, m.head_dim
+    q, kv = m.num_attention_heads * h // tp, m.key_value_heads * h
+    kv = kv // tp if m.key_value_heads % tp == 0 else kv  # fewer heads than ranks: whole on all of them
+    out = [Weight((q, D)), Weight((kv, D)), Weight((kv, D)), Weight((D, q))]
+    if m.add_bias_linear or m.add_qkv_bias:
+        out += [Weight((q,)), Weight((kv,)), Weight((kv,))]
+    if m.add_bias_linear:
+        out.append(Weight((D,)))
+    if m.qk_layernorm:
+        out += [*_norm(m, h), *_norm(m, h)] if m.qk_layernorm_scope == "head" else [*_norm(m, q), *_norm(m, kv)]
+    return out
+
+
+def _latent_attention(m: ModelConfig, tp: int) -> list[Weight]:
+    """The projections to narrow vectors, and their norms, are whole on all ranks (parallel/heads.py)."""
+    D, heads, narrow = m.hidden_size, m.num_attention_heads // tp, m.q_lora_rank
+    whole = [(m.kv_lora_rank + m.qk_pos_emb_head_dim, D), *([(narrow, D)] if narrow else [])]
+    cut = [(heads * m.qk_width, narrow or D), (heads * (m.qk_head_dim + m.v_head_dim), m.kv_lora_rank)]
+    out = [Weight(shape) for shape in (*whole, *cut, (D, heads * m.v_head_dim))]
+    if m.add_bias_linear:
+        out += [Weight((rows,)) for rows, _ in (*whole, *cut)] + [Weight((D,))]
+    return out + _norm(m, m.kv_lora_rank) + (_norm(m, narrow) if narrow else [])
 
 
 def _mlp(m: ModelConfig, width: int) -> list[Weight]:

@@ -10,7 +10,7 @@ import functools
 from dataclasses import asdict, dataclass, replace
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.model.flops import flops_per_token
+from megatron_moe.model.flops import attention_matrices, flops_per_token, score_flops
 from megatron_moe.training.planning import activations as act
 from megatron_moe.training.planning.layout import Layout
 from megatron_moe.training.planning.machines import Assumptions, Machine
@@ -98,7 +98,7 @@ def _seconds_per_token(run: RunConfig, layout: Layout, vocab_size: int, machine:
     """Of forward and backward over the whole model. FLOPs are those of model/flops.py; experts wait for the busiest rank."""
     m, moe, S = run.model, run.moe, run.training.seq_length
     total = flops_per_token(m, moe, S, vocab_size)
-    attention = 3 * 2 * m.num_attention_heads * m.head_dim * S * m.num_layers  # scores and values, halved by the causal mask
+    attention = 3 * sum(score_flops(m, S, m.window_of(layer)) for layer in range(1, m.num_layers + 1))
     experts = 0.0
     for n in moe.experts_per_layer(m.num_layers):
         if n > 1:
@@ -106,7 +106,7 @@ def _seconds_per_token(run: RunConfig, layout: Layout, vocab_size: int, machine:
             experts += 3 * 2 * matrices * moe.topk * (min(assumed.load_skew, degree(run, layout, n)) - 1)
     logits = 3 * 2 * m.hidden_size * m.padded_vocab_size(vocab_size)
     dense = total - attention + experts
-    projections = 3 * 2 * m.hidden_size * m.head_dim * 2 * (m.num_attention_heads + m.key_value_heads) * m.num_layers
+    projections = 3 * 2 * attention_matrices(m) * m.num_layers
     if layout.recompute == "full":  # another forward of all but the logits
         dense, attention = dense + (dense - logits) / 3, attention * 4 / 3
     elif layout.recompute == "selective":
@@ -179,7 +179,7 @@ def _expert_parallel(x: act.Shapes, num_experts: int, machine: Machine, assumed:
 def _context_parallel(x: act.Shapes, machine: Machine, assumed: Assumptions) -> float:
     """Of a layer: keys and values gathered, their gradients scattered, gathered again where attention is recomputed."""
     m, layout = x.run.model, x.layout
-    size = 2 * x.T * layout.cp * max(m.key_value_heads // layout.tp, 1) * m.head_dim * x.a
+    size = x.T * layout.cp * max(m.key_value_heads // layout.tp, 1) * (m.qk_width + m.v_width) * x.a
     return (2 + bool(layout.recompute)) * _ring(size, layout.cp, layout.tp, machine, assumed)
 
 

@@ -299,9 +299,31 @@ def _model(run: RunConfig, layout: _Layout, num_layers: int, length: int, data_r
         m, num_layers=num_layers, hidden_size=hidden, num_attention_heads=heads,
         num_key_value_heads=None if m.num_key_value_heads is None else groups, kv_channels=None if m.kv_channels is None else 8,
         ffn_hidden_size=ffn, max_position_embeddings=length + 1, make_vocab_size_divisible_by=vocab_multiple, vocab_size=vocab_size,
-        init_method_std=max(m.init_method_std, 0.02),
+        init_method_std=max(m.init_method_std, 0.02), **_attention_variants(m, hidden // heads, num_layers, length, notes),
     )  # fmt: skip
     return model, vocab_size
+
+
+def _attention_variants(m: Any, head_width: int, num_layers: int, length: int, notes: _Notes) -> dict[str, Any]:
+    """Widths of latent attention, a window within the short sequences and on as many kinds of layers, rotated channels in pairs."""
+    small: dict[str, Any] = {}
+    if m.multi_latent_attention:
+        small = {"kv_lora_rank": 12, "qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head_dim": 10}
+        if m.q_lora_rank:
+            small["q_lora_rank"] = 14
+        small = {name: min(getattr(m, name), size) for name, size in small.items()}
+    elif m.rotary_percent < 1:
+        width = 8 if m.kv_channels else head_width
+        if int(width * m.rotary_percent) % 2 or int(width * m.rotary_percent) < 2:
+            small["rotary_percent"] = 0.5 if width % 4 == 0 else 1.0
+    if m.window_size:
+        windows = {m.window_of(layer) for layer in range(1, m.num_layers + 1)}
+        small["window_size"] = min(m.window_size, length // 3)
+        # both kinds: every second layer is full; one kind: that of all layers
+        small["window_attn_skip_freq"] = (2,) if len(windows) > 1 else (1,) if windows == {None} else None
+    for name, size in small.items():
+        notes.size(name, getattr(m, name), size)
+    return small
 
 
 def _teacher_widths(run: RunConfig, model: Any) -> dict[str, Any]:
@@ -337,7 +359,7 @@ def _experts(run: RunConfig, layout: _Layout, notes: _Notes) -> tuple[MoEConfig,
     if old.moe_token_dropping and old.moe_min_capacity > 1 and run.moe.has_experts:
         notes.changed.append(f"--moe-min-capacity {old.moe_min_capacity} -> 1: so few tokens would else never be dropped")
     moe = dataclasses.replace(
-        old, num_experts=slots, expert_interval=interval, topk=k, moe_expert_parallel_size=ep, moe_router_num_groups=groups[0],
+        old, num_experts=slots, expert_interval=interval, moe_first_k_dense_replace=interval if old.moe_first_k_dense_replace else 0, topk=k, moe_expert_parallel_size=ep, moe_router_num_groups=groups[0],
         moe_router_group_topk=groups[1], moe_top2_2nd_expert_sampling=sampling, moe_token_drop_policy=order,
         moe_loss_warmup_iters=min(old.moe_loss_warmup_iters, STEPS), moe_min_capacity=min(old.moe_min_capacity, 1),
     )  # fmt: skip
@@ -406,15 +428,20 @@ def _small_sizes(
 
 def _layers(run: RunConfig, student: RunConfig, interval: int, sizes: dict[int, int], layout: _Layout) -> tuple[tuple[int, ...], int]:
     """One MoE layer for each kind that the run has, at least one for each pipeline stage; and the number of layers."""
-    experts, old = run.moe.experts_per_layer(run.model.num_layers), student.moe.expert_interval
-    slots = tuple(dict.fromkeys(sizes[n] for n in experts[old - 1 :: old]))
+    experts, old, dense = (
+        run.moe.experts_per_layer(run.model.num_layers),
+        student.moe.expert_interval,
+        student.moe.moe_first_k_dense_replace,
+    )
+    slots = tuple(dict.fromkeys(sizes[experts[i]] for i in range(old - 1, len(experts), old) if i >= dense))
     pp = layout.parallel.pipeline_model_parallel_size
     stages = pp * _virtual(student, layout)
     if all(n == 1 for n in slots):
         return (1,), _near(2, interval * stages)
-    count = _near(len(slots), stages)
+    first = int(bool(dense))  # the first of the places for experts is dense
+    count = _near(len(slots) + first, stages)
     has_tail = len(experts) % old and interval == 2 and pp == 1
-    return tuple(slots[i % len(slots)] for i in range(count)), interval * count + bool(has_tail)
+    return tuple(slots[i % len(slots)] for i in range(count - first)), interval * count + bool(has_tail)
 
 
 def _same_under_every_split(moe: MoEConfig, notes: _Notes) -> MoEConfig:
