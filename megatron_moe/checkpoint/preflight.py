@@ -30,10 +30,13 @@ ORDER_SETTINGS = ("data_order", "train_data_exact_num_epochs")
 
 
 def checkpoint_problems(run: RunConfig, architecture: dict[str, Any]) -> list[str]:
-    """One sentence per mistake in the checkpoint flags; `architecture` is what the run is about to build."""
-    config = run.checkpoint
-    problems = list(load_problems(run, architecture)) if config.load else []
-    return problems + ([*_save_problems(Path(config.save)), *_branch_problems(config)] if config.save else [])
+    """One sentence per mistake in the checkpoint flags; `architecture` is what the run is about to build.
+
+    What --moe-use-upcycling loads is another model: `dense_problems` looks at it.
+    """
+    config, is_upcycled = run.checkpoint, run.upcycling.moe_use_upcycling
+    problems = list(load_problems(run, architecture)) if config.load and not is_upcycled else []
+    return problems + ([*_save_problems(Path(config.save)), *_branch_problems(config, is_upcycled)] if config.save else [])
 
 
 def load_problems(run: RunConfig, architecture: dict[str, Any]) -> Iterator[str]:
@@ -167,10 +170,46 @@ def teacher_problems(run: RunConfig, architecture: dict[str, Any], fingerprint: 
         yield f"{where} was trained with another tokenizer (fingerprint {made_by}) than this run has (fingerprint {fingerprint})"
 
 
-def _why_missing(directory: Path) -> str:
+def _why_missing(directory: Path, of: str = "teacher") -> str:
     if not directory.is_dir():
-        return "there is no such directory; give the run directory (--save) of the teacher's training"
+        return f"there is no such directory; give the run directory (--save) of the {of}'s training"
     return other_format(directory) or f"there is no checkpoint in it (no {iteration_name(100)} or alike)"
+
+
+# ---------------------------------------------------------------- the dense model of --moe-use-upcycling
+
+
+def dense_problems(run: RunConfig, architecture: dict[str, Any], fingerprint: str | None) -> Iterator[str]:
+    """What keeps --load from being the dense model that the experts are made of, whose `architecture` this is. Only reads."""
+    given, step = run.checkpoint.load, run.checkpoint.ckpt_step
+    try:
+        directory, step = run_directory(given, step)
+    except ValueError as error:
+        yield str(error)
+        return
+    present = iterations_in(directory)
+    if not present or step not in (None, *present):
+        why = _known(present) if present else _why_missing(directory, "dense model")
+        yield f"--load {given}: {why} (--moe-use-upcycling)"
+        return
+    where = f"--load {given}: {iteration_name(step if step is not None else present[-1])}"
+    try:
+        meta = read_manifest(directory / iteration_name(step if step is not None else present[-1])).meta
+    except CheckpointError as error:
+        yield f"--load {given}: {error}"
+        return
+    saved = meta.get("architecture", architecture)
+    if max(saved.get("experts_per_layer", [1])) > 1:
+        yield (f"{where} has experts already ({' '.join(map(str, saved['experts_per_layer']))} per layer), and --moe-use-upcycling starts "
+               "from a dense model; drop the flag to go on with these experts")  # fmt: skip
+    elif table := architecture_differences(saved, architecture):
+        yield "\n    ".join([f"{where} is not the dense model of these flags; only what is about experts may differ", *table])
+    then, now = ({"params_dtype": s.get("training", {}).get("params_dtype")} for s in (meta.get("config") or run.to_dict(), run.to_dict()))
+    if table := architecture_differences(then, now):
+        yield "\n    ".join([f"{where} was trained with another type of parameters; make them equal", *table])
+    made_by = meta.get("tokenizer", {}).get("fingerprint")
+    if fingerprint and made_by and made_by != fingerprint:
+        yield f"{where} was trained with another tokenizer (fingerprint {made_by}) than this run has (fingerprint {fingerprint})"
 
 
 def _routing_settings(moe: dict[str, Any]) -> dict[str, Any]:
@@ -191,15 +230,16 @@ def _save_problems(directory: Path) -> Iterator[str]:
         yield f"--save {directory}: cannot write there ({error.strerror or error}); choose another directory"
 
 
-def _branch_problems(config: CheckpointConfig) -> Iterator[str]:
+def _branch_problems(config: CheckpointConfig, is_upcycled: bool) -> Iterator[str]:
     """A directory holds one run. Checkpoints left from another, or ahead of where this one starts, would win the next resume."""
     present = iterations_in(Path(config.save))
-    goes_on = _is_same(config.load or "", config.save) and not config.finetune and not config.reset_iteration
+    goes_on = _is_same(config.load or "", config.save) and not (config.finetune or config.reset_iteration or is_upcycled)
     goes_on = goes_on and config.ckpt_step in (None, *present[-1:])
     if present and not goes_on:
         yield (
             f"--save {config.save} already holds {_known(present)}, and this run does not go on from the newest ({present[-1]}): "
-            f"add --load {config.save} (without --ckpt-step, --finetune and --reset-iteration) to go on, or choose another --save"
+            f"add --load {config.save} (without --ckpt-step, --finetune{', --moe-use-upcycling' if is_upcycled else ''} and "
+            f"--reset-iteration) to go on, or choose another --save"
         )
 
 

@@ -10,16 +10,17 @@ import torch.distributed as dist
 from megatron_moe.checkpoint.files import CheckpointError
 
 T = TypeVar("T")
+ALONE = object()  # instead of a process group: this rank by itself, also where there are others
 
 
 class Ranks:
-    """The ranks that share a checkpoint: a process group, the default one, or this process when there is none."""
+    """The ranks that share a checkpoint: a process group, the default one, or this process when there is none, or it wants to be ALONE."""
 
-    def __init__(self, process_group: dist.ProcessGroup | None = None):
-        self.group = process_group
-        self.is_distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank(process_group) if self.is_distributed else 0
-        self.size = dist.get_world_size(process_group) if self.is_distributed else 1
+    def __init__(self, process_group: dist.ProcessGroup | object | None = None):
+        self.is_distributed = process_group is not ALONE and dist.is_available() and dist.is_initialized()
+        self.group = process_group if self.is_distributed else None
+        self.rank = dist.get_rank(self.group) if self.is_distributed else 0
+        self.size = dist.get_world_size(self.group) if self.is_distributed else 1
 
     def all(self, step: str, work: Callable[[], T]) -> list[T]:
         """`work()` on every rank; the results in rank order. One rank's exception is a CheckpointError on every rank."""

@@ -31,6 +31,7 @@ from megatron_moe.config.pipeline import (
 )
 from megatron_moe.config.precision import LossScaleConfig
 from megatron_moe.config.training import OptimizerConfig, TrainingConfig
+from megatron_moe.config.upcycling import UpcyclingConfig, upcycling_problems, upcycling_warnings
 
 GROUPS: dict[str, type] = {
     "model": ModelConfig,
@@ -42,6 +43,7 @@ GROUPS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "curriculum": CurriculumConfig,
     "distillation": DistillationConfig,
+    "upcycling": UpcyclingConfig,
     "tokenizer": TokenizerConfig,
     "data": DataConfig,
     "checkpoint": CheckpointConfig,
@@ -63,6 +65,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    upcycling: UpcyclingConfig = field(default_factory=UpcyclingConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -153,6 +156,7 @@ class RunConfig:
             yield "--compile makes graphs of one sequence length and --curriculum-learning has many; leave one of them out"
         yield from pipeline_problems(self.parallel, m, t, self.distillation.is_on)
         yield from self._ring_problems()
+        yield from upcycling_problems(self)
         if self.data.data_order == "megatron" and t.seed >= 2**32:
             yield f"--data-order megatron takes a --seed below {2**32}, not {t.seed}: that is all that Megatron's generator can be given"
 
@@ -220,6 +224,10 @@ class RunConfig:
         memory = dataclasses.replace(self.memory, cpu_offloading=False, cpu_optimizer=False)
         return dataclasses.replace(self, model=model, moe=moe, training=training, memory=memory, distillation=DistillationConfig())
 
+    def dense(self) -> RunConfig:
+        """The run of the dense model that --moe-use-upcycling starts from, laid out like this one."""
+        return dataclasses.replace(self, moe=MoEConfig(), upcycling=UpcyclingConfig(), distillation=DistillationConfig())
+
     def warnings(self, given: Collection[str] = ()) -> Iterator[str]:
         """What is allowed but probably not meant. `given`: names of the settings that somebody chose, also where that is the default."""
         for name in ("sequence_parallel", "enable_expert_tensor_parallelism"):
@@ -240,6 +248,7 @@ class RunConfig:
             yield "--add-qkv-bias has no effect with biases in all linear layers; add --disable-bias-linear"
         if self.moe.moe_first_k_dense_replace and not self.moe.has_experts:
             yield f"--moe-first-k-dense-replace ({self.moe.moe_first_k_dense_replace}) has no effect: all layers are dense; see --num-experts"
+        yield from upcycling_warnings(self)
         if self.distillation.mos and not self.moe.has_experts:
             yield "--mos with a dense student is plain distillation (--kd): a Mixture-of-Students keeps its experts; see --num-experts"
         if (longest := self.curriculum.longest(self.training.seq_length)) < self.training.seq_length:

@@ -51,10 +51,11 @@ class NativeSource:
         import torch
 
         from megatron_moe.checkpoint.load import load_tensors
+        from megatron_moe.checkpoint.ranks import ALONE
 
         for group in _groups(names, self.tensors):
             tensors = {n: torch.empty(self.tensors[n]["shape"], dtype=getattr(torch, self.tensors[n]["dtype"])) for n in group}
-            load_tensors(self.path, tensors, complete=())
+            load_tensors(self.path, tensors, complete=(), process_group=ALONE)  # other ranks may want other tensors
             for name in group:
                 yield name, tensors[name]
 

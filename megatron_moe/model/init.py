@@ -39,9 +39,9 @@ def initialize_parameters(model: nn.Module, seed: int, std: float, num_layers: i
         if _EXPERT_STACK.search(name):
             for i, expert in enumerate(range(slices[0].start, slices[0].stop)):
                 key = name if identical_experts else f"{name}/{expert}"
-                local[i].copy_(_draw(name, key, tuple(p.shape[1:]), seed, scale)[slices[1:]])
+                local[i].copy_(draw(name, key, tuple(p.shape[1:]), seed, scale)[slices[1:]])
         else:
-            local.copy_(_draw(name, name, tuple(p.shape), seed, scale)[slices])
+            local.copy_(draw(name, name, tuple(p.shape), seed, scale)[slices])
 
 
 def _draw_module_experts(model: nn.Module, seed: int, identical: bool) -> set[str]:
@@ -60,7 +60,8 @@ def _draw_module_experts(model: nn.Module, seed: int, identical: bool) -> set[st
     return names
 
 
-def _draw(name: str, key: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
+def draw(name: str, key: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
+    """Initial values of a parameter (or one expert of a stack), float32; its generator is seeded by `key`."""
     if re.search(r"norm\.weight$", name):
         return torch.ones(shape)
     if name.endswith("bias") or re.search(r"\.b\w+$", name):

@@ -27,6 +27,8 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
     teacher                 of distillation, null without: layers (their experts), parameters (total, active), flops_per_token (forward
                             alone), stop_iters, stop_tokens, per_rank: fullest and emptiest: rank, dense_parameters,
                             expert_parameters, bytes (parameters, gathered). It comes on top of per_rank
+    upcycling               of a dense model, null without: dense (its run directory), parts (experts that an MLP is cut into), router_std
+                            (spread of the new routers), inexact_because (why the first logits are not the dense ones; empty: they are)
     groups                  tp dp pp cp etp: number, size, stride, ranks; ep and edp the same for each degree. With hybrid
                             sharding shard and replicate, and for each degree expert_shard and expert_replicate. Above 128 ranks
                             `ranks` has the first and the last group only; the others follow by stride
@@ -59,13 +61,14 @@ from typing import Any
 
 import torch
 
-from megatron_moe.checkpoint.preflight import load_problems, teacher_problems
+from megatron_moe.checkpoint.preflight import dense_problems, load_problems, teacher_problems
 from megatron_moe.config.flags import ConfigError, fields_of
 from megatron_moe.config.parallel import split_over_nodes
 from megatron_moe.config.pipeline import stages_of_rank
 from megatron_moe.config.presets import GPT2_VOCAB_SIZE
 from megatron_moe.config.run import GROUPS, RunConfig
 from megatron_moe.config.training import DECAY_LENGTHS, RUN_LENGTHS, WARMUP_LENGTHS
+from megatron_moe.config.upcycling import inexact_because, router_std
 from megatron_moe.data.loader import data_problems, prefixes_of, training_sizes
 from megatron_moe.model.flops import ParameterCounts, flops_per_token, parameter_counts
 from megatron_moe.model.loss import columns_at_a_time
@@ -115,6 +118,7 @@ def build_plan(
         "per_rank": _per_rank(run, world_size, here.vocab_size),
         "loss": _loss(run, here.vocab_size),
         "teacher": _teacher(run, world_size, here.vocab_size) if run.distillation.is_on else None,
+        "upcycling": _upcycling(run) if run.upcycling.moe_use_upcycling else None,
         "groups": _groups(run, world_size),
         "batch": _batch(run, world_size),
         "length": _length(run, world_size),
@@ -186,7 +190,10 @@ def plan_problems(run: RunConfig, world_size: int, here: Here) -> Iterator[str]:
     yield from data_problems(run.data, run.training.seq_length, vocab_size, fingerprint, unseen=here.missing)
     load, teacher, absent = run.checkpoint.load, run.distillation.load_teacher, _absent_checkpoint(run)
     if load and load not in absent and here.vocabulary_is_known:
-        yield from load_problems(run, run.architecture(here.vocab_size))
+        if run.upcycling.moe_use_upcycling:
+            yield from dense_problems(run, run.dense().architecture(here.vocab_size), fingerprint)
+        else:
+            yield from load_problems(run, run.architecture(here.vocab_size))
     if run.distillation.is_on and teacher and teacher not in absent and here.vocabulary_is_known:
         yield from teacher_problems(run, run.teacher().architecture(here.vocab_size), fingerprint)
     if world_size % run.parallel.model_parallel_size:
@@ -337,6 +344,13 @@ def rank_footprint(run: RunConfig, world_size: int, vocab_size: int, rank: int) 
         assert built == expected, f"parameters: built {built}, counted {expected}"
         half = getattr(torch, run.training.half) if run.training.half else None
         return footprint(model, run.optimizer, run.parallel.zero_stage, half)
+
+
+def _upcycling(run: RunConfig) -> dict[str, Any]:
+    return {
+        "dense": run.checkpoint.load, "parts": run.upcycling.moe_upcycling_granularity, "router_std": router_std(run),
+        "inexact_because": inexact_because(run),
+    }  # fmt: skip
 
 
 def _teacher(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, Any]:

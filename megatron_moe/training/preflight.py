@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_moe.checkpoint.preflight import checkpoint_problems, teacher_problems
+from megatron_moe.checkpoint.preflight import checkpoint_problems, dense_problems, teacher_problems
 from megatron_moe.config.data import MOCK_VOCAB_SIZE
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.run import RunConfig
@@ -52,6 +52,8 @@ def prepare(run: RunConfig, world_size: int) -> Prepared:
     described = dataclasses.asdict(run.tokenizer) | {"fingerprint": fingerprint}
     prepared = Prepared(run, vocab_size, tokenizer.eod if tokenizer else -1, described)
     problems += checkpoint_problems(run, prepared.architecture)
+    if run.upcycling.moe_use_upcycling:
+        problems += dense_problems(run, run.dense().architecture(vocab_size), fingerprint)
     if run.distillation.is_on and run.distillation.load_teacher:
         problems += teacher_problems(run, run.teacher().architecture(vocab_size), fingerprint)
     problems += apex_problems(run.optimizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -48,6 +48,7 @@ from megatron_moe.training.replicas import ReplicaDriftError, ReplicaWatch
 from megatron_moe.training.signals import Stopper
 from megatron_moe.training.stages import idle_of, layer_ranges, schedule_name, stages_of
 from megatron_moe.training.step import StepResult, train_step
+from megatron_moe.training.upcycling import Upcycled, compare_with_dense, upcycle, verdict
 from megatron_moe.training.verify.ranks import verify_or_exit
 from megatron_moe.training.watchdog import Watchdog
 from megatron_moe.utils.logging import logger, setup_logging
@@ -148,12 +149,13 @@ def set_up(
     tracker = build_tracker(config.logging, config.checkpoint.save, world.rank, total, config.global_batch_size(world.size))
     manager = CheckpointManager(config.checkpoint.save, world.cpu_group, config.checkpoint.keep_last) if config.checkpoint.save else None
     report_start(prepared, world, mesh, model, tracker, total)
-    progress = Progress()
-    if (resumed := resume(prepared, model, optimizer, world, loss_scale)) is not None:
+    progress, upcycled = Progress(), None
+    if config.upcycling.moe_use_upcycling:
+        upcycled = upcycle(prepared, model, world)
+        tell_notes(tracker, upcycled.notes)
+    elif (resumed := resume(prepared, model, optimizer, world, loss_scale)) is not None:
         progress, path, notes = resumed
-        for note in notes:
-            logger.warning(note)
-            tracker.event("alert", reason=note)
+        tell_notes(tracker, notes)
         tracker.event("load", iteration=progress.iteration, path=path)
         total = config.train_iterations(world.size, progress.consumed)
         tracker.set_length(total)
@@ -162,6 +164,8 @@ def set_up(
         progress.ordered_samples = list(config.wanted_samples(world.size))
     seq_length, seed = config.training.seq_length, config.training.seed
     datasets = in_turn(world, lambda: build_datasets(config.data, seq_length, seed, prepared.vocab_size, progress.ordered_samples))
+    if upcycled is not None:
+        report_upcycling(prepared, upcycled, model, mesh, world, datasets, tracker)
     stopper = Stopper(config.training, world.cpu_group)
     watchdog = Watchdog(world.rank, config.parallel.distributed_timeout_minutes, last_words)
     replicas = ReplicaWatch(model, optimizer, world.device) if config.training.check_replicas_interval else None
@@ -173,6 +177,29 @@ def set_up(
         alerts = ExpertAlerts(config.moe, config.logging.moe_alert_dropped_fraction)
     return Run(prepared, world, mesh, model, optimizer, loss_scale, schedule, weight_decay, pace, datasets, tracker, alerts, stopper, watchdog,
                replicas, manager, lock, progress, total, distillation)  # fmt: skip
+
+
+def tell_notes(tracker: Tracker, notes: Iterable[str]) -> None:
+    for note in notes:
+        logger.warning(note)
+        tracker.event("alert", reason=note)
+
+
+def report_upcycling(
+    prepared: Prepared, upcycled: Upcycled, model: GPT | PipelinedGPT, mesh: mpu.ParallelMesh, world: World, datasets: SplitDatasets,
+    tracker: Tracker,
+) -> None:  # fmt: skip
+    """How far the first logits are from those of the dense model, on the first micro-batch of every rank. Collective."""
+    c = prepared.run
+    read = build_loader(
+        datasets.train, 0, c.training.micro_batch_size, mesh.rank("dp"), mesh.size("dp"), 1, 0, collate_of(prepared), num_steps=1
+    )
+    difference = compare_with_dense(prepared, upcycled, model, mesh, world, next(iter(read)))
+    path = str(upcycled.source.path)
+    logger.info("upcycled from %s: %s", path, verdict(c, difference))
+    tracker.event(
+        "load", dense=path, difference=difference.largest, of=difference.of, tokens=difference.tokens
+    )  # no iteration: it is none of this run
 
 
 def set_up_distillation(
@@ -252,7 +279,7 @@ def loader_of(run: Run) -> Iterator[Batch]:
     return iter(
         build_loader(
             as_read_here(run, run.datasets.train), run.progress.consumed_samples, c.training.micro_batch_size, run.mesh.rank("dp"),
-            run.mesh.size("dp"), lambda samples: run.microbatches_of(run.pace.batch_size(samples)), c.data.num_workers, collate_of(run),
+            run.mesh.size("dp"), lambda samples: run.microbatches_of(run.pace.batch_size(samples)), c.data.num_workers, collate_of(run.prepared),
         )
     )  # fmt: skip
 
@@ -266,10 +293,10 @@ def as_read_here(run: Run, dataset: Any) -> Any:
     return Unread(run.config.training.seq_length) if is_between and not looks_at_tokens else dataset
 
 
-def collate_of(run: Run):
-    d = run.config.data
+def collate_of(prepared: Prepared):
+    d = prepared.run.data
     return partial(
-        make_batch, eod=run.prepared.eod, reset_position_ids=d.reset_position_ids,
+        make_batch, eod=prepared.eod, reset_position_ids=d.reset_position_ids,
         reset_attention_mask=d.reset_attention_mask, eod_mask_loss=d.eod_mask_loss,
     )  # fmt: skip
 
@@ -284,7 +311,9 @@ def run_evaluation(run: Run, split: str = "valid") -> bool:
     if num_micro == 0:
         logger.warning("no %s evaluation: %d samples are fewer than one micro-batch per rank (%d)", split, len(dataset), micro * dp)
         return False
-    batches = build_loader(as_read_here(run, dataset), 0, micro, run.mesh.rank("dp"), dp, 1, 0, collate_of(run), num_steps=num_micro)
+    batches = build_loader(
+        as_read_here(run, dataset), 0, micro, run.mesh.rank("dp"), dp, 1, 0, collate_of(run.prepared), num_steps=num_micro
+    )
     in_flight = c.num_microbatches(run.world.size)
     result = evaluate(run.model, batches, run.mesh, run.world.device, lambda: run.stopper.agreed() is not None, in_flight)
     if result is None:
