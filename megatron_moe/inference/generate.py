@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,7 @@ from megatron_moe.inference.sampling import sample
 from megatron_moe.model.core import all_are_here
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.loss import mask_padding
+from megatron_moe.moe.layer import moe_layers
 from megatron_moe.parallel.tensor import VocabParallelProjection
 from megatron_moe.parallel.zero import reshard
 
@@ -49,36 +50,69 @@ def collect(steps: Iterator[list[int | None]], num_prompts: int) -> list[list[in
 def stream(
     model: GPT,
     prompts: Prompts,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     sampling: SamplingConfig,
     eod: int | None = None,
     generator: torch.Generator | None = None,
+    finished: set[int] | None = None,
 ) -> Iterator[list[int | None]]:
-    """Yields the next token of every prompt, None where the document has ended; stops when all have.
+    """Yields the next token of every prompt, None where the text has ended; stops when all have. `max_new_tokens`: of all, or of each.
 
     An empty prompt starts from `eod`. Greedy tokens of a prompt do not depend on the others; draws do, as all come from one
     `generator` (on the model's device). Between two steps the model belongs to this stream.
+    The caller may add numbers of prompts (from 0) to `finished` between two steps: these end there.
 
-    A model in a layout: every rank calls it with the same prompts, the draws of rank 0 count, and all ranks get the same tokens.
+    A model in a layout: every rank calls it with the same prompts. The draws of rank 0 count, what rank 0 has finished, and when
+    rank 0 closes the stream; all ranks get the same tokens.
     """
+    finished = set() if finished is None else finished
     prompts = [start(prompt, eod) for prompt in prompts]
     problems = prompt_problems(model, prompts, max_new_tokens)
     if problems:
         raise ValueError("\n".join(problems))
     tokens_BS, lengths_B = padded(prompts, model.output_weight.device)
     positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-    last_B = lengths_B - 1
-    ended = [False] * len(prompts)
-    with evaluating(model), cached_attention(model, tokens_BS.shape[1] + max_new_tokens):
-        for step in range(max_new_tokens):
+    limits_B = torch.as_tensor(max_new_tokens, device=lengths_B.device).expand_as(lengths_B)
+    steps = int(limits_B.max())
+    at_B, last_B = lengths_B - 1, lengths_B - 1
+    ended_B = torch.zeros_like(lengths_B, dtype=torch.bool)
+    with evaluating(model), cached_attention(model, tokens_BS.shape[1] + steps):
+        for step in range(1, steps + 1):
             next_B = next_tokens_of(model, logits_at(model, tokens_BS, positions_BS, last_B), sampling, generator)
             next_tokens = next_B.tolist()
-            ended = [done or token == eod for done, token in zip(ended, next_tokens)]
+            ended_B |= next_B == (-1 if eod is None else eod)
+            ended = ended_B.tolist()
             if all(ended):
                 return
-            yield [None if done else token for done, token in zip(ended, next_tokens)]
-            # rows that have ended go on unseen: they keep to their slots and, without dropping, touch nobody
-            tokens_BS, positions_BS, last_B = next_B[:, None], (lengths_B + step)[:, None], torch.zeros_like(lengths_B)
+            try:
+                yield [None if done else token for done, token in zip(ended, next_tokens)]
+            except GeneratorExit:
+                agree_on_ended(model, torch.ones_like(ended_B))  # or the other ranks would go on
+                raise
+            unwanted_B = torch.tensor([row in finished for row in range(len(prompts))], device=ended_B.device)
+            ended_B = agree_on_ended(model, ended_B | unwanted_B | (limits_B <= step))
+            if bool(ended_B.all()):
+                return
+            # rows that have ended go on unseen, at the place where they are: without dropping, they touch nobody
+            at_B = torch.where(ended_B, at_B, at_B + 1)
+            tokens_BS, positions_BS, last_B = next_B[:, None], at_B[:, None], torch.zeros_like(lengths_B)
+
+
+def is_in_a_layout(model: GPT) -> bool:
+    """Whether several ranks answer together."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    has_columns = isinstance(model.project, VocabParallelProjection)
+    return has_columns or isinstance(model, FSDPModule) or any(moe.dispatcher.name != "local" for moe in moe_layers(model))
+
+
+def agree_on_ended(model: GPT, ended_B: Tensor) -> Tensor:
+    """Rank 0's: only it may know who has gone away. bool [B]"""
+    if not is_in_a_layout(model):
+        return ended_B
+    flags_B = ended_B.to(torch.uint8)
+    dist.broadcast(flags_B, src=0)
+    return flags_B.bool()
 
 
 def next_tokens_of(model: GPT, logits_Bv: Tensor, sampling: SamplingConfig, generator: torch.Generator | None) -> Tensor:
@@ -86,7 +120,7 @@ def next_tokens_of(model: GPT, logits_Bv: Tensor, sampling: SamplingConfig, gene
     if isinstance(model.project, VocabParallelProjection):
         logits_Bv = model.project.gather(logits_Bv)
     next_B = sample(mask_padding(logits_Bv, model.vocab_size), sampling, generator)
-    if isinstance(model, FSDPModule):  # in a layout: ranks whose texts differ would wait for each other
+    if is_in_a_layout(model):  # ranks whose texts differ would wait for each other
         dist.broadcast(next_B, src=0)
     return next_B
 
@@ -98,26 +132,27 @@ def start(prompt: list[int], eod: int | None) -> list[int]:
     return prompt or [eod]
 
 
-def prompt_problems(model: GPT, prompts: Prompts, max_new_tokens: int) -> list[str]:
-    """What keeps these prompts from being continued, one sentence each."""
+def prompt_problems(model: GPT, prompts: Prompts, max_new_tokens: int | Sequence[int]) -> list[str]:
+    """What keeps these prompts from being continued, one sentence each. `max_new_tokens`: of all, or of each."""
     if model.locate is not all_are_here:
         return ["one token cannot be cut over ranks: build the model without --context-parallel-size and without --sequence-parallel"]
     if model.moe_config.moe_token_dropping and model.moe_config.has_experts:
         return ["token dropping lets a token's fate depend on its neighbours; build the model with moe_token_dropping=False"]
     config = model.config
     problems = [] if prompts else ["there is no prompt to continue"]
-    if max_new_tokens < 1:
-        problems.append(f"the number of new tokens must be at least 1, not {max_new_tokens}")
+    most_new = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    if wrong := [n for n in most_new if n < 1]:
+        problems.append(f"the number of new tokens must be at least 1, not {wrong[0]}")
     limit = config.max_position_embeddings if config.position_embedding_type == "learned_absolute" else None
-    for number, prompt in enumerate(prompts, start=1):
+    for number, (prompt, new) in enumerate(zip(prompts, most_new), start=1):
         wrong = [token for token in prompt if not 0 <= token < model.vocab_size]
         if wrong:
             problems.append(f"prompt {number} has the token {wrong[0]}, and the vocabulary goes from 0 to {model.vocab_size - 1}")
-        if limit is not None and len(prompt) + max_new_tokens > limit:
+        if limit is not None and len(prompt) + new > limit:
             room = limit - len(prompt)
-            remedy = f"ask for {room} or fewer" if room > 0 else f"shorten the prompt to {max(limit - max_new_tokens, 0)} tokens or fewer"
+            remedy = f"ask for {room} or fewer" if room > 0 else f"shorten the prompt to {max(limit - new, 0)} tokens or fewer"
             problems.append(
-                f"prompt {number} has {len(prompt)} tokens; with {max_new_tokens} new ones that exceeds the {limit} learned positions "
+                f"prompt {number} has {len(prompt)} tokens; with {new} new ones that exceeds the {limit} learned positions "
                 f"of the model (max_position_embeddings); {remedy}"
             )
     return problems

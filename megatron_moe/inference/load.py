@@ -1,4 +1,4 @@
-"""A checkpoint of any layout -> a plain model in one process, and the tokenizer that belongs to it."""
+"""A checkpoint of any layout -> a model in one process or in a layout of its own, and the tokenizer that belongs to it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from megatron_moe.checkpoint.load import load_tensors
 from megatron_moe.checkpoint.state import model_state
 from megatron_moe.config.data import TokenizerConfig
 from megatron_moe.config.run import RunConfig
+from megatron_moe.inference.layout import ONE_PROCESS, Layout, build_in_layout
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.plain import build_plain
 from megatron_moe.tokenizers import Tokenizer, build_tokenizer
@@ -31,6 +32,8 @@ class Loaded:
     tokenizer: Tokenizer | None
     path: Path
     notes: tuple[str, ...]
+    tokenizer_config: TokenizerConfig  # of `tokenizer`: where its files are
+    layout: Layout = ONE_PROCESS
 
 
 def load_for_inference(
@@ -39,21 +42,32 @@ def load_for_inference(
     device: str | torch.device = "cpu",
     tokenizer: TokenizerConfig | None = None,
     verify: str = "crc",
+    layout: Layout = ONE_PROCESS,
 ) -> Loaded:
     """The newest checkpoint of a run directory, or that of `step`; a single iter_ directory works too.
 
-    Only the model's tensors are read. `tokenizer` overrides where the tokenizer's files are. Raises CheckpointError for a
-    checkpoint that cannot be read, ValueError for a tokenizer that does not belong to it.
+    Only the model's tensors are read. `tokenizer` overrides where the tokenizer's files are. With a `layout` of several ranks it
+    is collective, and each reads its own part. Raises CheckpointError for a checkpoint that cannot be read, ValueError for a
+    tokenizer that does not belong to it or a layout that does not divide the model.
     """
-    found = find_checkpoint(*run_directory(directory, step), verify)
+    found = find_checkpoint(*run_directory(directory, step), verify, layout.group)
     meta = found.meta
     run, vocab_size = RunConfig.from_dict(meta["config"]), meta["vocab_size"]
+    flags = tokenizer_flags(meta["tokenizer"], tokenizer or TokenizerConfig())
     restored = restore_tokenizer(meta["tokenizer"], tokenizer or TokenizerConfig(), run.model.vocab_size, vocab_size)
     model = build_plain(run, vocab_size)
+    build_in_layout(model, run, layout, torch.device(device).type)
     model.to_empty(device=device)
-    load_tensors(found.path, model_state(model))
+    load_tensors(found.path, model_state(model), process_group=layout.group)
     eod = meta["eod"] if meta["eod"] >= 0 else restored.eod if restored else None
-    return Loaded(model.eval(), run, vocab_size, eod, restored, found.path, tuple(found.notes))
+    return Loaded(model.eval(), run, vocab_size, eod, restored, found.path, tuple(found.notes), flags, layout)
+
+
+def tokenizer_flags(saved: dict[str, Any], given: TokenizerConfig) -> TokenizerConfig:
+    """Those of training, but for the ones that are `given` now."""
+    fields = {field.name: saved.get(field.name) for field in dataclasses.fields(TokenizerConfig)}
+    fields |= {name: value for name, value in dataclasses.asdict(given).items() if value is not None}
+    return TokenizerConfig(**fields)
 
 
 def restore_tokenizer(saved: dict[str, Any], given: TokenizerConfig, null_size: int | None, vocab_size: int) -> Tokenizer | None:
@@ -61,9 +75,7 @@ def restore_tokenizer(saved: dict[str, Any], given: TokenizerConfig, null_size: 
 
     saved: TokenizerConfig as a dict, with its fingerprint. null_size: see build_tokenizer.
     """
-    fields = {field.name: saved.get(field.name) for field in dataclasses.fields(TokenizerConfig)}
-    fields |= {name: value for name, value in dataclasses.asdict(given).items() if value is not None}
-    config = TokenizerConfig(**fields)
+    config = tokenizer_flags(saved, given)
     if config.kind is None:
         return None
     tokenizer = build_tokenizer(config, null_size)

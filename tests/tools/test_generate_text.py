@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -131,3 +133,128 @@ def test_mistakes_of_the_command_line_are_reported_together(capsys):
     assert "--load DIR is missing" in err
     assert "there is no folder no/such/folder" in err
     assert "--top-p must be at most 1" in err
+
+
+def test_a_prompt_file_of_json_lines_has_stop_strings_of_each_prompt(byte_run, tmp_path, capsys):
+    file, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    words = ["--load", byte_run, "--prompt-file", str(file), "--greedy", "--max-new-tokens", "12", "--output", str(output)]
+    file.write_text('{"prompt": "ab"}\n\n{"prompt": "Gr\\u00fc\\u00dfe"}\n')
+    assert run_tool(capsys, *words)[0] == 0
+    free = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    stop = free[0]["continuation"][5:7]
+    file.write_text(json.dumps({"prompt": "ab", "stop": [stop]}) + "\n" + json.dumps({"prompt": "Gr\u00fc\u00dfe", "stop": []}) + "\n")
+    assert run_tool(capsys, *words)[0] == 0
+    first, second = (json.loads(line) for line in output.read_text(encoding="utf-8").splitlines())
+    assert first["stopped_by"] == "stop string"
+    assert first["continuation"] == free[0]["continuation"].partition(stop)[0]
+    assert second == free[1]
+    code, _, _ = run_tool(capsys, *words, "--stop", free[1]["continuation"][2])  # of all prompts, beside their own
+    second = json.loads(output.read_text(encoding="utf-8").splitlines()[1])
+    assert (code, second["stopped_by"]) == (0, "stop string")
+
+
+def test_lines_that_are_no_prompts_are_all_named(byte_run, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "ok"}\n{"prompt": 3}\nnot json\n{"prompt": "a", "stop": "b"}\n{"prompt": "a", "stops": []}\n')
+    code, out, err = run_tool(capsys, "--load", byte_run, "--prompt-file", str(file))
+    assert (code, out) == (2, "")
+    assert [f"line {n}:" in err for n in (1, 2, 3, 4, 5)] == [False, True, True, True, True]
+    assert "unknown key 'stops'" in err
+
+
+def test_streamed_text_is_the_text_that_is_shown_at_the_end(byte_run, capsys):
+    words = ["--load", byte_run, "--prompt", "ab", "cde", "--num-samples", "2", "--max-new-tokens", "9", "--top-k", "50"]
+    whole, live = run_tool(capsys, *words)[1], run_tool(capsys, *words, "--stream", "always")[1]
+    blocks = [block.split("\n", 1)[1] for block in whole.split("--- prompt ")[1:]]
+    streamed = [block.split("\n", 1)[1].rpartition("\n    (stopped by ")[0] + "\n" for block in live.split("--- prompt ")[1:]]
+    assert streamed == blocks
+    assert live.count("(stopped by --max-new-tokens)") == 4
+
+
+def chat(capsys, monkeypatch, lines, *words):
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    return run_tool(capsys, "--interactive", "--max-new-tokens", "5", "--greedy", *words)
+
+
+def test_a_conversation_goes_on_from_all_its_turns_until_it_is_reset(byte_run, capsys, monkeypatch):
+    from megatron_moe.inference.chat import PlainTemplate
+
+    code, out, err = chat(capsys, monkeypatch, ["Hi", "/reset", "/what", "Hi", "", "Yo", "/quit", "never"], "--load", byte_run)
+    assert code == 0
+    assert "(forgotten)" in err
+    assert "unknown command /what: there are /reset and /quit" in err
+    model, user, template = load_for_inference(byte_run).model, {"role": "user", "content": "Hi"}, PlainTemplate()
+    assert template.render([user]) == "User: Hi\n\nAssistant:"
+
+    def answer(messages):
+        ids = generate(model, [list(template.render(messages).encode())], 5, SamplingConfig(greedy=True), eod=256)[0]
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    first = answer([user])
+    again = answer([user, {"role": "assistant", "content": first.strip()}, {"role": "user", "content": "Yo"}])
+    assert out == f"{first}\n{first}\n{again}\n"
+
+
+def test_a_turn_that_does_not_fit_is_said_and_forgotten(byte_run, capsys, monkeypatch):
+    code, out, err = chat(capsys, monkeypatch, ["x" * 60, "Hi"], "--load", byte_run)
+    assert code == 0
+    assert "64 learned positions" in err
+    assert len(out.splitlines()) >= 1  # the second turn alone
+
+
+def test_the_chat_template_beside_a_tokenizer_is_used_in_a_sandbox(tmp_path, capsys, monkeypatch):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({"<|endoftext|>": 0, "<end>": 1, "u": 2, "a": 3, "Hi": 4, "?": 5}, unk_token="?")
+    backend = tokenizers.Tokenizer(words)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}u {{ m.content }} {{ eos_token }}{% endfor %}{% if add_generation_prompt %} a{% endif %}"
+    config = {"chat_template": template, "eos_token": {"content": "<end>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    run = save_tiny_run(tmp_path / "run", tokenizer_model=str(tmp_path / "tokenizer.json"))
+    code, _, err = chat(capsys, monkeypatch, ["Hi"], "--load", run)
+    assert code == 0
+    assert "tokenizer_config.json" in err
+
+    from megatron_moe.config.data import TokenizerConfig
+    from megatron_moe.inference.chat import tokenizer_template
+
+    read = tokenizer_template(TokenizerConfig(tokenizer_model=str(tmp_path / "tokenizer.json")))
+    assert read.render([{"role": "user", "content": "Hi"}]) == "u Hi <end> a"
+    assert read.stops == ("<end>",)
+    config["chat_template"] = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    _, out, err = chat(capsys, monkeypatch, ["Hi"], "--load", run)
+    assert (out, "refuses this conversation" in err) == ("", True)
+    assert chat(capsys, monkeypatch, ["Hi"], "--load", run, "--chat-template", "plain")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--interactive", "--prompt", "a", "--num-samples", "2"], "has no --num-samples 2"),
+        (["--chat-template", "plain", "--prompt", "a"], "add --interactive"),
+        (["--stop", "", "--prompt", "a"], "--stop: an empty text"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_named(byte_run, capsys, words, message):
+    with pytest.raises(SystemExit):
+        generate_text.main(["--load", byte_run, *words])
+    assert message in capsys.readouterr().err
+
+
+def test_a_layout_wants_its_ranks(byte_run, capsys):
+    code, _, err = run_tool(capsys, "--load", byte_run, "--prompt", "a", "--moe-expert-parallel-size", "2")
+    assert code == 2
+    assert "are for 2 processes, and 1 is running; start torchrun --nproc-per-node 2" in err
+
+
+@pytest.mark.matrix
+@pytest.mark.distributed
+def test_torchrun_shows_what_one_process_shows(byte_run, capsys):
+    words = ["--load", byte_run, "--prompt", "ab", "cde", "--max-new-tokens", "9", "--top-k", "50", "--stop", "q"]
+    alone = run_tool(capsys, *words)[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", generate_text.__file__]
+    degrees = ["--tensor-model-parallel-size", "2", "--moe-expert-parallel-size", "2"]
+    done = subprocess.run([*command, *words, *degrees], capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (0, alone), done.stderr
