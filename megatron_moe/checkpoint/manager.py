@@ -9,6 +9,7 @@ One save, step by step; a process may be killed between any two of them:
 5. the tracker file is replaced, and only then are older checkpoints deleted.
 
 Every `ranks.first` and `ranks.all` is a point where all ranks meet, so no rank waits for one that has failed.
+background.py takes the same steps while training goes on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,21 +55,39 @@ log = logging.getLogger(__name__)
 
 Fetch = Callable[[str], Tensor]  # name -> the tensor
 
+# thread_count=1: with more, a write that failed in a thread is reported as a success.
+WRITER_OPTIONS = {"sync_files": True, "thread_count": 1}
 HEADROOM = 1 << 20  # bytes beyond the tensors: zip headers, .metadata, manifest
 # What torch's zip writer says when a write comes back short.
 DISK_SIGNS = ("No space left", "Disk quota", "unexpected pos", "file write failed")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a save that has begun writes, and what its manifest will say."""
+
+    building: Path
+    final: Path
+    iteration: int
+    content: dict[str, dict[str, Any]]  # name -> global shape and dtype
+    meta: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        return tensors_size(self.content)
 
 
 class CheckpointManager:
     """Saves into one run directory, on behalf of all ranks of a process group (a gloo group if there is one).
 
     Every method is called by all ranks. A second job that saves into the same directory would have its unfinished saves swept.
+    keep_last: of the checkpoints, the newest so many stay; None keeps all. keep_every: those of its multiples stay whatever their age.
     """
 
-    def __init__(self, directory: str | Path, process_group=None, keep_last: int | None = None):
+    def __init__(self, directory: str | Path, process_group=None, keep_last: int | None = None, keep_every: int | None = None):
         assert keep_last is None or keep_last >= 1, f"{keep_last=}"
         self.directory = Path(directory)
-        self.keep_last = keep_last
+        self.keep_last, self.keep_every = keep_last, keep_every
         self.ranks = Ranks(process_group)
         self.sweep()
 
@@ -83,24 +104,41 @@ class CheckpointManager:
         An intact checkpoint of this iteration with the same tensors is kept as it is: resuming and stopping at once
         asks for that. With other tensors it is an error; a damaged one is moved out of the way.
         """
+        place = self.begin(iteration, tensors, meta)
+        if place is not None:
+            self.complete(place, lambda: self._write(place.building, tensors, place.size, fetch))
+        return self.directory / iteration_name(iteration)
+
+    def begin(self, iteration: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> Place | None:
+        """Agree on what is saved, and make the directory to write into. None where this checkpoint is there already."""
         final = self.directory / iteration_name(iteration)
         content = self._content(tensors)
         if self.ranks.first(f"saving {final.name}", lambda: self._is_saved(final, content)):
-            return final
+            return None
         building = self.ranks.first(f"saving {final.name}", lambda: self._begin(final, tensors_size(content), meta))
-        try:
+        place = Place(building, final, iteration, content, meta)
+        with self._removed_on_failure(place):
             self.ranks.all(f"saving {final.name}", lambda: _check_visible(building))
-            self.ranks.all(f"saving {final.name}", lambda: self._write(building, tensors, tensors_size(content), fetch))
-            written = self.ranks.all(f"checking {final.name}", lambda: self._written(building))
+        return place
+
+    def complete(self, place: Place, write: Callable[[], None]) -> None:
+        """`write()` this rank's shards; then check them, publish the checkpoint and delete older ones."""
+        with self._removed_on_failure(place):
+            self.ranks.all(f"saving {place.final.name}", write)
+            written = self.ranks.all(f"checking {place.final.name}", lambda: self._written(place.building))
             files = {name: entry for part in written for name, entry in part.items()}
-            manifest = Manifest(iteration, self.ranks.size, content, files, meta)
-            self.ranks.first(f"saving {final.name}", lambda: self._commit(building, final, manifest))
+            manifest = Manifest(place.iteration, self.ranks.size, place.content, files, place.meta)
+            self.ranks.first(f"saving {place.final.name}", lambda: self._commit(place.building, place.final, manifest))
+        self.ranks.first("deleting older checkpoints", lambda: self._prune(place.iteration))
+
+    @contextmanager
+    def _removed_on_failure(self, place: Place) -> Iterator[None]:
+        try:
+            yield
         except CheckpointError:
             if self.ranks.rank == 0:
-                shutil.rmtree(building, ignore_errors=True)
+                shutil.rmtree(place.building, ignore_errors=True)
             raise
-        self.ranks.first("deleting older checkpoints", lambda: self._prune(iteration))
-        return final
 
     # ------------------------------------------------------------ steps; those without "every rank" run on rank 0
 
@@ -155,26 +193,28 @@ class CheckpointManager:
 
     def _write(self, building: Path, tensors: Mapping[str, Tensor], size: int, fetch: Fetch | None) -> None:
         """Every rank: write the shards."""
-        # thread_count=1: with more, a write that failed in a thread is reported as a success.
         # A file for each fetched tensor: torch keeps the tensors of a file in memory until it closes the file.
-        writer = FileSystemWriter(building, single_file_per_rank=fetch is None, sync_files=True, thread_count=1)
+        writer = FileSystemWriter(building, single_file_per_rank=fetch is None, **WRITER_OPTIONS)
         planner = FetchingPlanner(fetch) if fetch else None
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), self.explained(size):
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            try:
-                dcp.save(
-                    dict(tensors),
-                    storage_writer=writer,
-                    planner=planner,
-                    process_group=self.ranks.group,
-                    no_dist=not self.ranks.is_distributed,
-                )
-            except CheckpointException as error:
-                causes = [cause for cause, _ in error.failures.values()]
-                text = explain(error)
-                raise CheckpointError(
-                    f"{disk_message(self.directory, size)} ({text})" if any(map(is_disk_error, causes)) else text
-                ) from error
+            dcp.save(
+                dict(tensors),
+                storage_writer=writer,
+                planner=planner,
+                process_group=self.ranks.group,
+                no_dist=not self.ranks.is_distributed,
+            )
+
+    @contextmanager
+    def explained(self, size: int) -> Iterator[None]:
+        """torch's failure to write so many bytes, as a CheckpointError with what to do."""
+        try:
+            yield
+        except CheckpointException as error:
+            causes = [cause for cause, _ in error.failures.values()]
+            text = explain(error)
+            raise CheckpointError(f"{disk_message(self.directory, size)} ({text})" if any(map(is_disk_error, causes)) else text) from error
 
     def _written(self, building: Path) -> dict[str, dict[str, int]]:
         """Every rank: size and checksum of the files it wrote. Rank 0 also wrote `.metadata`."""
@@ -190,12 +230,15 @@ class CheckpointManager:
         write_tracker(self.directory, manifest.iteration)
 
     def _prune(self, committed: int) -> None:
-        """Keep the one just written and the newest intact others. What is damaged does not count and is left for a person."""
+        """Keep the one just written, the newest intact others and the multiples of keep_every. What is damaged does not count and is left
+        for a person."""
         if self.keep_last is None:
             return
         others = [self.directory / iteration_name(i) for i in iterations_in(self.directory) if i != committed]
         intact = [path for path in others if not problems_in(path, "size")]
         for path in intact[: max(len(intact) - (self.keep_last - 1), 0)]:
+            if self.keep_every and int(path.name.removeprefix("iter_")) % self.keep_every == 0:
+                continue
             try:
                 remove_directory(path)
             except OSError as error:  # the new checkpoint is safe; a full disk will be noticed at the next save

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_moe.config.flags import checked, flag
+from megatron_moe.config.flags import checked, fields_of, flag
+
+_OF_SAVE = ("save_interval", "save_interval_minutes", "async_save", "keep_every")
 
 
 @dataclass(frozen=True)
@@ -15,10 +17,17 @@ class CheckpointConfig:
 
     save: str | None = flag(None, "run directory: configuration, metrics and checkpoints", metavar="DIR")
     save_interval: int | None = flag(None, "steps between checkpoints; the last step is always saved", minimum=1)
+    save_interval_minutes: float | None = flag(
+        None, "minutes between checkpoints, by the clock of rank 0; with --save-interval both count", above=0
+    )
+    async_save: bool = flag(
+        False, "write checkpoints while training goes on: a step waits for one copy of the tensors to the host's memory, which needs room "
+        "for a rank's part of the checkpoint")  # fmt: skip
     save_failure: Literal["stop", "continue"] = flag(
         "stop", "what follows a save that fails, for a full disk say; continue: an alert, and training goes on to the next save"
     )
     keep_last: int | None = flag(None, "delete older checkpoints and keep this many", minimum=1)
+    keep_every: int | None = flag(None, "with --keep-last: never delete a checkpoint whose iteration is a multiple of this", minimum=1)
     load: str | None = flag(None, "run directory to go on from; may be the one of --save, which is then allowed to be empty", metavar="DIR")
     ckpt_step: int | None = flag(None, "load this iteration and no other; the newest that verifies when not given",
                                  names=("load-iteration",), minimum=0)  # fmt: skip
@@ -45,6 +54,15 @@ class CheckpointConfig:
             yield "--reset-iteration keeps optimizer and place in the data, --finetune starts both anew; drop one"
         if self.exit_on_missing_checkpoint and not self.load:
             yield "--exit-on-missing-checkpoint needs --load DIR"
+
+    def warnings(self) -> Iterator[str]:
+        """Flags that were given and do nothing."""
+        for s in fields_of(type(self)):
+            if s.name in _OF_SAVE and getattr(self, s.name) != s.default and not self.save:
+                shown = "" if s.kind is bool else f" ({getattr(self, s.name):g})"
+                yield f"{s.option}{shown} has no effect without --save DIR"
+        if self.keep_every and self.save and not self.keep_last:
+            yield f"--keep-every ({self.keep_every}) has no effect without --keep-last: every checkpoint is kept"
 
 
 @dataclass(frozen=True)

@@ -235,8 +235,7 @@ class RunConfig:
                 yield f"--{name.replace('_', '-')} has no effect with --tensor-model-parallel-size 1"
         yield from self._precision_warnings(given)
         yield from pipeline_warnings(self.parallel)
-        if self.checkpoint.save_interval and not self.checkpoint.save:
-            yield f"--save-interval ({self.checkpoint.save_interval}) has no effect without --save DIR"
+        yield from self.checkpoint.warnings()
         t = self.training
         if t.check_replicas_interval and t.train_iters and t.check_replicas_interval > t.train_iters:
             yield (f"--check-replicas-interval ({t.check_replicas_interval}) is longer than the run ({t.train_iters} steps): replicas are "

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import megatron_moe
 from megatron_moe.checkpoint.find import find_checkpoint
 from megatron_moe.checkpoint.load import load_tensors
-from megatron_moe.checkpoint.manager import CheckpointManager
 from megatron_moe.checkpoint.state import model_state, optimizer_state
 from megatron_moe.config.data import split_shares
 from megatron_moe.config.pace import Consumed
@@ -42,16 +42,15 @@ class Progress:
         self.consumed_tokens += tokens
 
 
-def save(
-    manager: CheckpointManager, prepared: Prepared, model: GPT, optimizer: torch.optim.Optimizer, progress: Progress,
-    loss_scale: LossScale | None = None,
-) -> None:  # fmt: skip
-    """Collective. Publishes the whole state of the run, or nothing."""
+def contents(
+    prepared: Prepared, model: GPT, optimizer: torch.optim.Optimizer, progress: Progress, loss_scale: LossScale | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The whole state of the run: the tensors, which are the live ones, and the JSON beside them."""
     tensors = model_state(model)
     if not prepared.run.checkpoint.no_save_optim:
         tensors |= optimizer_state(model, optimizer)
     scale = {} if loss_scale is None else {"loss_scale": loss_scale.state()}
-    manager.save(progress.iteration, tensors, describe(prepared, progress) | scale)
+    return tensors, describe(prepared, progress) | scale
 
 
 def describe(prepared: Prepared, progress: Progress) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_moe.training.saving import GROUP
 from megatron_moe.utils.compat import last_collective
 
 LOOK_SECONDS, GRACE_SECONDS = 0.5, 3.0  # between two looks for an alarm; for the others to speak, and for the store to answer
@@ -141,7 +142,7 @@ class LastWords:
 
     def _words(self, error: BaseException | None = None, is_cause: bool = False) -> dict[str, Any]:
         """What this rank is doing; with an error, what it did when that came."""
-        last = last_collective()
+        last = last_collective(but=GROUP)  # what is saved in the background has its own
         has_trace = error is not None and error.__traceback__ is not None
         frames = traceback.extract_tb(error.__traceback__) if has_trace else traceback.extract_stack(sys._current_frames()[self._watched])
         where, is_inside_torch = _place(frames)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,14 @@ from megatron_moe.optimizer.schedule import LearningRateSchedule, WeightDecaySch
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
 from megatron_moe.parallel.offload import offload_warnings
 from megatron_moe.parallel.pipeline import PipelinedGPT
-from megatron_moe.training.checkpoints import Progress, describe, resume, save
+from megatron_moe.training.checkpoints import Progress, contents, describe, resume
 from megatron_moe.training.distillation import Distillation, build_teacher, load_teacher
 from megatron_moe.training.distributed import World, end_distributed, explain_lost_rank, in_turn, init_distributed
 from megatron_moe.training.evaluate import evaluate
 from megatron_moe.training.last_words import LastWords, open_store
 from megatron_moe.training.preflight import Prepared
 from megatron_moe.training.replicas import ReplicaDriftError, ReplicaWatch
+from megatron_moe.training.saving import Saver, saving_group
 from megatron_moe.training.signals import Stopper
 from megatron_moe.training.stages import idle_of, layer_ranges, schedule_name, stages_of
 from megatron_moe.training.step import StepResult, train_step
@@ -76,7 +77,7 @@ class Run:
     stopper: Stopper
     watchdog: Watchdog
     replicas: ReplicaWatch | None
-    manager: CheckpointManager | None
+    saver: Saver | None  # with --save
     lock: DirectoryLock | None  # on rank 0, with --save
     progress: Progress
     total_iterations: int
@@ -105,6 +106,7 @@ def pretrain(prepared: Prepared, warnings: list[str], command: list[str], verify
         logger.warning(warning)
     world = init_distributed(prepared.run.parallel)
     last_words = LastWords(world.rank, world.size, open_store(world.size))
+    run = None
     try:
         mesh = build_parallel_mesh(prepared.run, world.device.type)
         if verify_first:
@@ -123,6 +125,8 @@ def pretrain(prepared: Prepared, warnings: list[str], command: list[str], verify
             logger.error("%s", digest)
         raise
     finally:
+        if run is not None and run.saver:
+            run.saver.settle(run.progress.iteration)  # the other ranks' parts go on, also of those that wait for this one's next step
         last_words.close()
         mpu.set_default_mesh(None)
         end_distributed()
@@ -147,7 +151,7 @@ def set_up(
     optimizer = build_optimizer(model, config.optimizer)  # after FSDP, which replaces the parameters
     loss_scale = LossScale(config.scale, world.device) if config.training.fp16 else None
     tracker = build_tracker(config.logging, config.checkpoint.save, world.rank, total, config.global_batch_size(world.size))
-    manager = CheckpointManager(config.checkpoint.save, world.cpu_group, config.checkpoint.keep_last) if config.checkpoint.save else None
+    saver = build_saver(config, world, tracker) if config.checkpoint.save else None
     report_start(prepared, world, mesh, model, tracker, total)
     progress, upcycled = Progress(), None
     if config.upcycling.moe_use_upcycling:
@@ -166,7 +170,7 @@ def set_up(
     datasets = in_turn(world, lambda: build_datasets(config.data, seq_length, seed, prepared.vocab_size, progress.ordered_samples))
     if upcycled is not None:
         report_upcycling(prepared, upcycled, model, mesh, world, datasets, tracker)
-    stopper = Stopper(config.training, world.cpu_group)
+    stopper = Stopper(config.training, world.cpu_group, saver.asks if saver else ())
     watchdog = Watchdog(world.rank, config.parallel.distributed_timeout_minutes, last_words)
     replicas = ReplicaWatch(model, optimizer, world.device) if config.training.check_replicas_interval else None
     if replicas and world.size == 1:
@@ -176,7 +180,14 @@ def set_up(
     if config.logging.moe_alerts and config.moe.has_experts:
         alerts = ExpertAlerts(config.moe, config.logging.moe_alert_dropped_fraction)
     return Run(prepared, world, mesh, model, optimizer, loss_scale, schedule, weight_decay, pace, datasets, tracker, alerts, stopper, watchdog,
-               replicas, manager, lock, progress, total, distillation)  # fmt: skip
+               replicas, saver, lock, progress, total, distillation)  # fmt: skip
+
+
+def build_saver(config: RunConfig, world: World, tracker: Tracker) -> Saver:
+    """Collective."""
+    c, timeout = config.checkpoint, timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    group = saving_group(c, world.cpu_group, timeout=timeout)
+    return Saver(c, CheckpointManager(c.save, group, c.keep_last, c.keep_every), tracker)
 
 
 def tell_notes(tracker: Tracker, notes: Iterable[str]) -> None:
@@ -248,18 +259,19 @@ def train(run: Run) -> None:
         if i % config.logging.log_interval == 0 or reason or i == 1:
             log_step(run, result, Step(samples, length, rate, decay), throughput)
         with throughput.excluded():
+            is_save_due = run.saver is not None and run.saver.after_step(i, run.stopper.answers)
             if config.training.eval_interval and i % config.training.eval_interval == 0 and reason in (None, "done"):
                 evaluated = i if run_evaluation(run) else evaluated
-            if run.manager and config.checkpoint.save_interval and i % config.checkpoint.save_interval == 0 and reason is None:
+            if is_save_due and reason is None:
                 save_checkpoint(run, result)
     if reason == "done" and evaluated != progress.iteration:
         run_evaluation(run)
     if reason == "done" and run.datasets.test is not None:
         run_evaluation(run, "test")
-    if run.manager and progress.iteration:
+    if run.saver and progress.iteration:
         save_checkpoint(run)
     run.tracker.event("stop", iteration=progress.iteration, reason=reason)
-    if run.manager and run.world.rank == 0:
+    if run.saver and run.world.rank == 0:
         write_exit_marker(run, reason)
 
 
@@ -440,18 +452,12 @@ def stop_if_drifted(run: Run) -> None:
 
 
 def save_checkpoint(run: Run, result: StepResult | None = None) -> None:
-    """Between steps, with the step's result, or without one at the end: what cannot be saved then is lost, so that always raises."""
+    """Between steps, with the step's result, or without one at the end."""
     if result is not None and not (result.found_inf is not None and bool(result.found_inf)):  # a skipped step has moved nothing
         stop_if_not_finite(run, float(result.lm_loss), float(result.grad_norm))
-    assert run.manager is not None
-    try:
-        save(run.manager, run.prepared, run.model, run.optimizer, run.progress, run.loss_scale)
-    except CheckpointError as error:  # the same on every rank, and nothing half-written
-        if result is None or run.config.checkpoint.save_failure == "stop":
-            raise
-        run.tracker.event("alert", iteration=run.progress.iteration, reason=f"{error}; training goes on (--save-failure continue)")
-        return
-    run.tracker.event("save", iteration=run.progress.iteration, path=run.config.checkpoint.save)
+    assert run.saver is not None
+    tensors, meta = contents(run.prepared, run.model, run.optimizer, run.progress, run.loss_scale)
+    (run.saver.save_last if result is None else run.saver.save)(run.progress.iteration, tensors, meta)
 
 
 def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model: GPT | PipelinedGPT, tracker: Tracker, total: int) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,12 +20,15 @@ class Stopper:
 
     A first signal is only remembered; another one ends the process at once. Ctrl-C under torchrun arrives twice, from the
     terminal and from the launcher, so what follows within two seconds is the same signal.
+
+    asks: further questions that the same reduction settles; `answers` are True where a rank said so at the last one.
     """
 
     SAME_SIGNAL_SECONDS = 2.0
 
-    def __init__(self, config: TrainingConfig, group: dist.ProcessGroup):
+    def __init__(self, config: TrainingConfig, group: dist.ProcessGroup, asks: Sequence[Callable[[], bool]] = ()):
         self.config, self.group, self.start = config, group, time.monotonic()
+        self.asks, self.answers = list(asks), [False] * len(asks)
         self.received, self.received_at = 0, 0.0
         self._listener = _Listener(self._remember) if config.exit_signal_handler else None
 
@@ -41,13 +45,14 @@ class Stopper:
     def agreed(self) -> str | None:
         """Signal, time or file: the reason, equal on every rank, or None."""
         c = self.config
-        if not c.exit_signal_handler and c.exit_duration_in_mins is None and c.kill_switch_file is None:
+        if not (c.exit_signal_handler or c.exit_duration_in_mins is not None or c.kill_switch_file is not None or self.asks):
             return None
         late = c.exit_duration_in_mins is not None and time.monotonic() - self.start >= 60 * c.exit_duration_in_mins
         killed = c.kill_switch_file is not None and os.path.exists(c.kill_switch_file)  # one node may see it before the others
-        flags = torch.tensor([self.received, int(late), int(killed)])
+        flags = torch.tensor([self.received, int(late), int(killed), *(int(ask()) for ask in self.asks)])
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
-        number, late, killed = flags.tolist()
+        number, late, killed, *answers = flags.tolist()
+        self.answers = [bool(answer) for answer in answers]
         if number:
             return f"signal {signal.Signals(number).name}"
         if killed:

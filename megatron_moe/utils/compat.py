@@ -29,6 +29,11 @@ def local_slices(p: DTensor) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(offset, shape))
 
 
+def with_local(p: DTensor, local: Tensor) -> DTensor:
+    """`p` with another local tensor, which may lie on the host while the mesh is one of devices. `DTensor.from_local` would move it."""
+    return DTensor(local, p._spec, requires_grad=False)
+
+
 def all_gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[n, ...] -> [ranks * n, ...]; the backward is a reduce-scatter that sums."""
     return funcol.wait_tensor(_all_gather_autograd(x.contiguous(), 0, group))
@@ -108,10 +113,10 @@ class Collective:
         return f"{self.name} (number {self.number} of {self.group}, {self.sizes})"
 
 
-def last_collective() -> Collective | None:
+def last_collective(but: str = "") -> Collective | None:
     """The first collective of this rank that has not ended, or the last one if all have; None where torch keeps no record.
 
-    NCCL and gloo have a recorder each (of TORCH_FR_BUFFER_SIZE or TORCH_NCCL_TRACE_BUFFER_SIZE entries).
+    but: the description of a group whose collectives do not count. NCCL and gloo have a recorder each (of TORCH_FR_BUFFER_SIZE or TORCH_NCCL_TRACE_BUFFER_SIZE entries).
     """
     from torch._C import _distributed_c10d as c10d
 
@@ -119,6 +124,7 @@ def last_collective() -> Collective | None:
     for dump in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
         if function := getattr(c10d, dump, None):
             entries += json.loads(function() or "{}").get("entries") or []
+    entries = [e for e in entries if not but or but not in (e.get("process_group") or ())]
     if not entries:
         return None
     entries.sort(key=lambda e: (e.get("time_created_ns", 0), e.get("record_id", 0)))

@@ -305,6 +305,11 @@ def test_settings_that_have_no_effect_or_are_probably_not_meant_warn():
     assert len(warnings) == 2
     assert "--save-interval (5000) has no effect without --save DIR" in warnings
     assert "falls with depth (128 64 32 16)" in warnings[1]
+    warnings = parse_args(["--async-save", "--save-interval-minutes", "2.5", "--keep-every", "100"]).warnings
+    assert [w.partition(" has no effect")[0] for w in warnings] == ["--save-interval-minutes (2.5)", "--async-save", "--keep-every (100)"]
+    assert parse_args(["--save", "runs/a", "--keep-every", "100"]).warnings == [
+        "--keep-every (100) has no effect without --keep-last: every checkpoint is kept"
+    ]
 
 
 # ---------------------------------------------------------------- speed, help, round trip

@@ -17,7 +17,7 @@ from megatron_moe.utils import compat
 TESTED = {
     "grouped_mm", "all_gather_into_tensor", "local_slices", "all_gather_rows", "reduce_scatter_rows",
     "sum_over_ranks", "fake_process_group", "last_collective", "Collective", "ring_attention", "ring_attention_backward",
-    "reduce_unused_gradients",
+    "reduce_unused_gradients", "with_local",
 }  # fmt: skip
 
 
@@ -71,6 +71,20 @@ def _scatter():
     y = compat.reduce_scatter_rows(x, dist.group.WORLD)
     (y * (rank + 1)).sum().backward()
     return y.flatten().tolist(), x.grad.flatten().tolist()
+
+
+def _with_local():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = distribute_tensor(torch.arange(30).view(5, 6), mesh, [Shard(0)])
+    other = compat.with_local(p, p.to_local() + 1)
+    return torch.equal(other.to_local(), p.to_local() + 1) and (other.shape, other.placements, other.device_mesh) == (
+        p.shape, p.placements, p.device_mesh
+    )  # fmt: skip
+
+
+@pytest.mark.distributed
+def test_with_local_has_the_place_of_the_other_in_the_whole():
+    assert run_distributed(_with_local, 2) == [True, True]
 
 
 @pytest.mark.distributed
@@ -161,6 +175,19 @@ def test_last_collective_is_the_one_that_is_waited_in():
     assert re.match(r"all_reduce \(number 1 of group \d+.*\[3, 5\]", str(ended)), str(ended)
     assert ended.is_completed and str(ended_on_1) == str(ended)
     assert "[7]" in str(waiting[0]) and not waiting[0].is_completed and waiting[0].sequence > ended.sequence
+
+
+def _two_groups():
+    group = dist.new_group(backend="gloo", group_desc="saves")
+    dist.all_reduce(torch.ones(3, 5))
+    dist.all_reduce(torch.ones(11), group=group)
+    return str(compat.last_collective()), str(compat.last_collective(but="saves"))
+
+
+@pytest.mark.distributed
+def test_last_collective_leaves_a_group_out():
+    for last, but in run_distributed(_two_groups, 2):
+        assert "[11]" in last and "[3, 5]" in but
 
 
 class Branch(torch.nn.Module):
