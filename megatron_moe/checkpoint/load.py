@@ -20,14 +20,18 @@ from megatron_moe.checkpoint.safe_reader import SafePlanner, SafeReader
 SHOWN = 10  # differences listed in an error
 
 
-def load_tensors(path: str | Path, tensors: Mapping[str, Tensor], complete: Sequence[str] = ("model.",), process_group=None) -> int:
+def load_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], complete: Sequence[str] = ("model.",), process_group=None, optional: Sequence[str] = ()
+) -> int:
     """Read every tensor of `tensors` in place; returns how many this rank filled.
 
     Names, global shapes and dtypes must agree with the checkpoint. Under a prefix in `complete` the checkpoint may hold
-    nothing else either (over all ranks: a pipeline stage asks only for its own). Otherwise nothing is read at all.
+    nothing else either (over all ranks: a pipeline stage asks only for its own). Otherwise nothing is read at all. What begins with
+    one of `optional` may be in one of them alone: it stays as it is.
     """
     path, ranks = Path(path), Ranks(process_group)
     saved = ranks.first(f"reading {path.name}/.metadata", lambda: describe_metadata(path))
+    tensors = {name: t for name, t in tensors.items() if name in saved or not name.startswith(tuple(optional))}
     wanted = describe(tensors)
     reports = ranks.all(f"comparing with {path.name}", lambda: (differences(saved, wanted), list(wanted)))
     problems = list(dict.fromkeys(problem for report, _ in reports for problem in report))
@@ -35,7 +39,7 @@ def load_tensors(path: str | Path, tensors: Mapping[str, Tensor], complete: Sequ
     problems += [
         f"extra    {name}: in the checkpoint, not in this model"
         for name in sorted(saved.keys() - asked)
-        if name.startswith(tuple(complete))
+        if name.startswith(tuple(complete)) and not name.startswith(tuple(optional))
     ]
     if problems:
         raise CheckpointError(_listed(f"{path.name} does not fit, nothing was loaded", problems))

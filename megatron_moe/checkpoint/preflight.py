@@ -85,14 +85,30 @@ def _content_problems(run: RunConfig, iterations: list[int], architecture: dict[
             unreadable.append(str(error))
             continue
         where = f"--load {directory}: {iteration_name(iteration)}"
-        if table := architecture_differences(manifest.meta.get("architecture", architecture), architecture):
-            yield "\n    ".join([f"{where} is of another architecture", *table])
+        then, now = manifest.meta.get("architecture", architecture), architecture
+        if run.checkpoint.finetune:  # weights are all that it takes: modules that only one of them has are drawn, or left out
+            then, now = without_mtp(then), without_mtp(now)
+        if table := architecture_differences(then, now):
+            yield "\n    ".join([f"{where} is of another architecture", *table, *_mtp_remedy(then, now)])
         saved = manifest.meta.get("config") or run.to_dict()
         yield from _state_problems(where, run, saved, manifest)
         if not run.checkpoint.finetune:
             yield from _order_problems(where, run, saved)
         return
     yield f"--load {directory}: no checkpoint can be read: {'; '.join(unreadable[:3])}"
+
+
+def without_mtp(architecture: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in architecture.items() if name != "mtp_num_layers"}
+
+
+def _mtp_remedy(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Where multi-token prediction is all that differs: which tensors that is about, and what takes the others."""
+    before, wanted = (a.get("mtp_num_layers", 0) for a in (then, now))
+    if without_mtp(then) == without_mtp(now) and before != wanted:
+        names = ", ".join(f"model.mtp.{n}.*" for n in range(min(before, wanted) + 1, max(before, wanted) + 1))
+        missing = f"the checkpoint has no {names}" if wanted > before else f"this run has no {names}"
+        yield f"{missing}; give --mtp-num-layers {before} to go on, or --finetune to start a run of its own from the weights they share"
 
 
 def _state_problems(where: str, run: RunConfig, saved: dict[str, Any], manifest: Manifest) -> Iterator[str]:
@@ -156,7 +172,7 @@ def teacher_problems(run: RunConfig, architecture: dict[str, Any], fingerprint: 
     except CheckpointError as error:
         yield f"--load-teacher {given}: {error}"
         return
-    if table := architecture_differences(meta.get("architecture", architecture), architecture):
+    if table := architecture_differences(without_mtp(meta.get("architecture", architecture)), without_mtp(architecture)):
         remedy = "see --num-layers-teacher, --num-experts-teacher, --hidden-size-teacher and --num-attention-heads-teacher"
         yield "\n    ".join([f"{where} is not the teacher of these flags; {remedy}; all else it shares with the student", *table])
     saved = meta.get("config", {})

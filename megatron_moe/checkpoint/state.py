@@ -21,6 +21,7 @@ from megatron_moe.optimizer.apex_adam import ApexAdamW
 from megatron_moe.optimizer.half_adam import HalfAdamW
 from megatron_moe.optimizer.muon import Muon
 
+MTP = "model.mtp."  # multi-token prediction: of training alone, so that other uses of a checkpoint pass it by
 Model = nn.Module | Sequence[nn.Module]
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile and activation checkpointing
 

@@ -115,6 +115,10 @@ class ModelConfig:
         128, "pad the vocabulary to a multiple of this; never depends on the parallel layout", minimum=1
     )
     vocab_size: int | None = flag(None, "vocabulary before padding; the tokenizer's when not given", minimum=1)
+    mtp_num_layers: int = flag(
+        0, "multi-token prediction: this many modules behind the last layer, each of which predicts one token further ahead while training "
+        "(DeepSeek-V3, arXiv 2412.19437 section 2.2); evaluation and generation leave them out", minimum=0)  # fmt: skip
+    mtp_loss_scaling_factor: float = flag(0.1, "weight of the mean of the losses of --mtp-num-layers modules", minimum=0)
 
     def __post_init__(self) -> None:
         if self.use_rotary_position_embeddings:
@@ -218,8 +222,9 @@ class ModelConfig:
         return self.rope_original_max_position_embeddings or self.max_position_embeddings
 
     def window_of(self, layer: int) -> int | None:
-        """Window of a layer (from 1), None where it sees all tokens before. Example: skip frequency 4: layers 4, 8, ... see all."""
-        pattern = self.window_attn_skip_freq
+        """Window of a layer (from 1), None where it sees all tokens before. Example: skip frequency 4: layers 4, 8, ... see all. Blocks of
+        multi-token prediction, which are numbered on from the last layer, are like that one."""
+        pattern, layer = self.window_attn_skip_freq, min(layer, self.num_layers)
         if self.window_size is None or pattern is None:
             return self.window_size
         has_window = layer % pattern[0] != 0 if len(pattern) == 1 else pattern[layer - 1] == 1
@@ -245,6 +250,11 @@ class ModelConfig:
     @property
     def is_tied(self) -> bool:
         return not self.untie_embeddings_and_output_weights
+
+    @property
+    def embeds_at_end(self) -> bool:
+        """Whether the last pipeline stage needs the vectors of tokens too: for its logits, or for what multi-token prediction reads."""
+        return self.is_tied or self.mtp_num_layers > 0
 
     def padded_vocab_size(self, vocab_size: int) -> int:
         """Rows of the embedding: `vocab_size` rounded up, the same under every layout."""

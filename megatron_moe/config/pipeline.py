@@ -137,10 +137,14 @@ def pipeline_problems(p: ParallelConfig, model: ModelConfig, training: TrainingC
         yield (f"--pipeline-schedule {schedule} has one stage on each rank, and --num-layers-per-virtual-pipeline-stage "
                f"({p.num_layers_per_virtual_pipeline_stage}) makes {per_rank}; use interleaved or zero-bubble, or leave it out")  # fmt: skip
     if schedule == "zero-bubble":
-        yield from _zero_bubble_problems(p, training, per_rank)
+        yield from _zero_bubble_problems(p, model, training, per_rank)
 
 
-def _zero_bubble_problems(p: ParallelConfig, training: TrainingConfig, per_rank: int) -> Iterator[str]:
+def _zero_bubble_problems(p: ParallelConfig, model: ModelConfig, training: TrainingConfig, per_rank: int) -> Iterator[str]:
+    if model.mtp_num_layers:
+        yield (f"--mtp-num-layers ({model.mtp_num_layers}) does not go with the zero-bubble schedule: torch splits the backward of the last "
+               "stage by what its input leads to, and would walk what the model and the modules share twice; use --pipeline-schedule 1f1b, "
+               "or interleaved")  # fmt: skip
     if p.zero_stage == 3:
         yield ("--zero-stage 3 does not go with the zero-bubble schedule: torch splits the backward over parameters that stage 3 has "
                "freed, and gradients would be lost; use --zero-stage 2, or --pipeline-schedule 1f1b")  # fmt: skip

@@ -215,7 +215,7 @@ class RunConfig:
         d, m, t = self.distillation, self.model, self.training
         model = dataclasses.replace(
             m, num_layers=d.num_layers_teacher or m.num_layers, hidden_size=d.hidden_size_teacher or m.hidden_size,
-            num_attention_heads=d.num_attention_heads_teacher or m.num_attention_heads,
+            num_attention_heads=d.num_attention_heads_teacher or m.num_attention_heads, mtp_num_layers=0,
         )  # fmt: skip
         losses = {s.name: 0.0 for s in fields_of(MoEConfig) if s.name.endswith("loss_coeff")}
         moe = dataclasses.replace(self.moe, num_experts=d.num_experts_teacher, **losses)
@@ -298,6 +298,15 @@ class RunConfig:
         if policy in ("expert_choice", "hash") and is_loss_given and self.moe.moe_loss_coeff:
             why = "every expert takes equally many tokens" if policy == "expert_choice" else "the router chooses nothing"
             yield f"--moe-loss-coeff ({self.moe.moe_loss_coeff:g}) has no effect with --moe-router-policy {policy}: {why}"
+
+    def without_mtp(self) -> RunConfig:
+        """The same of the model alone, as it is used when it is trained."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, mtp_num_layers=0)) if self.model.mtp_num_layers else self
+
+    def experts_of_blocks(self) -> tuple[int, ...]:
+        """Experts of each layer, 1 where it is dense, and of the blocks of multi-token prediction, which are numbered on from the last."""
+        experts = self.moe.experts_per_layer(self.model.num_layers)
+        return experts + experts[-1:] * self.model.mtp_num_layers
 
     # ------------------------------------------------------------ what a world size adds
 
@@ -481,7 +490,7 @@ class RunConfig:
         """What weights depend on: two runs whose `architecture` is equal can exchange checkpoints."""
         m = dataclasses.asdict(self.model)
         for name in ("hidden_dropout", "attention_dropout", "init_method_std", "use_rotary_position_embeddings", "activation_func",
-                     "squared_relu"):  # fmt: skip
+                     "squared_relu", "mtp_num_layers", "mtp_loss_scaling_factor"):  # fmt: skip
             del m[name]
         idle = {option[2:].replace("-", "_") for option in self.model.idle} | ({"add_qkv_bias"} if m["add_bias_linear"] else set())
         for name in _NEWER_FIELDS:  # named only where they do something
@@ -501,6 +510,8 @@ class RunConfig:
     def _newer_architecture(self) -> dict[str, Any]:
         """What is named only where it is used, so that the checkpoints written before it existed still are of this architecture."""
         newer: dict[str, Any] = {}
+        if self.model.mtp_num_layers:
+            newer["mtp_num_layers"] = self.model.mtp_num_layers
         if self.moe.moe_router_policy == "hash":
             newer["moe_router_hash_seed"] = self.moe.moe_router_hash_seed
         if self.moe.moe_router_enable_expert_bias:

@@ -120,6 +120,9 @@ def upcycling_problems(run: RunConfig) -> Iterator[str]:
         yield "--moe-use-upcycling starts at iteration 0 with a fresh optimizer, --reset-iteration keeps the optimizer; drop one"
     if m.moe_latent_size:
         yield f"--moe-latent-size ({m.moe_latent_size}) makes experts narrower than the dense MLPs that they would be copies of; drop it"
+    if run.model.mtp_num_layers:
+        yield (f"--moe-use-upcycling makes a model of a dense one, and --mtp-num-layers ({run.model.mtp_num_layers}) modules are behind that; "
+               "upcycle without them, then start a run with them from its checkpoint by --finetune")  # fmt: skip
     parts, ffn = u.moe_upcycling_granularity, run.model.ffn_size
     if ffn % parts:
         yield f"--moe-upcycling-granularity ({parts}) must divide the width of the dense MLP ({ffn})"

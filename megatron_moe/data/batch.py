@@ -1,6 +1,6 @@
 """Samples -> one micro-batch of tensors."""
 
-# B samples, S tokens each
+# B samples, S tokens each, M predictions from each of them
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Batch(NamedTuple):
     """One micro-batch. A tuple, so that pinning memory and worker processes know how to carry it."""
 
     tokens: Tensor  # [B, S] int64
-    labels: Tensor  # [B, S] int64, the token that follows
-    loss_mask: Tensor  # [B, S] float32, 0 where the prediction is not counted
+    labels: Tensor  # [B, S] int64, the token that follows; from `look_ahead` [B, M, S]
+    loss_mask: Tensor  # float32, as the labels, 0 where the prediction is not counted
     position_ids: Tensor  # [B, S] int64
     segment_ids: Tensor | None  # [B, S] int64, document number within the sample: attention stays inside one; None: no limit
     sample_ids: Tensor  # [B] int64
@@ -61,6 +61,33 @@ def make_batch(
         segment_ids=begins.long().cumsum(1) if reset_attention_mask else None,
         sample_ids=torch.tensor([item["sample_id"] for item in items], dtype=torch.int64),
     )
+
+
+def look_ahead(batch: Batch, depths: int) -> Batch:
+    """With `depths` further labels and their masks, for multi-token prediction: both [B, M, S], M = 1 + depths. Of whole sequences,
+    before anything cuts them: what lies ahead of a part of one is in another part.
+
+    A further label counts where the prediction of that token does by itself, and where all tokens between are of the same document,
+    as far as positions or segments tell documents apart:
+
+        tokens           a b E c d     and e
+        labels [0]       b E c d e     mask 1 1 1 1 1
+        labels [1]       E c d e 0     mask 1 1 0 1 0     with documents, b ... c: the token read on the way, E, still is of b's
+        labels [2]       c d e 0 0     mask 1 0 0 0 0     b would be read on to c
+    """
+    labels, masks = [batch.labels], [batch.loss_mask]
+    for n in range(1, depths + 1):
+        is_known = _moved(batch.position_ids, n) - batch.position_ids == n
+        if batch.segment_ids is not None:
+            is_known &= _moved(batch.segment_ids, n) == batch.segment_ids
+        labels.append(_moved(batch.labels, n))
+        masks.append(_moved(batch.loss_mask, n) * is_known)
+    return batch._replace(labels=torch.stack(labels, dim=1), loss_mask=torch.stack(masks, dim=1))
+
+
+def _moved(x_BS: Tensor, places: int) -> Tensor:
+    """By so many places to the left; zeros come in."""
+    return torch.nn.functional.pad(x_BS[:, places:], (0, min(places, x_BS.shape[1])))
 
 
 def _positions(begins: Tensor) -> Tensor:

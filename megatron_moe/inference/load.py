@@ -12,7 +12,7 @@ import torch
 from megatron_moe.checkpoint.files import run_directory
 from megatron_moe.checkpoint.find import find_checkpoint
 from megatron_moe.checkpoint.load import load_tensors
-from megatron_moe.checkpoint.state import model_state
+from megatron_moe.checkpoint.state import MTP, model_state
 from megatron_moe.config.data import TokenizerConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.inference.layout import ONE_PROCESS, Layout, build_in_layout
@@ -55,10 +55,10 @@ def load_for_inference(
     run, vocab_size = RunConfig.from_dict(meta["config"]), meta["vocab_size"]
     flags = tokenizer_flags(meta["tokenizer"], tokenizer or TokenizerConfig())
     restored = restore_tokenizer(meta["tokenizer"], tokenizer or TokenizerConfig(), run.model.vocab_size, vocab_size)
-    model = build_plain(run, vocab_size)
+    model = build_plain(run.without_mtp(), vocab_size)
     build_in_layout(model, run, layout, torch.device(device).type)
     model.to_empty(device=device)
-    load_tensors(found.path, model_state(model), process_group=layout.group)
+    load_tensors(found.path, model_state(model), process_group=layout.group, optional=[MTP])
     eod = meta["eod"] if meta["eod"] >= 0 else restored.eod if restored else None
     return Loaded(model.eval(), run, vocab_size, eod, restored, found.path, tuple(found.notes), flags, layout)
 

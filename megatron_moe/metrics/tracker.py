@@ -44,6 +44,7 @@ class Tracker:
         moe_aux_loss: float = 0.0,
         moe_z_loss: float = 0.0,
         kd_loss: float | None = None,
+        mtp_losses: Sequence[float] = (),
         weight_decay: float | None = None,
         global_batch_size: int | None = None,
         seq_length: int | None = None,
@@ -51,11 +52,12 @@ class Tracker:
         skipped_iterations: int = 0,
         moe: Sequence[Record] = (),
     ) -> None:
-        """One logged step; `kd_loss` is KL(teacher || student) in nats, None without a teacher; `grad_norm` None in a step that was
+        """One logged step; `kd_loss` is KL(teacher || student) in nats, None without a teacher; `mtp_losses` those of the further
+        tokens of multi-token prediction, `mtp_1_loss` and so on in the record; `grad_norm` None in a step that was
         skipped; `skipped_iterations` counts those since the run began; `moe` holds a `moe_layer_record` per MoE layer."""
         self._write({
             "event": "train", "iteration": iteration, "consumed_samples": consumed_samples, "consumed_tokens": consumed_tokens,
-            "lm_loss": lm_loss, "kd_loss": kd_loss, "moe_aux_loss": moe_aux_loss, "moe_z_loss": moe_z_loss, "grad_norm": grad_norm,
+            "lm_loss": lm_loss, **{f"mtp_{n}_loss": loss for n, loss in enumerate(mtp_losses, start=1)}, "kd_loss": kd_loss, "moe_aux_loss": moe_aux_loss, "moe_z_loss": moe_z_loss, "grad_norm": grad_norm,
             "learning_rate": learning_rate, "weight_decay": weight_decay, "global_batch_size": global_batch_size,
             "seq_length": seq_length, "loss_scale": loss_scale, "skipped_iterations": skipped_iterations,
             "iteration_time_ms": iteration_time_ms, "tokens_per_second": tokens_per_second,

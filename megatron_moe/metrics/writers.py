@@ -122,6 +122,7 @@ class ConsoleWriter:
         yield f"learning rate: {r['learning_rate']:.3E}"
         yield f"global batch size: {r['global_batch_size'] or self.global_batch_size:5d}"
         yield f"lm loss: {r['lm_loss']:.6E}"
+        yield from (f"{key.replace('_', ' ')}: {value:.6E}" for key, value in r.items() if key.startswith("mtp_"))
         if r["kd_loss"] is not None:
             yield f"kd loss: {r['kd_loss']:.6E}"
         if r["moe"]:

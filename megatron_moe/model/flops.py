@@ -38,16 +38,18 @@ class LayerCounts:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """total = embedding + sum of the layers + final_norm + head; active counts k experts of each MoE layer."""
+    """total = embedding + sum of the layers + final_norm + head + mtp; active counts k experts of each MoE layer, and no multi-token
+    prediction, which a model that is used does without."""
 
     embedding: int  # token vectors, and position vectors when they are learned
     per_layer: list[LayerCounts]
     final_norm: int
     head: int  # 0 when tied to the embedding
+    mtp: int = 0  # modules of multi-token prediction, without the vectors and the head that they share
 
     @property
     def total(self) -> int:
-        return self._outside + sum(layer.total for layer in self.per_layer)
+        return self._outside + self.mtp + sum(layer.total for layer in self.per_layer)
 
     @property
     def active(self) -> int:
@@ -67,13 +69,24 @@ def parameter_counts(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> Par
         per_layer=[_layer_counts(model, moe, n) for n in moe.experts_per_layer(model.num_layers)],
         final_norm=_norm_parameters(model),
         head=0 if model.is_tied else token_vectors,
+        mtp=_mtp_parameters(model, moe),
     )
 
 
 def flops_per_token(model: ModelConfig, moe: MoEConfig, seq_length: int, vocab_size: int) -> float:
     """Forward and backward FLOPs of one trained token, averaged over the sequence."""
     experts = enumerate(moe.experts_per_layer(model.num_layers), start=1)
-    return logit_flops(model, vocab_size) + sum(layer_flops(model, moe, n, seq_length, model.window_of(layer)) for layer, n in experts)
+    layers = sum(layer_flops(model, moe, n, seq_length, model.window_of(layer)) for layer, n in experts)
+    return logit_flops(model, vocab_size) + layers + mtp_flops(model, moe, seq_length, vocab_size)
+
+
+def mtp_flops(model: ModelConfig, moe: MoEConfig, seq_length: int, vocab_size: int) -> float:
+    """Of a token in multi-token prediction, forward and backward: projection, block and logits of each module."""
+    if not model.mtp_num_layers:
+        return 0.0
+    last = model.num_layers
+    block = layer_flops(model, moe, moe.experts_per_layer(last)[-1], seq_length, model.window_of(last))
+    return model.mtp_num_layers * (3.0 * 2 * 2 * model.hidden_size**2 + block + logit_flops(model, vocab_size))
 
 
 def logit_flops(model: ModelConfig, vocab_size: int) -> float:
@@ -99,6 +112,13 @@ def layer_flops(model: ModelConfig, moe: MoEConfig, num_experts: int, seq_length
 
 
 # ---------------------------------------------------------------- one layer
+
+
+def _mtp_parameters(model: ModelConfig, moe: MoEConfig) -> int:
+    if not model.mtp_num_layers:
+        return 0
+    block = _layer_counts(model, moe, moe.experts_per_layer(model.num_layers)[-1]).total
+    return model.mtp_num_layers * (2 * model.hidden_size**2 + block + 3 * _norm_parameters(model))
 
 
 def _layer_counts(model: ModelConfig, moe: MoEConfig, num_experts: int) -> LayerCounts:

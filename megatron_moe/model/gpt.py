@@ -4,12 +4,14 @@ Plain modules that know nothing of ranks. Layers live in a ModuleDict keyed by g
 --expert-interval), and embedding and head may be absent: a pipeline stage is the model minus the other layers, and
 parameter names never change.
 """
-# B batch, S sequence, D hidden, V padded vocabulary (the columns here, under tensor parallelism)
+# B batch, S sequence, D hidden, V padded vocabulary (the columns here, under tensor parallelism), N modules of multi-token prediction,
+# M = 1 + N tokens that are predicted from a place
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from megatron_moe.config.moe import MoEConfig
 from megatron_moe.model.block import Block
 from megatron_moe.model.core import Context, all_are_here
 from megatron_moe.model.loss import chunked_token_losses, columns_at_a_time, token_divergences, token_losses
+from megatron_moe.model.mtp import MultiTokenModule
 from megatron_moe.model.norm import build_norm
 from megatron_moe.moe.module_experts import ExpertFactory
 from megatron_moe.utils.random import Purpose, dropout
@@ -46,6 +49,10 @@ class GPT(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(i, n, config, moe, expert_factory) for i, n in enumerate(experts, start=1)})
         self.norm: nn.Module | None = build_norm(config)
         self.head = None if config.is_tied else nn.Linear(D, rows, bias=False)
+        self.mtp = nn.ModuleDict({
+            str(n): MultiTokenModule(config.num_layers + n, experts[-1], config, moe, expert_factory)
+            for n in range(1, config.mtp_num_layers + 1)
+        })  # fmt: skip
         self.locate: Callable[[Context], Context] = all_are_here
         self.project: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.token_losses: Callable[[Tensor, Tensor, int], Tensor] = token_losses
@@ -62,43 +69,79 @@ class GPT(nn.Module):
         segments_BS: Tensor | None = None,
         keys_BS: Tensor | None = None,
         tokens_BS: Tensor | None = None,
-    ) -> Tensor:
+        with_logits: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """x: tokens, or the hidden states of the stage before, which routers may want `tokens_BS` with. Returns losses [B, S] with
-        labels, else logits [B, S, V]; a stage that is not the last one its hidden states."""
+        labels, else logits [B, S, V]; a stage that is not the last one its hidden states.
+
+        Labels [B, M, S], those of data/batch.py `look_ahead`, ask for multi-token prediction: losses [B, M, S]; `with_logits`: the losses
+        of the N further tokens [B, N, S], and the logits of the next one, for whoever compares them with a teacher's."""
         context = self.locate(Context(positions_BS, segments_BS, keys_BS, x if self.embeds else tokens_BS))
         h_BSD = self.embed(x, context) if self.embeds else x
         for block in self.layers.values():
             h_BSD = block(h_BSD, context)
         if self.norm is None:
             return h_BSD
-        return self.logits(h_BSD) if labels_BS is None else self.losses(h_BSD, labels_BS)
+        if labels_BS is None:
+            return self.logits(h_BSD)
+        return self.losses(h_BSD, labels_BS) if labels_BS.ndim == 2 else self.losses_ahead(h_BSD, labels_BS, context, with_logits)
+
+    def losses_ahead(self, h_BSD: Tensor, labels_BMS: Tensor, context: Context, with_logits: bool) -> Tensor | tuple[Tensor, Tensor]:
+        """Module n reads what the one before has made of a token - the first one: the model, behind its last norm - and the vector of
+        the n-th token after it, and predicts the one that follows that: see model/mtp.py."""
+        tokens = [labels_BS.contiguous() for labels_BS in labels_BMS.unbind(1)]  # the first, second ... token after each
+        h_BSD = self.norm(h_BSD)
+        logits_BSV = self.project(h_BSD, self.output_weight) if with_logits else None
+        losses = [] if with_logits else [self.losses_of(h_BSD, tokens[0])]
+        for module, read_BS, label_BS in zip(self.mtp.values(), tokens[:-1], tokens[1:], strict=True):
+            h_BSD = module(self.embed_ahead(read_BS, context.of_layer(module.block.layer)), h_BSD, context)
+            losses.append(self.losses_of(h_BSD, label_BS))
+        losses_BMS = torch.stack(losses, dim=1)
+        return losses_BMS if logits_BSV is None else (losses_BMS, logits_BSV)
 
     def logits(self, h_BSD: Tensor) -> Tensor:
         return self.project(self.norm(h_BSD), self.output_weight)
 
     def losses(self, h_BSD: Tensor, labels_BS: Tensor) -> Tensor:
+        return self._losses(self.norm(h_BSD), labels_BS)
+
+    def losses_of(self, normed_BSD: Tensor, labels_BS: Tensor) -> Tensor:
+        return self._losses(normed_BSD, labels_BS)
+
+    def _losses(self, normed_BSD: Tensor, labels_BS: Tensor) -> Tensor:
         columns = self.output_weight.shape[0] // self.vocab_ranks
         if chunk := columns_at_a_time(self.loss_chunk_size, labels_BS.numel(), columns):
-            return self.chunked_losses(self.norm(h_BSD), self.output_weight, labels_BS, self.vocab_size, chunk)
-        return self.token_losses(self.logits(h_BSD), labels_BS, self.vocab_size)
+            return self.chunked_losses(normed_BSD, self.output_weight, labels_BS, self.vocab_size, chunk)
+        return self.token_losses(self.project(normed_BSD, self.output_weight), labels_BS, self.vocab_size)
 
     def keep_stage(self, layers: Collection[int], is_first: bool, is_last: bool) -> None:
-        """Become a pipeline stage: what other stages hold is gone, names stay. Tied logits need the embedding on the last one too."""
+        """Become a pipeline stage: what other stages hold is gone, names stay. Tied logits, and multi-token prediction,
+        need the embedding on the last one too."""
         for name in [name for name in self.layers if int(name) not in layers]:
             del self.layers[name]
         self.embeds = is_first
         if not is_first:
             self.position_embedding = None
-            if not (is_last and self.head is None):
+            if not (is_last and self.config.embeds_at_end):
                 self.embedding = None
         if not is_last:
             self.norm = self.head = None
+            self.mtp = nn.ModuleDict()
 
     def embed(self, tokens_BS: Tensor, context: Context) -> Tensor:
         h_BSD, here = self.embedding(tokens_BS), context.of_stream
         if self.position_embedding is not None:
             h_BSD = h_BSD + self.position_embedding(here.positions_BS)
         return dropout(h_BSD, self.config.hidden_dropout, here.keys_BS, Purpose.EMBEDDING_DROPOUT)
+
+    def embed_ahead(self, tokens_BS: Tensor, context: Context) -> Tensor:
+        """Of tokens further on, without the vectors of learned positions: how far on they are is always the same."""
+        return dropout(self.embedding(tokens_BS), self.config.hidden_dropout, context.of_stream.keys_BS, Purpose.EMBEDDING_DROPOUT)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All that are here, those of multi-token prediction behind the layers."""
+        return [*self.layers.values(), *(module.block for module in self.mtp.values())]
 
     @property
     def output_weight(self) -> Tensor:

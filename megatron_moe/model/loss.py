@@ -1,11 +1,12 @@
 """Next-token and distillation losses over a padded vocabulary."""
-# V padded vocabulary
+# B batch, S sequence, V padded vocabulary, N modules of multi-token prediction, M = 1 + N tokens that are predicted from a place
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from megatron_moe.config.model import ModelConfig
 from megatron_moe.kernels.cross_entropy import cross_entropy
 from megatron_moe.kernels.kl_divergence import kl_divergence
 from megatron_moe.kernels.linear_cross_entropy import linear_cross_entropy
@@ -48,3 +49,24 @@ def chunked_token_losses(h_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, vo
 def token_divergences(student_BSV: Tensor, teacher_BSV: Tensor, vocab_size: int, temperature: float) -> Tensor:
     """KL(teacher || student) of the next token in nats, [B, S], float32 or wider, both softened by `temperature`."""
     return kl_divergence(student_BSV.flatten(0, 1), teacher_BSV.flatten(0, 1), vocab_size, temperature).view(student_BSV.shape[:2])
+
+
+# ---------------------------------------------------------------- of a step
+
+
+def share_of_step(losses_BS: Tensor, mask_BS: Tensor, divisor: Tensor) -> Tensor:
+    """One number; of losses [B, M, S] one for each of M predictions, [M]."""
+    return of_predictions(losses_BS * mask_BS) / divisor.to(losses_BS.dtype)
+
+
+def of_predictions(x: Tensor) -> Tensor:
+    """Sum over all tokens: [B, S] -> [], [B, M, S] -> [M]."""
+    return x.sum() if x.ndim == 2 else x.sum((0, 2))
+
+
+def weighted_sum(config: ModelConfig, losses: Tensor) -> Tensor:
+    """What is differentiated: the loss of the next token, plus the factor times the mean of those of the N further ones. [1 + N] -> [];
+    a loss that is one number already stays it."""
+    if losses.ndim == 0:
+        return losses
+    return losses[0] + config.mtp_loss_scaling_factor / config.mtp_num_layers * losses[1:].sum()

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from megatron_moe.model.block import Block
 from megatron_moe.model.gpt import GPT
+from megatron_moe.model.mtp import MultiTokenModule
 from megatron_moe.moe.dispatch import AllToAllDispatcher, OverlappedDispatcher, PaddedDispatcher
 from megatron_moe.moe.experts import Experts
 from megatron_moe.moe.layer import MoELayer
 
 # One graph serves all layers of the same shapes; training and evaluation have one each.
 REGIONS: dict[type[nn.Module], tuple[str, ...]] = {
-    GPT: ("embed", "losses"),
+    GPT: ("embed", "embed_ahead", "losses", "losses_of"),
+    MultiTokenModule: ("merge",),
     Block: ("attend", "feed_forward", "normalise", "finish"),
     MoELayer: ("jittered", "decide"),
     Experts: ("forward",),

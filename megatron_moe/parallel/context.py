@@ -27,7 +27,7 @@ from megatron_moe.utils.compat import all_gather_rows
 
 def apply_context_parallel(model: GPT, group: dist.ProcessGroup, has_ring: bool = False) -> None:
     """No parameter is touched: ranks of `group` are further data ranks to FSDP. `has_ring`: keys travel (ring.py) instead of being gathered."""
-    for block in model.layers.values():
+    for block in model.blocks:
         plain = block.attn.core
         block.attn.core = RingCore(group, plain.scale) if has_ring else GatheredKeysCore(plain, group)
     model.locate = ZigzagPlaces(group)
@@ -49,15 +49,15 @@ def chunks_of(group: dist.ProcessGroup) -> tuple[int, int]:
 
 
 def zigzag(x_BL: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[B, L] -> [B, S]"""
+    """[..., L] -> [..., S]"""
     chunks = 2 * dist.get_world_size(group)
-    if x_BL.shape[1] % chunks:
+    if x_BL.shape[-1] % chunks:
         raise ValueError(
-            f"a sequence of {x_BL.shape[1]} tokens cannot be cut into the {chunks} equal chunks of --context-parallel-size {chunks // 2}; "
+            f"a sequence of {x_BL.shape[-1]} tokens cannot be cut into the {chunks} equal chunks of --context-parallel-size {chunks // 2}; "
             f"use a multiple of {chunks}"
         )
-    whole = x_BL.chunk(chunks, dim=1)
-    return torch.cat([whole[i] for i in chunks_of(group)], dim=1)
+    whole = x_BL.chunk(chunks, dim=-1)
+    return torch.cat([whole[i] for i in chunks_of(group)], dim=-1)
 
 
 class ZigzagPlaces:

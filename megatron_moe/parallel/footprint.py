@@ -55,7 +55,7 @@ def footprint(model: GPT | PipelinedGPT, optimizer: OptimizerConfig, zero_stage:
         shards += here * p.element_size()
         states += here * max(p.element_size(), 4) * moments(optimizer, model, name, p)  # never in 16 bits
         whole += whole_here * p.element_size()
-        block = re.match(r"layers\.\d+|", name).group()
+        block = re.match(r"(layers|mtp)\.\d+|", name).group()
         gathered[block] += whole_here * gathered_dtype(name, p, half).itemsize
     outside = gathered.pop("", 0)
     blocks = gathered.values()

@@ -34,7 +34,7 @@ def is_offloaded(config: RunConfig, device_type: str) -> bool:
 
 def apply_activation_offload(model: GPT) -> None:
     """What a block saves for its backward waits in pinned memory of the host. Copies go with the stream: nothing waits for them."""
-    for block in model.layers.values():
+    for block in model.blocks:
         block.forward = offloaded(block.forward, block, save_on_cpu(pin_memory=True))
 
 

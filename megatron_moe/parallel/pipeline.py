@@ -8,7 +8,7 @@ A schedule is made for one number of micro-batches of one shape, and made anew w
 torch would otherwise find the shapes out by running the model, which routes, and counts, a micro-batch that is none.
 The last stage returns losses, not logits: those of one micro-batch are gone before the next one comes.
 
-Tied embeddings: first and last stage hold the matrix, which is drawn by its name and so starts alike. The gradients of both are
+Tied embeddings, and multi-token prediction: first and last stage hold the matrix, which is drawn by its name and so starts alike. The gradients of both are
 added up on both, so it stays alike; norm and parameter count know the one of the first stage.
 """
 # n micro-batches, B sequences each, S tokens each, D hidden
@@ -36,7 +36,8 @@ SCHEDULES = {  # names in torch.distributed.pipelining, which is imported with t
     "interleaved": "ScheduleInterleaved1F1B",
     "zero-bubble": "ScheduleInterleavedZeroBubble",
 }
-ShareOfStep = Callable[[Tensor, Tensor], Tensor]  # (losses, loss mask) of a micro-batch -> what is differentiated
+ShareOfStep = Callable[[Tensor, Tensor], Tensor]  # (losses, loss mask) of a micro-batch -> its share of the step's loss, or losses
+Objective = Callable[[Tensor], Tensor]  # shares -> what is differentiated
 
 
 class PipelinedGPT(nn.Module):
@@ -52,13 +53,13 @@ class PipelinedGPT(nn.Module):
         self.embedding = first.embedding if first.embedding is not None else last.embedding
         self.position_embedding = first.position_embedding
         self.layers = nn.ModuleDict({name: block for stage in stages.values() for name, block in stage.layers.items()})
-        self.norm, self.head = last.norm, last.head
+        self.norm, self.head, self.mtp = last.norm, last.head, last.mtp
         self.num_stages, self.mesh = num_stages, mesh
         self.has_first, self.has_last = 0 in stages, num_stages - 1 in stages
         self.kind = schedule_of(config.parallel, config.model.num_layers)
         self.dtype = stream_dtype(config)
         self.runs = mesh.size("tp") if config.parallel.sequence_parallel else 1  # of a sequence, between the stages
-        self._share: ShareOfStep | None = None  # of the step under way
+        self._differentiated: ShareOfStep | None = None  # of the step under way: from losses and mask of a micro-batch
         self._schedules: dict[tuple[bool, int, torch.Size], Any] = {}  # by what they were made for, see `_schedule`
 
     # ------------------------------------------------------------ a model like any other
@@ -75,13 +76,13 @@ class PipelinedGPT(nn.Module):
 
     @property
     def tied_copy(self) -> nn.Parameter | None:
-        """The embedding that is here for the logits alone, where the first stage is elsewhere."""
-        return self.embedding.weight if self.has_last and not self.has_first and self.head is None else None
+        """The embedding that is here for the logits or for multi-token prediction, where the first stage is elsewhere."""
+        return self.embedding.weight if self.has_last and not self.has_first and self.config.embeds_at_end else None
 
     @property
     def is_tied(self) -> bool:
         """Whether this rank holds one of the two tied matrices."""
-        return self.config.is_tied and (self.has_first or self.has_last)
+        return self.config.embeds_at_end and (self.has_first or self.has_last)
 
     def counted_parameters(self) -> Iterator[nn.Parameter]:
         """Those that no other stage counts."""
@@ -90,19 +91,25 @@ class PipelinedGPT(nn.Module):
 
     # ------------------------------------------------------------ running it
 
-    def forward_backward(self, microbatches: Sequence[Batch], keys: Sequence[Tensor], share: ShareOfStep) -> Tensor:
-        """Gradients of the sum of all shares; returns the sum on the ranks of the last stage, zero elsewhere."""
-        self._share = share
-        losses: list[Tensor] = []
-        target = {"target": torch.cat([b.loss_mask for b in microbatches]), "losses": losses} if self.has_last else {}
+    def forward_backward(self, microbatches: Sequence[Batch], keys: Sequence[Tensor], share: ShareOfStep, objective: Objective) -> Tensor:
+        """Gradients of the objective of all shares; returns the sum of the shares on the ranks of the last stage, zero elsewhere."""
+        mask = microbatches[0].loss_mask
+        total = torch.zeros(mask.shape[1:-1], dtype=torch.float64, device=mask.device)
+
+        def differentiated(losses: Tensor, mask: Tensor) -> Tensor:
+            shares = share(losses, mask)
+            total.add_(shares.detach())
+            return objective(shares)
+
+        self._differentiated = differentiated
+        target = {"target": torch.cat([b.loss_mask for b in microbatches])} if self.has_last else {}
         n = len(microbatches)
         # fewer micro-batches than stages never get to alternate: then 1f1b is gpipe, and torch wants it called so
         kind = "gpipe" if self.kind == "1f1b" and n < self.num_stages else self.kind
         self._walk(self._schedule(kind, n, microbatches[0], is_trained=True), microbatches, keys, **target)
         if self.is_tied:
             self._add_tied_gradients()
-        total = torch.zeros((), dtype=torch.float64, device=microbatches[0].tokens.device)
-        return total + sum(loss.detach() for loss in losses)
+        return total
 
     @torch.no_grad()
     def losses(self, microbatches: Sequence[Batch]) -> Tensor | None:
@@ -135,7 +142,7 @@ class PipelinedGPT(nn.Module):
         if made_for not in self._schedules:
             if is_trained or any(was_trained for was_trained, *_ in self._schedules):
                 self._schedules.clear()
-            loss_fn = (lambda losses_BS, mask_BS: self._share(losses_BS, mask_BS)) if is_trained else None
+            loss_fn = (lambda losses_BS, mask_BS: self._differentiated(losses_BS, mask_BS)) if is_trained else None
             self._schedules[made_for] = self._build(kind, n, like, loss_fn)
         return self._schedules[made_for]
 
@@ -158,7 +165,7 @@ class PipelinedGPT(nn.Module):
         """Of what comes into a stage and goes out; requires_grad tells torch which gradients travel."""
         kind = {"device": "meta", "requires_grad": is_trained}
         tokens, stream = torch.empty_like(like.tokens, device="meta"), torch.empty(self.stream_shape(like), dtype=self.dtype, **kind)
-        losses = torch.empty(like.tokens.shape, dtype=torch.promote_types(self.dtype, torch.float32), **kind)
+        losses = torch.empty(like.labels.shape, dtype=torch.promote_types(self.dtype, torch.float32), **kind)
         return {"input_args": tokens if number == 0 else stream, "output_args": losses if number == self.num_stages - 1 else stream}
 
     def stream_shape(self, like: Batch) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ def recomputed(function: Callable[..., Any], *args: Any) -> Any:
 
 def apply_recompute(model: GPT, modules: Collection[str]) -> None:
     """`modules`: parts of a block by their names in --recompute-modules."""
-    for block in model.layers.values():
+    for block in model.blocks:
         if "core_attn" in modules:
             block.run_attention = recomputed
         if ("mlp" in modules and block.mlp is not None) or ("shared_experts" in modules and block.shared_expert is not None):

@@ -23,8 +23,10 @@ from megatron_moe.parallel.replicated import of_own_tokens
 def apply_sequence_parallel(model: GPT, mesh: DeviceMesh) -> None:
     """What the plan of tensor parallelism leaves to do, on the same 1-D mesh. After context parallelism, which says where tokens stand."""
     modules = [model.position_embedding, model.norm]
-    for block in model.layers.values():
+    for block in model.blocks:
         modules += [block.attn_norm, block.mlp_norm, block.coefficient, block.shared_expert_gate]
+    for module in model.mtp.values():
+        modules += [module.embedding_norm, module.hidden_norm, module.proj, module.norm]
     for module in modules:
         if module is not None:
             of_own_tokens(module, mesh)

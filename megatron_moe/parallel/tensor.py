@@ -51,7 +51,7 @@ def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, sequence_parallel: bool 
     With `sequence_parallel` every rank has tokens of its own between the modules: see parallel/sequence.py for the rest of it."""
     stream = Shard(1) if sequence_parallel else Replicate()
     full_plan = block_plan(stream, model.config, mesh.size())
-    for block in model.layers.values():
+    for block in model.blocks:
         plan = {name: style for name, style in full_plan.items() if _has(block, name)}
         parallelize_module(block, mesh, plan)
         block.attn.core.first_head = mesh.get_local_rank() * (model.config.num_attention_heads // mesh.size())

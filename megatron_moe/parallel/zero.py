@@ -35,10 +35,12 @@ def apply_zero(
     carries the one division, so expert and dense gradients need no factor of their own.
     """
     kind = unit_options(mesh.zero_stage, half, is_offloaded, reduced_in)
-    for block in model.layers.values():
+    for block in model.blocks:
         if block.moe is not None:
             shard_moe(block.moe, mesh, expert_degree(model, block.moe), half, kind)
         shard_unit(block, mesh.data, **kind)
+    for module in model.mtp.values():
+        shard_unit(module, mesh.data, **kind)
     shard_unit(model, mesh.data, **kind | {"reshard_after_forward": False})
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 import megatron_moe
 from megatron_moe.checkpoint.find import find_checkpoint
 from megatron_moe.checkpoint.load import load_tensors
-from megatron_moe.checkpoint.state import model_state, optimizer_state
+from megatron_moe.checkpoint.state import MTP, model_state, optimizer_state
 from megatron_moe.config.data import split_shares
 from megatron_moe.config.pace import Consumed
+from megatron_moe.config.run import RunConfig
 from megatron_moe.model.gpt import GPT
 from megatron_moe.optimizer.loss_scale import LossScale
 from megatron_moe.training.distributed import World
@@ -83,13 +84,22 @@ def resume(
     if not (c.finetune or c.no_load_optim):
         tensors |= optimizer_state(model, optimizer)
         complete.append("optimizer.")
-    load_tensors(found.path, tensors, complete, world.cpu_group)
+    load_tensors(found.path, tensors, complete, world.cpu_group, optional=[MTP] if c.finetune else ())
     if loss_scale is not None and "loss_scale" in found.meta and not c.finetune:
         loss_scale.load_state(found.meta["loss_scale"])
     progress = Progress() if c.finetune else Progress(**found.meta["progress"])
     if c.reset_iteration:
         progress.iteration = 0
-    return progress, str(found.path), [*found.notes, *([] if c.finetune else _data_notes(prepared, found.meta, world))]
+    notes = _mtp_notes(prepared.run, found.meta) if c.finetune else _data_notes(prepared, found.meta, world)
+    return progress, str(found.path), [*found.notes, *notes]
+
+
+def _mtp_notes(run: RunConfig, meta: dict[str, Any]) -> Iterator[str]:
+    """Modules of multi-token prediction that a run does not share with the checkpoint that it starts from."""
+    then, now = meta["config"]["model"].get("mtp_num_layers", 0), run.model.mtp_num_layers
+    if then != now:
+        what = f"{now - then} of them start from initial weights" if now > then else f"{then - now} of the checkpoint's are left out"
+        yield f"--mtp-num-layers is {now} and was {then} when the checkpoint was saved: {what}"
 
 
 def _data_notes(prepared: Prepared, meta: dict[str, Any], world: World) -> Iterator[str]:

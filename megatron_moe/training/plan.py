@@ -17,7 +17,7 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
     dispatch_reasons        why a dispatcher that was not asked for by name was taken: a line for each distinct case
     pipeline                null without one: schedule, micro_batches (of the last size of a step), idle (share of a step, all stages
                             taken as equal; an upper bound for zero-bubble), stages: stage, pipeline_rank, layers, parts (embedding,
-                            positions, tied_logits, norm, head), moe_layers (how many), parameters, flops_per_token
+                            positions, tied_logits, embedding_of_mtp, norm, head, mtp), moe_layers (how many), parameters, flops_per_token
     vocabulary              size, padded, and whether it is known
     parameters              total, active (per token), by_part, active_by_part
     per_rank                fullest and emptiest: rank, dense_parameters, expert_parameters, bytes (parameters, gradients,
@@ -226,7 +226,7 @@ def _precision(run: RunConfig) -> str:
 
 def _layers(run: RunConfig, world_size: int) -> Iterator[dict[str, Any]]:
     stage, etp = world_size // run.parallel.pipeline_model_parallel_size, run.parallel.etp
-    for layer, experts in enumerate(run.moe.experts_per_layer(run.model.num_layers), start=1):
+    for layer, experts in enumerate(run.experts_of_blocks(), start=1):
         ep = run.moe.expert_parallel_degree(experts) if experts > 1 else 1
         beside = {"latent_width": run.moe.moe_latent_size, "shared_expert_width": run.moe.moe_shared_expert_intermediate_size}
         yield {
@@ -287,9 +287,9 @@ def _by_part(counts: ParameterCounts) -> tuple[dict[str, int], dict[str, int]]:
         "gates": sum(layer.gate for layer in layers),
         "experts": sum(layer.experts for layer in layers),
         "head": counts.head,
-    }
+    } | ({"mtp": counts.mtp} if counts.mtp else {})
     assert sum(total.values()) == counts.total, f"{total} is not {counts.total}"
-    active = total | {"experts": sum(layer.active_experts for layer in layers)}
+    active = total | {"experts": sum(layer.active_experts for layer in layers)} | ({"mtp": 0} if counts.mtp else {})
     assert sum(active.values()) == counts.active, f"{active} is not {counts.active}"
     return total, active
 

@@ -337,7 +337,7 @@ def run_evaluation(run: Run, split: str = "valid") -> bool:
 def expert_loads(run: Run) -> list[LayerLoad]:
     """The last step of every MoE layer, over the whole global batch. Collective; one reduction for all layers of all stages."""
     c, device = run.config, run.world.device
-    experts = {layer: n for layer, n in enumerate(c.moe.experts_per_layer(c.model.num_layers), start=1) if n > 1}
+    experts = {layer: n for layer, n in enumerate(c.experts_of_blocks(), start=1) if n > 1}
     if not experts:
         return []
     here = {moe.layer: moe for moe in moe_layers(run.model)}
@@ -386,6 +386,7 @@ def log_step(run: Run, result: StepResult, step: Step, throughput: Throughput) -
         weight_decay=step.weight_decay, global_batch_size=step.samples, seq_length=step.length,
         moe_aux_loss=mean(load.aux_loss for load in loads), moe_z_loss=mean(load.z_loss for load in loads),
         kd_loss=None if result.kd_loss is None else float(result.kd_loss),
+        mtp_losses=() if result.mtp_losses is None else result.mtp_losses.tolist(),
         iteration_time_ms=window.iteration_time_ms, tokens_per_second=window.tokens_per_second,
         tflops_per_device=tflops_per_device(flops, window.tokens_per_second, run.world.size),
         peak_memory_bytes=largest_peak(run),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_moe.config.pipeline import idle_share, rank_of_stage, schedule_of
 from megatron_moe.config.run import RunConfig
-from megatron_moe.model.flops import layer_flops, logit_flops, parameter_counts
+from megatron_moe.model.flops import layer_flops, logit_flops, mtp_flops, parameter_counts
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ def stages_of(run: RunConfig, vocab_size: int) -> list[Stage]:
     split, experts = run.layers_of_stages(), run.moe.experts_per_layer(run.model.num_layers)
     counts = parameter_counts(run.model, run.moe, vocab_size)
     token_vectors = run.model.padded_vocab_size(vocab_size) * run.model.hidden_size
+    logits = logit_flops(run.model, vocab_size) + mtp_flops(run.model, run.moe, run.training.seq_length, vocab_size)
+    mtp_experts = run.model.mtp_num_layers * (experts[-1] > 1)
     stages = []
     for number, layers in enumerate(split):
         is_first, is_last = number == 0, number == len(split) - 1
@@ -35,6 +37,9 @@ def stages_of(run: RunConfig, vocab_size: int) -> list[Stage]:
             parts |= {"norm": counts.final_norm, "head": counts.head}
             if not is_first and run.model.is_tied:
                 parts["tied_logits"] = token_vectors
+            elif not is_first and run.model.embeds_at_end:
+                parts["embedding_of_mtp"] = token_vectors
+            parts["mtp"] = counts.mtp
         here = [experts[layer - 1] for layer in layers]
         flops = sum(
             layer_flops(run.model, run.moe, n, run.training.seq_length, run.model.window_of(layer)) for layer, n in zip(layers, here)
@@ -42,8 +47,8 @@ def stages_of(run: RunConfig, vocab_size: int) -> list[Stage]:
         stages.append(
             Stage(
                 number, rank_of_stage(number, run.parallel.pipeline_model_parallel_size), layers, [p for p, n in parts.items() if n],
-                sum(n > 1 for n in here), sum(counts.per_layer[layer - 1].total for layer in layers) + sum(parts.values()),
-                flops + (logit_flops(run.model, vocab_size) if is_last else 0.0),
+                sum(n > 1 for n in here) + (mtp_experts if is_last else 0), sum(counts.per_layer[layer - 1].total for layer in layers) + sum(parts.values()),
+                flops + (logits if is_last else 0.0),
             )
         )  # fmt: skip
     return stages

@@ -1,5 +1,5 @@
 """One optimizer step: microbatches, one division, norm, clip, update."""
-# B batch, S sequence
+# B batch, S sequence, N modules of multi-token prediction, M = 1 + N tokens that are predicted from a place
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_moe.data.batch import Batch
+from megatron_moe.data.batch import Batch, look_ahead
 from megatron_moe.model.gpt import GPT
+from megatron_moe.model.loss import of_predictions, share_of_step, weighted_sum
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.optimizer.clip import clip_gradients, gradient_factor, gradient_norm
@@ -33,13 +34,14 @@ class StepResult:
     lm_loss: Tensor  # token-weighted over the global batch
     grad_norm: Tensor
     kd_loss: Tensor | None = None  # KL(teacher || student), weighted like lm_loss; None without a teacher
+    mtp_losses: Tensor | None = None  # [N], of the tokens behind the next one, over unmasked ones of their own; None without modules
     found_inf: Tensor | None = None  # 1.0 where the step was skipped; None without a loss scale
 
 
 def count_loss_tokens(microbatches: Sequence[Batch], mesh: ParallelMesh) -> Tensor:
-    """Unmasked tokens of the whole global batch: the one divisor of the step, known before its first forward. (Context-parallel
-    ranks hold the same sequences until `forward_backward` cuts them.)"""
-    count = torch.stack([b.loss_mask.sum(dtype=torch.float64) for b in microbatches]).sum()
+    """Unmasked tokens of the whole global batch: the one divisor of the step, known before its first forward; [M] of them for as many
+    predictions. (Context-parallel ranks hold the same sequences until `forward_backward` cuts them.)"""
+    count = torch.stack([of_predictions(b.loss_mask.double()) for b in microbatches]).sum(0)
     return mesh.sum(count, "dp").clamp_min(1.0)
 
 
@@ -57,6 +59,7 @@ def forward_backward(
 
     One rule for every parameter: gradients are summed over microbatches and ranks, and divided once, here. `divisor` is an
     argument because another front door divides by something else. Token randomness is a function of (seed, iteration, sample).
+    Predictions of M tokens - labels and masks [B, M, S], divisor [M] - have a share each, and gradients of their `weighted_sum`.
     With `distillation` the gradients are of its objective. With `loss_scale` they, those of the auxiliary losses among them, are
     that many times as large.
     """
@@ -72,8 +75,9 @@ def forward_backward(
         keys = [token_keys(seed, iteration, b.sample_ids, b.tokens.shape[1]) for b in microbatches]
         parts, keys = zip(*(part_of(b, k, mesh) for b, k in zip(microbatches, keys)))
         scale = 1.0 if loss_scale is None else loss_scale
-        return model.forward_backward(parts, keys, partial(share_of_step, divisor=divisor / scale)) / scale
-    total = torch.zeros((), dtype=torch.float64, device=divisor.device)
+        share = partial(share_of_step, divisor=divisor / scale)
+        return model.forward_backward(parts, keys, share, partial(weighted_sum, model.config)) / scale
+    total = torch.zeros_like(divisor, dtype=torch.float64)
     for i, batch in enumerate(microbatches):
         sync_gradients(model, mesh.zero_stage, i == len(microbatches) - 1)
         keys_BS = token_keys(seed, iteration, batch.sample_ids, batch.tokens.shape[1])
@@ -86,8 +90,8 @@ def forward_backward(
 def language_model_loss(model: GPT, batch: Batch, keys_BS: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor]:
     """(what is differentiated, the language-model loss alone), which without a teacher are the same."""
     losses_BS = model(batch.tokens, batch.position_ids, batch.labels, batch.segment_ids, keys_BS)
-    loss = share_of_step(losses_BS, batch.loss_mask, divisor)
-    return loss, loss.detach()
+    shares = share_of_step(losses_BS, batch.loss_mask, divisor)
+    return weighted_sum(model.config, shares), shares.detach()
 
 
 def backward(loss: Tensor, loss_scale: Tensor | None = None, divisor: float = 1, retain_graph: bool = False) -> None:
@@ -95,10 +99,6 @@ def backward(loss: Tensor, loss_scale: Tensor | None = None, divisor: float = 1,
     the shares of a pretraining step, ranks x accumulation for the local means of the DeepSpeed-shaped engine."""
     share = loss if divisor == 1 else loss / divisor
     (share if loss_scale is None else share * loss_scale).backward(retain_graph=retain_graph)
-
-
-def share_of_step(losses_BS: Tensor, mask_BS: Tensor, divisor: Tensor) -> Tensor:
-    return (losses_BS * mask_BS).sum() / divisor.to(losses_BS.dtype)
 
 
 def train_step(
@@ -116,6 +116,8 @@ def train_step(
 ) -> StepResult:
     """Forward and backward of all microbatches, clip, update. Collective."""
     scale = None if loss_scale is None else loss_scale.scale
+    if model.config.mtp_num_layers:
+        microbatches = [look_ahead(batch, model.config.mtp_num_layers) for batch in microbatches]
     lm_loss = forward_backward(model, microbatches, count_loss_tokens(microbatches, mesh), mesh, seed, iteration, distillation, scale)
     kd_loss = distillation.divergence if distillation is not None else None
     for loss in (lm_loss,) if kd_loss is None else (lm_loss, kd_loss):
@@ -123,7 +125,10 @@ def train_step(
     set_rates(optimizer, learning_rate, weight_decay)
     norm, found_inf = update(optimizer, list(model.parameters()), counted_parameters(model), mesh.stage_ranks, clip_grad, loss_scale)
     move_expert_biases(model, mesh, found_inf)
-    return StepResult(lm_loss, norm, kd_loss, found_inf)
+    mtp_losses = None
+    if model.config.mtp_num_layers:
+        lm_loss, mtp_losses = lm_loss[0], lm_loss[1:]
+    return StepResult(lm_loss, norm, kd_loss, mtp_losses, found_inf)
 
 
 def update(

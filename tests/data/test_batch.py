@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_moe.data.batch import make_batch
+from megatron_moe.data.batch import look_ahead, make_batch
 
 E = 99
 
@@ -64,3 +64,17 @@ def test_masks_equal_a_slow_loop(texts):
 def test_a_batch_moves_to_a_device(segments):
     batch = make_batch(items([1, 2, 3]), E, reset_attention_mask=segments).to("meta")
     assert batch.tokens.device.type == "meta" and (batch.segment_ids is not None) == segments
+
+
+def test_labels_further_on_count_within_their_document():
+    a, b, end, c, d, e = 5, 6, 1, 7, 8, 9
+    text = items([a, b, end, c, d, e])
+    for flags in ({"reset_position_ids": True}, {"reset_attention_mask": True}, {"reset_position_ids": True, "reset_attention_mask": True}):
+        ahead = look_ahead(make_batch(text, end, **flags), 2)
+        assert ahead.labels.tolist() == [[[b, end, c, d, e], [end, c, d, e, 0], [c, d, e, 0, 0]]]
+        assert ahead.loss_mask.tolist() == [[[1, 1, 1, 1, 1], [1, 1, 0, 1, 0], [1, 0, 0, 0, 0]]]
+    ahead = look_ahead(make_batch(text, end), 2)  # one text
+    assert ahead.loss_mask.tolist() == [[[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]]
+    ahead = look_ahead(make_batch(text, end, eod_mask_loss=True), 2)  # what follows an end is not predictable, from further back neither
+    assert ahead.loss_mask.tolist() == [[[1, 1, 0, 1, 1], [1, 0, 1, 1, 0], [0, 1, 1, 0, 0]]]
+    assert look_ahead(make_batch(text, end), 9).loss_mask[0, 5:].sum() == 0  # further than the sequence is long

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from megatron_moe.arguments import parse_args
 from megatron_moe.config.precision import LossScaleConfig
 from megatron_moe.config.run import RunConfig
-from megatron_moe.data.batch import Batch
+from megatron_moe.data.batch import Batch, look_ahead
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.init import initialize_parameters
 from megatron_moe.moe.layer import moe_layers
@@ -120,6 +120,20 @@ MODELS = {
     "windows": "--num-experts 1 2 4 --topk 2 --num-key-value-heads 2 --window-size 5 --window-attn-skip-freq 1 0 1 --softmax-type learnable "
     "--attention-dropout 0.2 --position-embedding-type rope --rope-scaling-type llama3 --rope-scaling-factor 4 "
     "--rope-original-max-position-embeddings 12 --init-method-std 0.2 --disable-moe-token-dropping",
+    # multi-token prediction: a dense and an MoE last layer, tied and untied, everything drawn
+    "ahead": "--num-experts 1 4 8 --topk 2 --num-key-value-heads 2 --mtp-num-layers 2 --mtp-loss-scaling-factor 0.4 --hidden-dropout 0.2 "
+    "--attention-dropout 0.1 --moe-noisy-gate-policy Jitter --disable-moe-token-dropping",
+    "ahead_untied": "--num-experts 1 4 4 --topk 2 --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+    "--moe-router-bias-update-rate 0.05 --disable-moe-top2-2nd-expert-sampling --moe-router-normalize chosen --mtp-num-layers 1 "
+    "--moe-seq-loss-coeff 0.4 --disable-moe-token-dropping",
+    "ahead_student": "--num-experts 1 4 4 --topk 1 --mtp-num-layers 1 --mtp-loss-scaling-factor 0.5 --disable-moe-token-dropping "
+    "--kd-alpha-ce 0.7 --kd-beta-ce 1.5 --kd-temp 2 --mos --num-layers-teacher 2 --num-experts-teacher 4 8 --load-teacher none",
+    "ahead_latent": "--num-experts 1 2 4 --topk 2 --swiglu --normalization RMSNorm --disable-bias-linear --multi-latent-attention --q-lora-rank 14 "
+    "--kv-lora-rank 12 --qk-head-dim 6 --qk-pos-emb-head-dim 4 --v-head-dim 10 --position-embedding-type rope --window-size 5 "
+    "--window-attn-skip-freq 1 0 1 --softmax-type learnable --mtp-num-layers 1 --disable-moe-token-dropping",
+    "ahead_deep": "--num-layers 4 --num-experts 1 2 4 8 --mlp-type residual --topk 2 --mtp-num-layers 1 --disable-moe-token-dropping",
+    "ahead_ring": "--num-experts 1 2 4 --topk 2 --mtp-num-layers 1 --position-embedding-type rope --disable-moe-token-dropping",
     # four layers, for pipelines of up to four stages
     "deep": "--num-layers 4 --num-experts 1 2 4 8 --mlp-type residual --topk 2 --num-key-value-heads 2 --disable-moe-token-dropping",
     # experts in the later half alone: early stages have none
@@ -238,6 +252,15 @@ def taught(model: GPT, teacher: GPT, b: Batch, keys: torch.Tensor, divisor: torc
     return d.kd_alpha_ce * lm + d.kd_beta_ce * d.kd_temp**2 * kl, lm, kl
 
 
+def taught_by(teacher: GPT, logits: torch.Tensor, b: Batch, divisor: torch.Tensor, c: RunConfig) -> torch.Tensor:
+    """The teacher's part of the objective, for logits [B, S, V]."""
+    d = c.distillation
+    with torch.no_grad():
+        softened = teacher(b.tokens, b.position_ids, None, b.segment_ids)[..., :VOCAB] / d.kd_temp
+    kl = (softened.softmax(-1) * (softened.log_softmax(-1) - (logits[..., :VOCAB] / d.kd_temp).log_softmax(-1))).sum(-1)
+    return d.kd_beta_ce * d.kd_temp**2 * (kl * b.loss_mask).sum() / divisor
+
+
 def fill_teacher(teacher: GPT, c: RunConfig) -> GPT:
     """Weights that are not the student's, as if loaded."""
     initialize_parameters(teacher, c.training.seed + 1, 5 * c.model.init_method_std, len(teacher.layers))
@@ -327,9 +350,20 @@ def reference(model_name: str, flags: str = FP64, ranks: int = 1) -> dict[str, t
             moe.begin_step(warmup[step] / (SEQUENCES * length))
         if c.moe.moe_global_loss_coeff:
             know_other_ranks(model, batches, step, ranks)
+        depths, ahead = c.model.mtp_num_layers, torch.zeros(c.model.mtp_num_layers, dtype=torch.float64)
+        divisors = [sum(further(b, depths)[n][1].sum() for b in batches) for n in range(depths)]
         for b in batches:
             keys = token_keys(SEED, step, b.sample_ids, length)
-            if teacher:
+            if depths:
+                labels = torch.stack([b.labels, *(label for label, _ in further(b, depths))], dim=1)
+                losses, logits = model(b.tokens, b.position_ids, labels, b.segment_ids, keys, with_logits=True)
+                lm = F.cross_entropy(logits[..., :VOCAB].flatten(0, 1), b.labels.flatten(), reduction="none").view_as(b.labels)
+                lm, shares = (lm * b.loss_mask).sum() / divisor, further_shares(losses, b, divisors)
+                loss = lm + c.model.mtp_loss_scaling_factor * sum(shares) / depths
+                ahead += torch.stack(shares).detach()
+                if teacher:
+                    loss = c.distillation.kd_alpha_ce * loss + taught_by(teacher, logits, b, divisor, c)
+            elif teacher:
                 loss, lm, kl = taught(model, teacher, b, keys, divisor, c)
                 divergence += kl.detach()
             else:
@@ -342,13 +376,34 @@ def reference(model_name: str, flags: str = FP64, ranks: int = 1) -> dict[str, t
             out |= routing(model, step)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         out |= {f"loss {step}": torch.as_tensor(total).double(), f"norm {step}": norm.clone()}
-        if teacher and step:
+        if depths:
+            out[f"further losses {step}"] = ahead
+        if teacher and step and not depths:
             out[f"divergence {step}"] = torch.as_tensor(divergence).double()
         set_plain_rates(optimizer.param_groups, learning_rate(step), weight_decay(c, step))
         optimizer.step()
         optimizer.zero_grad()
         move_biases(model)
     return out | {f"weight {n}": whole(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def further_shares(losses: torch.Tensor, b: Batch, divisors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Of the n-th token behind the next one, for each n from 1: losses [B, N, S] of a micro-batch."""
+    return [(losses[:, n] * mask).sum() / divisors[n] for n, (_, mask) in enumerate(further(b, len(divisors)))]
+
+
+def further(b: Batch, depths: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(label, mask) of the n-th token behind the next one, for each n from 1, token by token."""
+    out = []
+    for n in range(1, depths + 1):
+        labels, mask = torch.zeros_like(b.labels), torch.zeros_like(b.loss_mask)
+        for s in range(b.labels.shape[0]):
+            for i in range(b.labels.shape[1] - n):
+                labels[s, i] = b.labels[s, i + n]
+                is_one_document = b.segment_ids is None or b.segment_ids[s, i] == b.segment_ids[s, i + n]
+                mask[s, i] = b.loss_mask[s, i + n] if is_one_document else 0.0
+        out.append((labels, mask))
+    return out
 
 
 def move_biases(model: GPT) -> None:
@@ -383,7 +438,9 @@ def layout(model_name: str, flags: str, scale: float | None = None) -> dict[str,
             done = train_step(model, optimizer, batches, mesh, learning_rate(step), CLIP, SEED, step, distillation, weight_decay(c, step),
                               loss_scale)  # fmt: skip
             out |= {f"loss {step}": done.lm_loss, f"norm {step}": done.grad_norm}
-            if done.kd_loss is not None:
+            if done.mtp_losses is not None:
+                out[f"further losses {step}"] = done.mtp_losses
+            elif done.kd_loss is not None:
                 out[f"divergence {step}"] = done.kd_loss
         if step <= 1:
             out |= routing(model, step, mesh.stage_group)
@@ -416,12 +473,16 @@ def first_step(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """`train_step` in its parts, to look at what it does not return."""
     scale = loss_scale.scale if loss_scale else None
+    if depths := model.config.mtp_num_layers:
+        batches = [look_ahead(b, depths) for b in batches]
     loss = forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, SEED, 0, distillation, scale)
     mesh.sum(loss, "dp", "cp", "pp")
     norm = gradient_norm(counted_parameters(model), mesh.stage_ranks)
     if loss_scale:
         norm, _ = loss_scale.unscaled(norm)
     out = {"loss 0": loss, "norm 0": norm, "ones": norm_of_ones(model, mesh)}
+    if depths:
+        out |= {"loss 0": loss[0], "further losses 0": loss[1:]}
     out |= {f"gradient {n}": whole(p.grad) / (scale or 1) for n, p in model.named_parameters()}
     if isinstance(optimizer, HalfAdamW):
         optimizer.gradient_factor = gradient_factor(norm, CLIP, scale)

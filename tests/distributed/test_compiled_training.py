@@ -78,6 +78,8 @@ MORE_COMPILED = [  # with --full
     ("pyramid", 4, "--tensor-model-parallel-size 4 --zero-stage 3"),  # heads that are shared
     ("noisy", 2, "--pipeline-model-parallel-size 2 --recompute-granularity full"),
     ("modern", 4, f"--pipeline-model-parallel-size 2 {EP} --zero-stage 3"),
+    ("ahead", 2, f"{TP} {EP} --sequence-parallel --recompute-granularity full --cross-entropy-loss-chunk-size 24 {parity.DIVISIBLE}"),
+    ("ahead_untied", 2, f"--pipeline-model-parallel-size 2 {parity.DOCUMENTS}"),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from distributed_pool import run_distributed
 
-from distributed import attention_layouts, parity, sequence_layouts
+from distributed import attention_layouts, multi_token_layouts, parity, sequence_layouts
 from distributed.precision_rows import PRECISION_LAYOUTS
 
 pytestmark = pytest.mark.distributed
@@ -151,7 +151,7 @@ CROSS_LAYOUTS = [  # where the parts meet
     ("pyramid", 8, f"--zero-stage 3 {PP2} {EP2} --num-distributed-optimizer-instances 2 {FULL}"),
     ("shared", 8, f"--zero-stage 1 {SP2} --context-parallel-size 2 {EP2} {ETP2} {ALLTOALL}"),
 ]
-for further in (EXPERT_LAYOUTS, PRECISION_LAYOUTS, PIPELINE_LAYOUTS, sequence_layouts.LAYOUTS, CROSS_LAYOUTS):
+for further in (EXPERT_LAYOUTS, PRECISION_LAYOUTS, PIPELINE_LAYOUTS, sequence_layouts.LAYOUTS, CROSS_LAYOUTS, multi_token_layouts.LAYOUTS):
     QUICK += [row for row in further[::8] if row[1] < 8]
     MATRIX += [row for row in further if row not in QUICK]
 QUICK += attention_layouts.QUICK

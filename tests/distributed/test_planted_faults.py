@@ -18,8 +18,9 @@ from distributed_pool import run_distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from distributed import parity
+from distributed import multi_token_layouts, parity
 from distributed import test_parallel_equals_single as rows
+from megatron_moe.data.batch import look_ahead
 from megatron_moe.moe.layer import moe_layers
 
 pytestmark = pytest.mark.distributed
@@ -844,6 +845,68 @@ RING = ("ring", 2, f"--zero-stage 1 --context-parallel-size 2 --cp-comm-type p2p
 BALANCED_CP2 = ("balanced", 2, f"--zero-stage 1 --context-parallel-size 2 {EP2} {parity.DIVISIBLE}")
 HYBRID = ("pyramid", 4, "--zero-stage 1 --num-distributed-optimizer-instances 2")
 
+# ---------------------------------------------------------------- multi-token prediction
+
+
+@contextmanager
+def borders_of_documents_do_not_count():
+    def without_documents(batch, depths):
+        return look_ahead(batch._replace(segment_ids=None, position_ids=places(batch)), depths)._replace(
+            segment_ids=batch.segment_ids, position_ids=batch.position_ids
+        )
+
+    def places(batch):
+        return torch.arange(batch.tokens.shape[1]).expand(batch.tokens.shape)
+
+    with mock.patch.object(parity, "look_ahead", without_documents), mock.patch("megatron_moe.training.step.look_ahead", without_documents):
+        yield
+
+
+@contextmanager
+def one_divisor_for_all_predictions():
+    """That of the next token, of which there are more."""
+    count = parity.count_loss_tokens
+
+    def of_the_next(batches, mesh):
+        counts = count(batches, mesh)
+        return counts[:1].expand_as(counts)
+
+    with mock.patch.object(parity, "count_loss_tokens", of_the_next):
+        yield
+
+
+@contextmanager
+def tokens_ahead_from_a_part_of_a_sequence():
+    """Labels that are shifted behind the cut: at its edges the tokens of other ranks are missing."""
+    from megatron_moe.training import step
+
+    part_of = step.part_of
+
+    def shifted_later(batch, keys, mesh):
+        cut, keys = part_of(batch._replace(labels=batch.labels[:, 0], loss_mask=batch.loss_mask[:, 0]), keys, mesh)
+        return look_ahead(cut, batch.labels.shape[1] - 1), keys
+
+    with mock.patch.object(step, "part_of", shifted_later):
+        yield
+
+
+@contextmanager
+def modules_draw_as_the_last_layer():
+    """Dropout and noise of the blocks of multi-token prediction under the number of the model's last layer."""
+    from megatron_moe.model.gpt import GPT
+
+    original = GPT.losses_ahead
+
+    def losses_ahead(self, *args):
+        for module in self.mtp.values():
+            module.block.layer = self.config.num_layers
+        return original(self, *args)
+
+    with mock.patch.object(GPT, "losses_ahead", losses_ahead):
+        yield
+
+
+AHEAD_SP2, AHEAD_PP2, AHEAD_CP2 = (multi_token_layouts.LAYOUTS[i] for i in (0, 8, 7))
 PLANTED = [  # fault, the row that turns red, the quantity that sees it, its error at least
     (fsdp_averages, ("pyramid", 2, f"--zero-stage 1 {EP2}"), "gradient layers.1.mlp.fc1.weight", 0.4),
     (expert_gradients_divided_by_ep, ("pyramid", 4, f"--zero-stage 3 {EP2}"), "gradient layers.3.moe.experts.w1", 0.4),
@@ -935,6 +998,12 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
     (auxiliary_losses_on_the_last_stage_alone, ("pyramid", 2, rows.PP2), "gradient layers.2.moe.gate.weight", 0.01),
     (keys_of_the_next_microbatch, ("noisy", 4, f"--zero-stage 3 {rows.PP2} {TP2} {EP2} {rows.RECOMPUTE}"), "loss 0", 1e-6),
     (shapes_found_out_by_running, ("pyramid", 2, rows.PP2), "routing 3 in step 0", 0.05),
+    (borders_of_documents_do_not_count, AHEAD_PP2, "further losses 0", 1e-3),
+    (one_divisor_for_all_predictions, AHEAD_PP2, "further losses 0", 0.01),
+    (tied_gradients_stay_apart, AHEAD_PP2, "gradient embedding.weight", 0.01),
+    (tokens_ahead_from_a_part_of_a_sequence, AHEAD_CP2, "further losses 0", 1e-3),
+    (modules_draw_as_the_last_layer, AHEAD_SP2, "further losses 0", 1e-6),
+    (norms_not_declared_partial, AHEAD_SP2, "gradient mtp.1.proj.weight", 0.05),
 ]
 
 

@@ -101,6 +101,7 @@ LAYOUTS = {
     "one process, modern": (1, MODERN),
     "one process, recompute full": (1, "--recompute-granularity full --mlp-type residual"),
     "one process, recompute selective, dropout": (1, "--recompute-granularity selective --attention-dropout 0.1 --hidden-dropout 0.1"),
+    "one process, multi-token prediction": (1, "--mtp-num-layers 2 --hidden-dropout 0.1"),
     "ZeRO 0, EP 2": (2, "--zero-stage 0 --moe-expert-parallel-size 2"),
     "ZeRO 1, EP 2, two micro-batches": (2, "--zero-stage 1 --moe-expert-parallel-size 2 --global-batch-size 16"),
     "ZeRO 3, EP 2": (2, "--zero-stage 3 --moe-expert-parallel-size 2"),

@@ -56,6 +56,15 @@ def test_states_are_those_of_the_built_model(model):
     assert sum(compared) >= 6
 
 
+@pytest.mark.parametrize("model", ["ahead", "ahead_untied"])
+def test_states_of_the_last_stage_have_multi_token_prediction(model):
+    for pp, zero in ((1, 1), (1, 3), (3, 0), (3, 3)):
+        run = laid_out(model, 6, (1, 2, 1, 1, pp, 1), zero)
+        built, counted = rank_footprint(run, 6, parity.VOCAB, 6 - 6 // pp), states(run, of_run(run, 6), parity.VOCAB, pp - 1)
+        for name in COMPONENTS:
+            assert getattr(counted, name) == getattr(built, name), f"{name}: {model}, PP {pp}, ZeRO {zero}"
+
+
 def test_every_kind_of_optimizer_state_is_counted():
     for more in ("--optimizer sgd --sgd-momentum 0", "--optimizer sgd"):
         assert compare("modern", 4, (2, 2, 1, 1, 1, 1), 1, more)

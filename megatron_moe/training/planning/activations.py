@@ -86,6 +86,12 @@ def embedding(x: Shapes) -> Kept:
     return Kept(x.s * D * x.a * (1 + (m.hidden_dropout > 0)) + 8 * x.T)  # the stream, dropout's mask in the stream's type; tokens
 
 
+def merge(x: Shapes) -> Kept:
+    """What a module of multi-token prediction makes of a token's vector and what the one before says: its block's input."""
+    D = x.run.model.hidden_size
+    return embedding(x) + norm(x) * 2 + Kept(x.s * D * x.a * (1 + 2))  # the hidden state, both normed side by side (the sum is embedding's)
+
+
 def norm(x: Shapes) -> Kept:
     """Its input is the stream, which is counted where it is made."""
     D = x.run.model.hidden_size

@@ -87,11 +87,12 @@ def _activations(
 ) -> tuple[act.Kept, float, act.Kept]:
     """(kept by all layers of the rank, what the backward of its heaviest has beside that, the loss) of one micro-batch."""
     x = act.Shapes(run, layout, skew, is_cpu)
-    experts = run.moe.experts_per_layer(run.model.num_layers)
-    here = [experts[i - 1] for i in layout.layers_of_rank(run.model.num_layers, rank)]
+    experts, ahead = run.experts_of_blocks(), run.model.mtp_num_layers if rank == layout.pp - 1 else 0
+    here = [experts[i - 1] for i in layout.layers_of_rank(run.model.num_layers, rank)] + ahead * [experts[-1]]
     kept = act.embedding(x) if rank == 0 else act.stream(x)
     by_kind = {n: act.layer(x, n) for n in set(here)}
     for n in here:
         kept += by_kind[n]
-    loss = act.loss(x, vocab_size, threads) if rank == layout.pp - 1 else act.Kept()
+    kept += act.merge(x) * ahead
+    loss = act.loss(x, vocab_size, threads) * (1 + ahead) if rank == layout.pp - 1 else act.Kept()
     return kept, max(act.backward(x, n) for n in set(here)), loss

@@ -106,8 +106,12 @@ def weights_of_rank(run: RunConfig, layout: Layout, vocab_size: int, rank: int =
         yield from ((0, weight, data) for weight in _norm(m))
         if not m.is_tied or layout.pp > 1:  # tied: the last stage has a copy
             yield 0, vocabulary, data
-    experts = run.moe.experts_per_layer(m.num_layers)
-    for layer in layout.layers_of_rank(m.num_layers, rank):
+        if m.mtp_num_layers and not m.is_tied and layout.pp > 1:  # the vectors of tokens, beside the matrix of the logits
+            yield 0, vocabulary, data
+    experts, ahead = run.experts_of_blocks(), [m.num_layers + 1 + n for n in range(m.mtp_num_layers if is_last else 0)]
+    for layer in ahead:
+        yield from ((layer, weight, data) for weight in [*3 * _norm(m), Weight((m.hidden_size, 2 * m.hidden_size))])
+    for layer in [*layout.layers_of_rank(m.num_layers, rank), *ahead]:
         n = experts[layer - 1]
         yield from ((layer, weight, data) for weight in dense_weights(m, run.moe, n > 1, layout.tp))
         if n > 1:

@@ -77,10 +77,10 @@ def _microbatch(run: RunConfig, layout: Layout, vocab_size: int, machine: Machin
 
     The layers are spread evenly here, and logits over all ranks of the pipeline: the mean rank, not the last.
     """
-    m, x = run.model, act.Shapes(run, layout, assumed.load_skew, machine.is_cpu)
+    x = act.Shapes(run, layout, assumed.load_skew, machine.is_cpu)
     compute = x.T / layout.tp / layout.pp * _seconds_per_token(run, layout, vocab_size, machine, assumed)
     elementwise = host = tp = ep = cp = 0.0
-    for n in run.moe.experts_per_layer(m.num_layers):
+    for n in run.experts_of_blocks():
         tp += _tensor_parallel(x, n, machine, assumed)
         ep += _expert_parallel(x, n, machine, assumed)
         cp += _context_parallel(x, machine, assumed)
@@ -98,15 +98,15 @@ def _seconds_per_token(run: RunConfig, layout: Layout, vocab_size: int, machine:
     """Of forward and backward over the whole model. FLOPs are those of model/flops.py; experts wait for the busiest rank."""
     m, moe, S = run.model, run.moe, run.training.seq_length
     total = flops_per_token(m, moe, S, vocab_size)
-    attention = 3 * sum(score_flops(m, S, m.window_of(layer)) for layer in range(1, m.num_layers + 1))
+    attention = 3 * sum(score_flops(m, S, m.window_of(layer)) for layer in range(1, m.num_layers + m.mtp_num_layers + 1))
     experts = 0.0
-    for n in moe.experts_per_layer(m.num_layers):
+    for n in run.experts_of_blocks():
         if n > 1:
             matrices = (3 if m.activation == "swiglu" else 2) * (moe.moe_latent_size or m.hidden_size) * moe.expert_ffn_size(m.ffn_size)
             experts += 3 * 2 * matrices * moe.topk * (min(assumed.load_skew, degree(run, layout, n)) - 1)
-    logits = 3 * 2 * m.hidden_size * m.padded_vocab_size(vocab_size)
+    logits = 3 * 2 * m.hidden_size * m.padded_vocab_size(vocab_size) * (1 + m.mtp_num_layers)
     dense = total - attention + experts
-    projections = 3 * 2 * attention_matrices(m) * m.num_layers
+    projections = 3 * 2 * attention_matrices(m) * (m.num_layers + m.mtp_num_layers)
     if layout.recompute == "full":  # another forward of all but the logits
         dense, attention = dense + (dense - logits) / 3, attention * 4 / 3
     elif layout.recompute == "selective":

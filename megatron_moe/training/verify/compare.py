@@ -15,7 +15,7 @@ from megatron_moe.training.verify.reference import Trace
 # Relative to the largest element of the same tensor. Sums in another order differ by 1e-14 here, a fault by 1e-5 and more.
 LIMIT = 1e-10
 FLOOR = 1e-3  # tensors that are zero by symmetry, as key biases are, are measured against this
-ORDER = ("loss", "distance to the teacher", "routing", "gradient norm", "gradient", "weight")
+ORDER = ("loss", "loss further on", "distance to the teacher", "routing", "gradient norm", "gradient", "weight")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def compare(found: Trace, expected: Trace, drifts: Sequence[Drift]) -> Verdict:
 
 def _cause(quantity: str, step: int, differing: Sequence[tuple[str, int, str]]) -> tuple:
     """What comes first explains the rest: forward, then gradients before their norm, then the update; then the next step."""
-    forward = ("routing", "loss", "distance to the teacher")
+    forward = ("routing", "loss", "loss further on", "distance to the teacher")
     return step, 0 if quantity in forward else {"gradient": 1, "gradient norm": 2, "weight": 3}[quantity], quantity != "routing"
 
 

@@ -79,6 +79,8 @@ def _train_layout(
         clipped.clear()
         trace.put("loss", step + 1, "", done.lm_loss)
         trace.put("gradient norm", step + 1, "", done.grad_norm)
+        if done.mtp_losses is not None:
+            trace.put("loss further on", step + 1, "", done.mtp_losses)
         if done.kd_loss is not None:
             trace.put("distance to the teacher", step + 1, "", done.kd_loss)
         for moe in moe_layers(model):

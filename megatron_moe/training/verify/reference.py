@@ -7,7 +7,7 @@ move the expert biases - are written down a second time, in the plainest words.
 What depends on the number of data ranks by definition, the global-batch loss (its counts are those of the micro-batches that have been
 routed so far, one of each data rank at a time), is walked in the order of so many ranks: `Rounds`.
 """
-# B sequences, S tokens each, V vocabulary
+# B sequences, S tokens each, V vocabulary, N modules of multi-token prediction, M = 1 + N predictions from a place
 
 from __future__ import annotations
 
@@ -144,28 +144,59 @@ def gradients(
     weight = (min((step + 1) / warmup, 1.0) if warmup else 1.0) / (run.training.global_batch_size * length)
     for moe in moe_layers(model):
         moe.begin_step(weight)
-    forward = partial(_logits, model, run, step, vocab_size=model.vocab_size)
+    forward = partial(_answers, model, run, step)
+    ahead = {id(b): tokens_ahead(b, run.model.mtp_num_layers) for b in batches}
+    counted = [sum(ahead[id(b)][1][:, n].sum() for b in batches).clamp_min(1.0) for n in range(1, 1 + run.model.mtp_num_layers)]
+    further = torch.zeros(len(counted), dtype=torch.float64, device=divisor.device)
     if run.moe.moe_global_loss_coeff:
-        know_rounds(model, forward, batches, weight, data_ranks)
+        know_rounds(model, lambda b: forward(b, ahead[id(b)][0]), batches, weight, data_ranks)
     loss, distance, d = 0.0, 0.0, run.distillation
     for b in batches:
-        logits_BSV = forward(b)
+        labels_BMS, mask_BMS = ahead[id(b)]
+        logits_BSV, further_BNS = forward(b, labels_BMS)
         losses_BS = F.cross_entropy(logits_BSV.flatten(0, 1), b.labels.flatten(), reduction="none").view_as(b.labels)
         objective = lm = (losses_BS * b.loss_mask).sum() / divisor
+        for n, count in enumerate(counted):
+            share = (further_BNS[:, n] * mask_BMS[:, n + 1]).sum() / count
+            objective = objective + run.model.mtp_loss_scaling_factor * share / len(counted)
+            further[n] += share.detach()
         if teacher is not None:
             kl = (_divergence(logits_BSV, teacher, b, d.kd_temp) * b.loss_mask).sum() / divisor
-            objective = d.kd_alpha_ce * lm + d.kd_beta_ce * d.kd_temp**2 * kl
+            objective = d.kd_alpha_ce * objective + d.kd_beta_ce * d.kd_temp**2 * kl
             distance += kl.detach()
         objective.backward()
         loss += lm.detach()
     if teacher is not None:
         trace.put("distance to the teacher", step + 1, "", distance)
+    if counted:
+        trace.put("loss further on", step + 1, "", further)
     return loss
 
 
-def _logits(model: GPT, run: RunConfig, step: int, b: Batch, vocab_size: int) -> Tensor:
-    keys_BS = token_keys(run.training.seed, step, b.sample_ids, b.tokens.shape[1])
-    return model(b.tokens, b.position_ids, None, b.segment_ids, keys_BS)[..., :vocab_size]
+def _answers(model: GPT, run: RunConfig, step: int, b: Batch, labels_BMS: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits of the next token, and the losses [B, N, S] of the N behind it in multi-token prediction."""
+    keys_BS, further_BNS = token_keys(run.training.seed, step, b.sample_ids, b.tokens.shape[1]), None
+    if run.model.mtp_num_layers:
+        further_BNS, logits_BSV = model(b.tokens, b.position_ids, labels_BMS, b.segment_ids, keys_BS, with_logits=True)
+    else:
+        logits_BSV = model(b.tokens, b.position_ids, None, b.segment_ids, keys_BS)
+    return logits_BSV[..., : model.vocab_size], further_BNS
+
+
+def tokens_ahead(b: Batch, depths: int) -> tuple[Tensor, Tensor]:
+    """(labels, mask) [B, 1 + depths, S], place by place: the token 1 + n places on counts for whom it follows within the sequence, and all
+    tokens up to the one before it within the document."""
+    labels, mask = (t[:, None].repeat(1, 1 + depths, 1) for t in (b.labels, b.loss_mask))
+    length = b.tokens.shape[1]
+    for n in range(1, 1 + depths):
+        labels[:, n], mask[:, n] = 0, 0
+        for i in range(length - n):
+            labels[:, n, i] = b.labels[:, i + n]
+            is_same = b.position_ids[:, i + n] == b.position_ids[:, i] + n
+            if b.segment_ids is not None:
+                is_same = is_same & (b.segment_ids[:, i + n] == b.segment_ids[:, i])
+            mask[:, n, i] = b.loss_mask[:, i + n] * is_same
+    return labels, mask
 
 
 def _divergence(logits_BSV: Tensor, teacher: GPT, b: Batch, temperature: float) -> Tensor:

@@ -291,7 +291,7 @@ def _model(run: RunConfig, layout: _Layout, num_layers: int, length: int, data_r
     for name, old, new in (
         ("num_layers", m.num_layers, num_layers), ("hidden_size", m.hidden_size, hidden),
         ("num_attention_heads", m.num_attention_heads, heads), ("num_key_value_heads", m.key_value_heads, groups),
-        ("ffn_hidden_size", m.ffn_size, ffn),
+        ("ffn_hidden_size", m.ffn_size, ffn), ("mtp_num_layers", m.mtp_num_layers, min(m.mtp_num_layers, 2)),
     ):  # fmt: skip
         notes.size(name, old, new)
     notes.sizes.append(f"vocabulary {m.vocab_size or '(the data says)'} -> {vocab_size}")
@@ -299,7 +299,8 @@ def _model(run: RunConfig, layout: _Layout, num_layers: int, length: int, data_r
         m, num_layers=num_layers, hidden_size=hidden, num_attention_heads=heads,
         num_key_value_heads=None if m.num_key_value_heads is None else groups, kv_channels=None if m.kv_channels is None else 8,
         ffn_hidden_size=ffn, max_position_embeddings=length + 1, make_vocab_size_divisible_by=vocab_multiple, vocab_size=vocab_size,
-        init_method_std=max(m.init_method_std, 0.02), **_attention_variants(m, hidden // heads, num_layers, length, notes),
+        init_method_std=max(m.init_method_std, 0.02), mtp_num_layers=min(m.mtp_num_layers, 2),
+        **_attention_variants(m, hidden // heads, num_layers, length, notes),
     )  # fmt: skip
     return model, vocab_size
 
