@@ -1,8 +1,10 @@
-"""Checkpoints of any layout -> safetensors, and back to a run directory that loads under any layout.
+"""Checkpoints of any layout -> safetensors or Megatron-DeepSpeed's files, and back to a run directory that loads under any layout.
 
   python tools/convert_checkpoint.py --from native --to safetensors --load runs/a --save exports/a --verify
   python tools/convert_checkpoint.py --from native --to safetensors --load runs/a --save exports/a --iteration 100 --dtype bfloat16
   python tools/convert_checkpoint.py --from safetensors --to native --load exports/a --save runs/b --include-optimizer
+  python tools/convert_checkpoint.py --from megatron-deepspeed --to native --load old/run --save runs/c --verify
+  python tools/convert_checkpoint.py --from native --to megatron-deepspeed --load runs/a --save exports/b --target-tensor-parallel-size 2
 
 Without --include-optimizer only the weights are taken; training then goes on with --no-load-optim (same iteration and place in
 the data, fresh optimizer) or --finetune (from the start). With it, training goes on as if nothing had been converted.
@@ -20,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,7 +36,16 @@ if TYPE_CHECKING:
 PROG = "tools/convert_checkpoint.py"
 TEXT = Path(__file__).resolve().parents[1] / "README.md"  # read by the models that --verify compares
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-DEFAULT_SHARD_SIZE = 5 * 10**9
+# Flags that only some formats have, by what they do with them: (formats of --from, formats of --to, why the others have no use for it).
+ONLY_FOR = {
+    "max_shard_size": ((), ("safetensors",), "other formats are not cut"),
+    "dtype": ((), ("safetensors", "megatron-deepspeed"), "a run directory keeps the types of training"),
+    "true_vocab_size": (("megatron-deepspeed",), (), "other formats say it"),
+    "model_flags": (("megatron-deepspeed",), (), "other formats say it"),
+    "target_tensor_parallel_size": ((), ("megatron-deepspeed",), "other formats have no layout"),
+    "target_expert_parallel_size": ((), ("megatron-deepspeed",), "other formats have no layout"),
+    "target_expert_tensor_parallel_size": ((), ("megatron-deepspeed",), "other formats have no layout"),
+}
 
 
 def byte_count(words: list[str]) -> int:
@@ -51,18 +62,33 @@ def byte_count(words: list[str]) -> int:
 class ConvertConfig:
     """Conversion."""
 
-    from_: Literal["native", "safetensors"] | None = flag(None, "format of --load: native is a run directory")
-    to: Literal["native", "safetensors"] | None = flag(None, "format to write")
+    from_: Literal["native", "safetensors", "megatron-deepspeed"] | None = flag(
+        None, "format of --load: native is a run directory; megatron-deepspeed has files for each expert and each tensor-parallel rank"
+    )
+    to: Literal["native", "safetensors", "megatron-deepspeed"] | None = flag(None, "format to write")
     load: str | None = flag(None, "run directory (or one iter_ directory), or folder of safetensors", metavar="DIR")
     save: str | None = flag(None, "new directory to write", metavar="DIR")
     iteration: int | None = flag(None, "which checkpoint of a run directory; the newest when not given", names=("ckpt-step",), minimum=0)
     max_shard_size: int | None = flag(
         None, "safetensors: cut into files of at most this size; a file's tensors are in memory together (default: 5GB)",
         parse=byte_count, metavar="SIZE")  # fmt: skip
-    dtype: Literal["float32", "bfloat16"] | None = flag(
-        None, "safetensors: round the weights to this type; that of training when not given"
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = flag(
+        None, "safetensors, megatron-deepspeed: round the weights to this type; when not given, that of training, for megatron-deepspeed that "
+        "of the computation (--fp16, --bf16), or the one in which they were imported; float16 is for megatron-deepspeed")  # fmt: skip
     include_optimizer: bool = flag(False, "convert the optimizer state too")
+    true_vocab_size: int | None = flag(
+        None, "from megatron-deepspeed: words of the vocabulary without padding, where the files do not say it; all rows when not given", minimum=1)  # fmt: skip
+    model_flags: str | None = flag(
+        None, "from megatron-deepspeed: flags of the training, in quotes, in place of the arguments in the files", metavar="FLAGS")  # fmt: skip
+    target_tensor_parallel_size: int | None = flag(
+        None, "to megatron-deepspeed: tensor-parallel degree to write for; that of the run when not given",
+        names=("target-tensor-model-parallel-size",), minimum=1)  # fmt: skip
+    target_expert_parallel_size: int | None = flag(
+        None, "to megatron-deepspeed: expert-parallel degree, which the names of its files depend on; that of the run when not given",
+        names=("target-expert-model-parallel-size",), minimum=1)  # fmt: skip
+    target_expert_tensor_parallel_size: int | None = flag(
+        None, "to megatron-deepspeed: 1, or the tensor-parallel degree for --enable-expert-tensor-parallelism; as the run when not given",
+        minimum=1)  # fmt: skip
     verify: bool = flag(False, "compare every tensor bit by bit, and the logits of both, before the target gets its name")
 
     def __post_init__(self) -> None:
@@ -74,19 +100,47 @@ class ConvertConfig:
                 yield f"--{name.rstrip('_')} is missing: {what}"
         if self.from_ and self.from_ == self.to:
             yield f"--from and --to are both {self.to}: nothing to convert"
-        if self.to == "native":
-            for name in ("max_shard_size", "dtype"):
-                if getattr(self, name) is not None:
-                    yield f"--{name.replace('_', '-')} is for --to safetensors; a run directory keeps the types of training and is not cut"
+        for name, (sources, targets, why) in ONLY_FOR.items():
+            if getattr(self, name) is not None and self.from_ not in sources and self.to not in targets:
+                where = " or ".join([f"--from {f}" for f in sources] + [f"--to {f}" for f in targets])
+                yield f"--{name.replace('_', '-')} is for {where}: {why}"
+        if self.dtype == "float16" and self.to != "megatron-deepspeed":
+            yield "--dtype float16 is for --to megatron-deepspeed; its numbers end at 65504"
+        if self.include_optimizer and "megatron-deepspeed" in (self.from_, self.to):
+            yield "--include-optimizer: DeepSpeed's optimizer files belong to one layout and are not converted; leave it out"
         if self.include_optimizer and self.dtype:
             yield f"--dtype {self.dtype} rounds the weights that --include-optimizer wants to train on exactly; drop one of them"
+
+    def options(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Those of a format's options that were given."""
+        given = {name: getattr(self, name) for name in names if name != "model_args" and getattr(self, name) is not None}
+        return given | ({"model_args": args_of_flags(self.model_flags)} if self.model_flags and "model_args" in names else {})
+
+
+def args_of_flags(text: str) -> dict[str, Any]:
+    """--model-flags -> the arguments that a file of Megatron would hold. ConfigError for what is no flag."""
+    import shlex
+
+    from megatron_moe.arguments import parse_args
+    from megatron_moe.conversion.megatron_args import args_of_run
+
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError([f"--model-flags: {error}"]) from None
+    try:
+        run = parse_args(words).run
+    except ConfigError as error:
+        raise ConfigError([f"--model-flags: {problem}" for problem in error.problems]) from None
+    return vars(args_of_run(run, run.model.vocab_size, None, {}, {}))
 
 
 def checked_source(config: ConvertConfig) -> tuple[Source, dict]:
     """The opened source and the tensors to write; ConfigError with everything that is wrong with the source."""
-    from megatron_moe.conversion.convert import open_source
+    from megatron_moe.conversion.convert import FORMATS, open_source
 
-    source = open_source(config.from_, Path(config.load), config.iteration)
+    options = config.options(FORMATS[config.from_].SOURCE_OPTIONS)
+    source = open_source(config.from_, Path(config.load), config.iteration, **options)
     problems = source.file_problems("crc")
     if problems:
         if config.from_ == "native":
@@ -94,9 +148,17 @@ def checked_source(config: ConvertConfig) -> tuple[Source, dict]:
 
             problems[-1] += other_iterations(source.path)
         raise ConfigError(problems)
-    from megatron_moe.conversion.fit import tensors_to_write  # imports torch
+    from megatron_moe.conversion.fit import run_of, tensors_to_write  # imports torch
 
-    return source, tensors_to_write(source, config.include_optimizer, config.dtype)
+    run, target, dtype = run_of(source), FORMATS[config.to], config.dtype
+    if dtype is None and hasattr(target, "stored_dtypes"):
+        dtype = target.stored_dtypes(source)
+    tensors = tensors_to_write(source, config.include_optimizer, dtype)
+    if hasattr(target, "losses"):
+        losses = target.losses(run, source.meta["vocab_size"], **config.options(target.TARGET_OPTIONS))
+        if losses:
+            raise ConfigError([f"--to {config.to} cannot hold {loss}" for loss in losses])
+    return source, tensors
 
 
 def prepare(config: ConvertConfig) -> tuple[Source, dict]:
@@ -120,6 +182,7 @@ def notes(config: ConvertConfig, source: Source, tensors: dict) -> Iterator[str]
     """What a person should know before it starts."""
     from megatron_moe.conversion.convert import leftovers
 
+    yield from source.notes
     if not source.has_checksums:
         yield f"{source.path} has no checksums.json: a flipped bit would not be noticed"
     for path in leftovers(Path(config.save)):
@@ -129,7 +192,7 @@ def notes(config: ConvertConfig, source: Source, tensors: dict) -> Iterator[str]
         yield f"{len(optimizer)} tensors of optimizer state are left out; --include-optimizer takes them along"
     changed = {(source.tensors[n]["dtype"], e["dtype"]) for n, e in tensors.items() if source.tensors[n]["dtype"] != e["dtype"]}
     for before, after in sorted(changed):
-        how = "rounded" if config.dtype else "widened, which is exact; what an earlier rounding lost stays lost"
+        how = "rounded" if after in ("bfloat16", "float16") else "widened, which is exact; what an earlier rounding lost stays lost"
         yield f"weights go from {before} to {after}: {how}"
 
 
@@ -170,7 +233,8 @@ def verify(selection: Selection, target: Source, config: ConvertConfig) -> list[
     if difference := logits_difference(selection, target, tokens):
         return [f"logits   of {text}: up to {difference:g} apart"]
     is_rounded = any(entry["dtype"] != selection.source.tensors[name]["dtype"] for name, entry in selection.tensors.items())
-    against = f"the source rounded to {config.dtype}" if config.dtype and is_rounded else "the source"
+    narrow = sorted({entry["dtype"] for entry in selection.tensors.values()} & {"bfloat16", "float16"})
+    against = f"the source rounded to {' and '.join(narrow)}" if narrow and is_rounded else "the source"
     print(f"verified against {against}:")
     print(f"  tensors  {len(target.tensors)} of {len(selection.tensors)}, {human_bytes(size)}: equal in every bit")
     print(f"  logits   of {text}: equal in every bit")
@@ -188,7 +252,7 @@ def run(config: ConvertConfig) -> None:
     for note in notes(config, source, tensors):
         print(f"note: {note}", file=sys.stderr)
     target = FORMATS[config.to]
-    write = target.write if config.to == "native" else partial(target.write, max_shard_size=config.max_shard_size or DEFAULT_SHARD_SIZE)
+    write = partial(target.write, **config.options(target.TARGET_OPTIONS))
     with tqdm(total=total_size(tensors), unit="B", unit_scale=True, desc="converting", disable=not sys.stderr.isatty(), leave=False) as bar:
         selection = Selection(source, tensors, bar.update)
         check: Callable[[Source], list[str]] = lambda written: verify(selection, written, config) if config.verify else []  # noqa: E731

@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from megatron_moe.checkpoint.files import sync_directory, temporary_name
 from megatron_moe.config.flags import ConfigError
-from megatron_moe.conversion import flat, native
+from megatron_moe.conversion import flat, megatron_deepspeed, native
 from megatron_moe.conversion.source import Selection, Source, human_bytes
 
-FORMATS: dict[str, ModuleType] = {"native": native, "safetensors": flat}
+FORMATS: dict[str, ModuleType] = {"native": native, "safetensors": flat, "megatron-deepspeed": megatron_deepspeed}
 HEADROOM = 8 << 20  # bytes beyond the tensors: headers, manifest, configuration
 
 
@@ -31,14 +32,14 @@ def format_of(directory: Path) -> str | None:
     return next((name for name, module in FORMATS.items() if module.looks_like(directory)), None)
 
 
-def open_source(format_name: str, directory: Path, iteration: int | None) -> Source:
-    """ConfigError when there is nothing of this format; says so when it is of another."""
+def open_source(format_name: str, directory: Path, iteration: int | None, **options: Any) -> Source:
+    """ConfigError when there is nothing of this format; says so when it is of another. `options`: of the format's SOURCE_OPTIONS."""
     if not directory.is_dir():
         raise ConfigError([f"{directory}: there is no such directory"])
     found = format_of(directory)
     if found not in (None, format_name) and not FORMATS[format_name].looks_like(directory):
         raise ConfigError([f"{directory} holds {found}, not {format_name}: pass --from {found}"])
-    return FORMATS[format_name].open_source(directory, iteration)
+    return FORMATS[format_name].open_source(directory, iteration, **options)
 
 
 def target_problems(directory: Path, size: int) -> list[str]:

@@ -32,10 +32,10 @@ def expected_tensors(source: Source) -> tuple[Tensors, Tensors]:
     return describe(model_state(model)), describe(optimizer_state(model, build_optimizer(model, run.optimizer)))
 
 
-def tensors_to_write(source: Source, with_optimizer: bool, dtype: str | None = None) -> Tensors:
+def tensors_to_write(source: Source, with_optimizer: bool, dtype: str | dict[str, str] | None = None) -> Tensors:
     """Names, shapes and types of what a conversion writes: everything the configuration asks for, neither more nor less.
 
-    Weights get `dtype`, or the type the model is trained in; stored in a narrower one they are widened, which is exact.
+    Weights get `dtype` (of all, or of each by name), or the type the model is trained in; stored in a narrower one they are widened, which is exact.
     ConfigError names the tensors that do not fit.
     """
     model, optimizer = expected_tensors(source)
@@ -47,7 +47,8 @@ def tensors_to_write(source: Source, with_optimizer: bool, dtype: str | None = N
     if problems := misfits(stored, wanted):
         raise ConfigError([f"{source.path}: {problem}" for problem in problems])
     if dtype is not None:
-        wanted |= {name: entry | {"dtype": dtype} for name, entry in model.items()}
+        of = dtype if isinstance(dtype, dict) else dict.fromkeys(model, dtype)
+        wanted |= {name: entry | {"dtype": of.get(name, entry["dtype"])} for name, entry in model.items()}
     return wanted
 
 

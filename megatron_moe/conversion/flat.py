@@ -19,6 +19,7 @@ from megatron_moe.checkpoint.files import write_through
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.conversion.shards import (
     CHECKSUMS,
+    DEFAULT_SHARD_SIZE,
     checksum_problems,
     index_name,
     parts_in,
@@ -32,6 +33,8 @@ from megatron_moe.conversion.source import Selection, Tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
+SOURCE_OPTIONS = ()
+TARGET_OPTIONS = ("max_shard_size",)
 FORMAT_VERSION = 1
 MODEL_TYPE = "megatron_moe"
 PARTS = ("model", "optimizer")
@@ -61,6 +64,7 @@ def looks_like(directory: Path) -> bool:
 class FlatSource:
     """An opened folder. `places`: our name -> (file, name in it)."""
 
+    notes = ()
     has_checksums = property(lambda self: (self.path / CHECKSUMS).exists())
 
     def __init__(self, path: Path, iteration: int, meta: dict[str, Any], tensors: Tensors, places: dict[str, tuple[str, str]]):
@@ -124,7 +128,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
 # ---------------------------------------------------------------- writing
 
 
-def write(selection: Selection, directory: Path, max_shard_size: int) -> None:
+def write(selection: Selection, directory: Path, max_shard_size: int = DEFAULT_SHARD_SIZE) -> None:
     """One file after the other, then the configuration, then the checksums of them all."""
     directory.mkdir(exist_ok=True)
     ours: dict[str, dict[str, str]] = {}  # part -> stored name -> our name

@@ -24,6 +24,7 @@ from megatron_moe.conversion.source import Selection, Tensors, size_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+SOURCE_OPTIONS = TARGET_OPTIONS = ()
 AT_ONCE = 256 << 20  # bytes read together: each reading parses the metadata of the whole checkpoint anew
 
 
@@ -40,6 +41,7 @@ class NativeSource:
         self.tensors: Tensors = manifest.tensors
 
     has_checksums = True
+    notes = ()
 
     def files(self) -> dict[str, int]:
         return {name: entry["size"] for name, entry in self._files.items()}

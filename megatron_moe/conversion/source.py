@@ -24,6 +24,7 @@ class Source(Protocol):
     iteration: int
     meta: dict[str, Any]
     tensors: Tensors
+    notes: Sequence[str]  # what a person should know of it, one sentence each
 
     def files(self) -> dict[str, int]:
         """Name and size in bytes of each file that belongs to it."""

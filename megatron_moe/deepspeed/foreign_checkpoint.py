@@ -6,7 +6,7 @@
 
     export_checkpoint(engine, "runs/back")               # what its load_checkpoint reads
 
-Files and how they are read: foreign_files.py; names and orders: foreign_names.py; moments: foreign_optimizer.py. All ranks call these
+Files and how they are read: checkpoint/deepspeed_files.py; names and orders: foreign_names.py; moments: foreign_optimizer.py. All ranks call these
 functions. Everything is read and compared before the first tensor of the engine changes; what cannot be taken over is in `left`, a
 sentence each, and in a warning.
 """
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from megatron_moe.checkpoint.deepspeed_files import LATEST, MODEL_FILE, Files, find_files, is_plain, read_file
 from megatron_moe.checkpoint.files import CheckpointError, temporary_name
 from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.checkpoint.state import optimizer_state
-from megatron_moe.deepspeed.foreign_files import LATEST, MODEL_FILE, Files, find_files, is_plain, read_file
 from megatron_moe.deepspeed.foreign_names import Member, Place, expert_of, members, moe_modules, optimizer_groups, places, tensors_of
 from megatron_moe.deepspeed.foreign_optimizer import Moments, read_moments
 from megatron_moe.parallel.zero import reshard

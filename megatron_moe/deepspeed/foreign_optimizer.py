@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from megatron_moe.checkpoint.deepspeed_files import Files, Inert, read_file
 from megatron_moe.checkpoint.files import CheckpointError
-from megatron_moe.deepspeed.foreign_files import Files, Inert, read_file
 from megatron_moe.deepspeed.foreign_names import (
     Member,
     MoEModule,

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron_moe import deepspeed
+from megatron_moe.checkpoint.deepspeed_files import read_file
 from megatron_moe.checkpoint.files import CheckpointError
 from megatron_moe.deepspeed.foreign_checkpoint import export_checkpoint, import_checkpoint
-from megatron_moe.deepspeed.foreign_files import read_file
 from megatron_moe.deepspeed.moe.layer import MoE
 from megatron_moe.deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 

@@ -7,7 +7,7 @@ SAVE/global_step10/expert_3_mp_rank_00_model_states.pt             of older vers
 SAVE/global_step10/expp_rank_1_mp_rank_00_optim_states.pt          optimizer without ZeRO, of one expert-parallel rank
 SAVE/global_step10/bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt  optimizer with ZeRO (or bf16), of one data rank
 
-They are pickles, and whoever writes one can have any function called when a plain reader opens it. Here torch's restricted reader
+mp_rank_XX is the model-parallel (tensor-parallel) rank. They are pickles, and whoever writes one can have any function called when a plain reader opens it. Here torch's restricted reader
 makes tensors, numbers, text and containers. Objects of the classes that DeepSpeed and Megatron put into their files become an
 `Inert` each, which keeps what it is given and does nothing; a file with any other class is refused, by the name of the class.
 """
@@ -20,9 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from megatron_moe.checkpoint.files import CheckpointError
 
@@ -72,6 +69,8 @@ class Inert:
 
 def read_file(path: Path, ignored: Sequence[str] = ()) -> dict[str, Any]:
     """What is in one file, tensors on the CPU. `ignored`: further classes whose objects become inert."""
+    import torch  # here: the names of files are asked for without it
+
     stand_ins = [(type("Inert", (Inert,), {"path": name}), name) for name in (*_MEANINGLESS, *ignored)]
     try:
         with torch.serialization.safe_globals(stand_ins):
@@ -93,6 +92,8 @@ def read_file(path: Path, ignored: Sequence[str] = ()) -> dict[str, Any]:
 
 def is_plain(value: Any) -> bool:
     """Tensors, numbers, text and containers of them."""
+    from torch import Tensor
+
     if isinstance(value, dict):
         return all(is_plain(k) and is_plain(v) for k, v in value.items())
     if isinstance(value, (list, tuple, set)):
@@ -105,9 +106,11 @@ def is_plain(value: Any) -> bool:
 
 @dataclass
 class Files:
-    """What a tag's directory holds, by the numbers in the names."""
+    """What a tag's directory holds of one model-parallel rank, by the numbers in the names."""
 
     path: Path
+    mp_rank: int = 0
+    has_model: bool = False
     experts: dict[tuple[int, int], Path] = field(default_factory=dict)  # (MoE module, expert)
     old_experts: dict[int, Path] = field(default_factory=dict)  # expert, of all modules
     optimizer: dict[int, Path] = field(default_factory=dict)  # expert-parallel rank
@@ -115,7 +118,16 @@ class Files:
 
     @property
     def model(self) -> Path:
-        return self.path / MODEL_FILE
+        return self.path / model_file(self.mp_rank)
+
+
+def model_file(mp_rank: int) -> str:
+    return f"mp_rank_{mp_rank:02d}_model_states.pt"
+
+
+def expert_file(number: int, expert: int, mp_rank: int) -> str:
+    """Of the MoE module with that number, counted from 0."""
+    return f"layer_{number}_expert_{expert}_{model_file(mp_rank)}"
 
 
 def tags_in(directory: Path) -> list[str]:
@@ -124,15 +136,40 @@ def tags_in(directory: Path) -> list[str]:
 
 def find_files(directory: str | Path, tag: str | None = None) -> Files:
     """The files of a tag, without one of that in `latest`. CheckpointError for files of a layout that is not read."""
+    path = tag_directory(directory, tag)
+    ranks = files_by_rank(path)
+    for files in ranks.values():
+        if files.mp_rank:
+            raise CheckpointError(
+                f"{files.model}: was saved under model parallelism, and how a module of yours is cut is known to that module alone; save it "
+                f"with one model-parallel rank (tools/convert_checkpoint.py --from megatron-deepspeed reads Megatron's GPT models)"
+            )
+    if 0 not in ranks or not ranks[0].has_model:
+        raise CheckpointError(f"{path / MODEL_FILE}: missing; {why_without_model(path)}")
+    return ranks[0]
+
+
+def tag_directory(directory: str | Path, tag: str | None = None) -> Path:
+    """DIR and a tag, or that in DIR/latest -> DIR/tag."""
     path = Path(directory) / (_latest(Path(directory)) if tag is None else str(tag))
     if not path.is_dir():
         raise CheckpointError(f"{path}: not there; {_tags_text(Path(directory))}")
-    files = Files(path)
+    return path
+
+
+def files_by_rank(path: Path) -> dict[int, Files]:
+    """Model-parallel rank -> its files, in the directory of a tag. Files of other names are not looked at."""
+    ranks: dict[int, Files] = {}
     for entry in sorted(path.iterdir()):
-        _sort_in(files, entry)
-    if not files.model.is_file():
-        raise CheckpointError(f"{files.model}: missing; {_why_without_model(path)}")
-    return files
+        for kind, pattern in _PATTERNS.items():
+            if match := re.fullmatch(pattern, entry.name):
+                *numbers, mp_rank = map(int, match.groups())
+                files = ranks.setdefault(mp_rank, Files(path, mp_rank))
+                if kind == "model":
+                    files.has_model = True
+                else:
+                    getattr(files, kind)[tuple(numbers) if len(numbers) > 1 else numbers[0]] = entry
+    return dict(sorted(ranks.items()))
 
 
 def _latest(directory: Path) -> str:
@@ -159,21 +196,7 @@ _PATTERNS = {
 }
 
 
-def _sort_in(files: Files, entry: Path) -> None:
-    for kind, pattern in _PATTERNS.items():
-        if match := re.fullmatch(pattern, entry.name):
-            *numbers, mp_rank = map(int, match.groups())
-            if mp_rank:
-                raise CheckpointError(
-                    f"{entry}: was saved under model parallelism, and how a module of yours is cut is known to that module alone; "
-                    f"save it with one model-parallel rank"
-                )
-            if kind != "model":
-                getattr(files, kind)[tuple(numbers) if len(numbers) > 1 else numbers[0]] = entry
-            return
-
-
-def _why_without_model(path: Path) -> str:
+def why_without_model(path: Path) -> str:
     if any(path.glob("iter_*/manifest.json")):
         return "engine.save_checkpoint of this package has written it, and engine.load_checkpoint reads it"
     if any(path.glob("zero_pp_rank_*_model_states.pt")):

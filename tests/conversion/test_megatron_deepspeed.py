@@ -1,0 +1,358 @@
+"""Megatron-DeepSpeed's per-expert files, in and out: written by hand here, opened without executing anything."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from training import runs
+
+from conversion.megatron_files import Plan, our_weights, same, write_files
+from conversion.small import convert, hashes, native_tensors, save_small
+from megatron_moe.config.flags import ConfigError
+from megatron_moe.conversion import megatron_deepspeed
+from megatron_moe.conversion.megatron_names import mp_ranks_of
+
+MODERN = {
+    "is_gated": True, "is_tied": False, "is_rotary": True, "has_bias": False, "norm": "rmsnorm", "groups": 2, "residual": False,
+    "topk": 2, "experts": (4, 4), "num_experts": (4,), "interval": 1,
+}  # fmt: skip
+PLANS = {
+    "pyramid_residual": Plan(),
+    "tp2_swiglu_gqa_fp16": Plan(tp=2, dtype=torch.float16, **MODERN),
+    "tp2_etp_padded": Plan(tp=2, etp=True, rows=128, multiple=64, experts=(1, 4), num_experts=(4,)),
+    "tp4_ep1_copies": Plan(tp=4, ep=1, experts=(1, 2), num_experts=(2,), dtype=torch.bfloat16),
+    "version_0": Plan(version=0, experts=(1, 2), num_experts=(2,)),
+}
+
+
+def old_order(plan: Plan, weights: dict) -> None:
+    """Of files before version 1, three blocks of all heads: such a file is what q, k, v put together head by head would be of others."""
+    for i in range(1, len(plan.experts) + 1):
+        for leaf in ("weight", "bias"):
+            names = [f"model.layers.{i}.attn.{p}_proj.{leaf}" for p in "qkv"]
+            stored = torch.cat([weights[n].unflatten(0, (plan.heads, plan.head)) for n in names], 1).flatten(0, 1)  # as written
+            for name, block in zip(names, stored.unflatten(0, (3, plan.heads * plan.head))):
+                weights[name] = block.clone()
+
+
+def to_native(capsys, load, save, *flags):
+    return convert(capsys, "megatron-deepspeed", "native", load, save, *flags)
+
+
+def to_theirs(capsys, load, save, *flags):
+    return convert(capsys, "native", "megatron-deepspeed", load, save, *flags)
+
+
+def content(path):
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.parametrize("name", [n if n.startswith(("pyr", "tp2")) else pytest.param(n, marks=pytest.mark.matrix) for n in PLANS])
+def test_there_and_back_is_equal_file_by_file(name, tmp_path, capsys):
+    plan = PLANS[name]
+    weights = our_weights(plan)
+    tag = write_files(tmp_path / "old", plan, weights)
+    if plan.version == 0:
+        old_order(plan, weights)
+    code, _, err = to_native(capsys, tmp_path / "old", tmp_path / "run", "--verify")
+    assert code == 0, err
+    assert hashes(native_tensors(tmp_path / "run" / "iter_0000030")) == hashes({n: t.float() for n, t in weights.items()})
+    code, out, err = to_theirs(capsys, tmp_path / "run", tmp_path / "new", "--verify")
+    assert code == 0, err
+    assert "equal in every bit" in out
+    files = lambda d: sorted(str(p.relative_to(d)) for p in d.rglob("*") if p.is_file())  # noqa: E731
+    assert files(tmp_path / "new") == files(tmp_path / "old")
+    for old in sorted(tag.iterdir()):
+        assert same(content(old), content(tmp_path / "new" / "global_step30" / old.name), old.name) == []
+    for tracker in ("latest", "latest_checkpointed_iteration.txt"):
+        assert (tmp_path / "new" / tracker).read_text() == (tmp_path / "old" / tracker).read_text()
+
+
+def test_another_layout_is_written_as_megatron_would_have(tmp_path, capsys):
+    """TP 1 -> TP 2 with shared experts: the files are those that the loops of this test make for that layout."""
+    weights = our_weights(Plan(multiple=32))
+    write_files(tmp_path / "one", Plan(multiple=32), weights)
+    assert to_native(capsys, tmp_path / "one", tmp_path / "run")[0] == 0
+    flags = ("--target-tensor-parallel-size", "2", "--target-expert-tensor-parallel-size", "2", "--target-expert-parallel-size", "4")
+    assert to_theirs(capsys, tmp_path / "run", tmp_path / "two", "--verify", *flags)[0] == 0
+    tag = write_files(tmp_path / "wanted", Plan(tp=2, etp=True, ep=4, multiple=32), weights)
+    assert sorted(p.name for p in tag.iterdir()) == sorted(p.name for p in (tmp_path / "two" / "global_step30").iterdir())
+    for wanted in tag.iterdir():
+        made, expected = content(tmp_path / "two" / "global_step30" / wanted.name), content(wanted)
+        assert same(made.get("module", made), expected.get("module", expected), wanted.name) == []
+    args = content(tmp_path / "two" / "global_step30" / "mp_rank_01_model_states.pt")["args"]
+    assert (args.tensor_model_parallel_size, args.moe_expert_parallel_size, args.enable_expert_tensor_parallelism) == (2, 4, True)
+
+
+def test_names_of_expert_files_are_those_of_the_ranks_that_have_the_expert():
+    """World rank w has tensor-parallel rank w mod T and expert-parallel rank w mod ep."""
+    assert [mp_ranks_of(e, 4, 2, 2) for e in range(4)] == [[0], [0], [1], [1]]
+    assert [mp_ranks_of(e, 2, 1, 2) for e in range(2)] == [[0, 1], [0, 1]]
+    assert [mp_ranks_of(e, 4, 4, 2) for e in range(4)] == [[0], [1], [0], [1]]
+    assert [mp_ranks_of(e, 2, 8, 1) for e in range(2)] == [[0], [0]]
+
+
+def test_a_run_of_ours_is_written_with_the_keys_of_deepspeed_and_read_again(tmp_path, capsys):
+    run = save_small(tmp_path / "run", num_layers=4, num_experts=(4, 8), expert_interval=2, fp16=True)
+    code, _, err = to_theirs(capsys, run, tmp_path / "there", "--verify")
+    assert code == 0
+    assert "from float32 to float16: rounded" in err
+    made = content(tmp_path / "there" / "global_step10" / "mp_rank_00_model_states.pt")
+    keys = {
+        "module",
+        "optimizer",
+        "lr_scheduler",
+        "global_steps",
+        "mp_world_size",
+        "num_experts",
+        "args",
+        "iteration",
+        "checkpoint_version",
+    }
+    assert keys <= made.keys()
+    assert (made["num_experts"], made["checkpoint_version"], made["args"].num_layers) == ([4, 8], 3.0, 4)
+    assert to_native(capsys, tmp_path / "there", tmp_path / "back", "--verify")[0] == 0
+    before, after = native_tensors(run / "iter_0000010"), native_tensors(tmp_path / "back" / "iter_0000010")
+    assert hashes(after) == hashes({name: t.half().float() for name, t in before.items() if name.startswith("model.")})
+
+
+def test_a_vocabulary_padded_for_another_degree_is_cut_and_filled(tmp_path, capsys):
+    """257 words: 384 rows here and at TP 1, 512 at TP 2."""
+    run = save_small(tmp_path / "run")
+    assert to_theirs(capsys, run, tmp_path / "two", "--verify", "--target-tensor-parallel-size", "2")[0] == 0
+    tables = [
+        content(tmp_path / "two" / "global_step10" / f"mp_rank_0{r}_model_states.pt")["module"]["language_model"]["embedding"][
+            "word_embeddings"
+        ]["weight"]
+        for r in range(2)
+    ]
+    ours = native_tensors(run / "iter_0000010")["model.embedding.weight"]
+    assert [len(t) for t in tables] == [256, 256]
+    assert torch.equal(torch.cat(tables)[:384], ours)
+    assert torch.equal(torch.cat(tables)[384:], ours[-1:].expand(128, -1))
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"mlp_type": "standard", "moe_shared_expert_intermediate_size": 8}, "--moe-shared-expert-intermediate-size 8"),
+        ({"moe_latent_size": 8}, "--moe-latent-size 8"),
+        ({"moe_router_enable_expert_bias": True, "topk": 2, "moe_top2_2nd_expert_sampling": False}, "--moe-router-enable-expert-bias True"),
+        ({"moe_residual_combine": "sum"}, "--moe-residual-combine sum"),
+        ({"moe_ffn_hidden_size": 20}, "--moe-ffn-hidden-size 20"),
+        ({"activation_func": "relu"}, "--activation-func relu"),
+        ({"moe_router_score_function": "sigmoid"}, "--moe-router-score-function sigmoid"),
+    ],
+)
+def test_what_their_model_does_not_have_is_refused_with_the_reason(values, reason, tmp_path, capsys):
+    run = save_small(tmp_path / "run", with_optimizer=False, **values)
+    code, _, err = to_theirs(capsys, run, tmp_path / "there")
+    assert code == 2
+    assert reason in err
+    assert not (tmp_path / "there").exists()
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def _without(tag, name):
+    (tag / name).unlink()
+
+
+def _changed(tag, name, change):
+    made = content(tag / name)
+    change(made)
+    torch.save(made, tag / name)
+
+
+def _replace(values, name, make):
+    values[name] = make(values[name])
+
+
+MODEL, EXPERT = "mp_rank_00_model_states.pt", "layer_0_expert_1_mp_rank_00_model_states.pt"
+INNER = "language_model.encoder.layers.1.mlp.deepspeed_moe.experts.deepspeed_experts.1.dense_h_to_4h.weight"
+FAULTS = {
+    "no expert": (lambda t: _without(t, EXPERT), f"{EXPERT}: missing"),
+    "last expert": (lambda t: [p.unlink() for p in t.glob("layer_1_expert_7_*")], "the arguments say up to 8 experts"),
+    "no rank": (lambda t: _without(t, "mp_rank_01_model_states.pt"), "mp_rank_01_model_states.pt: missing"),
+    "no first rank": (lambda t: _without(t, MODEL), f"{MODEL}: missing"),
+    "a rank too many": (lambda t: torch.save({"module": {}}, t / "mp_rank_02_model_states.pt"), "there are 2 tensor-parallel ranks only"),
+    "another width": (lambda t: _changed(t, EXPERT, lambda c: _replace(c, INNER, lambda w: w[:-2].clone())), "expert 1 has [16, 22]"),
+    "another layer's expert": (
+        lambda t: (t / EXPERT).write_bytes((t / EXPERT.replace("layer_0", "layer_1")).read_bytes()), "is missing"),
+    "an expert too many": (
+        lambda t: (t / "layer_5_expert_0_mp_rank_00_model_states.pt").write_bytes((t / EXPERT).read_bytes()), "layer_5_expert_0"),
+    "another count": (lambda t: _changed(t, MODEL, lambda c: setattr(c["args"], "num_layers", 10**9)), "1000000000 layers"),
+    "experts by the billion": (lambda t: _changed(t, MODEL, lambda c: setattr(c["args"], "num_experts", [10**9])), "1000000000 experts"),
+    "a word for a number": (lambda t: _changed(t, MODEL, lambda c: setattr(c["args"], "hidden_size", "many")), "--hidden-size"),
+    "no heads": (lambda t: _changed(t, MODEL, lambda c: delattr(c["args"], "num_attention_heads")), "have no num_attention_heads"),
+    "other heads": (lambda t: _changed(t, MODEL, lambda c: setattr(c["args"], "kv_channels", 8)), "query_key_value"),
+    "no arguments": (lambda t: _changed(t, MODEL, lambda c: c.pop("args")), "--model-flags"),
+    "a key too many": (
+        lambda t: _changed(t, MODEL, lambda c: c["module"]["language_model"]["encoder"].update(extra=torch.zeros(2))), "encoder.extra"),
+    "no norm": (
+        lambda t: _changed(t, MODEL, lambda c: c["module"]["language_model"]["encoder"].pop("final_layernorm.bias")), "is missing"),
+    "copies apart": (
+        lambda t: _changed(t, MODEL, lambda c: c["module"]["language_model"]["encoder"]["final_layernorm.bias"].add_(1)), "up to 1 apart"),
+    "truncated": (lambda t: (t / EXPERT).write_bytes((t / EXPERT).read_bytes()[:-100]), f"{EXPERT}: cut off, damaged"),
+    "flipped": (lambda t: _flip(t / EXPERT), "CRC-32 mismatch"),
+    "text": (lambda t: (t / EXPERT).write_text("hello"), f"{EXPERT}: cut off, damaged"),
+    "pipeline": (lambda t: _changed(t, MODEL, lambda c: setattr(c["args"], "pipeline_model_parallel_size", 2)), "2 pipeline stages"),
+    "unknown norm": (lambda t: _changed(t, MODEL, lambda c: setattr(c["args"], "apply_layernorm_1p", True)), "--apply-layernorm-1p"),
+}  # fmt: skip
+
+
+def _flip(path):
+    with zipfile.ZipFile(path) as file:
+        record = next(i for i in file.infolist() if i.filename.endswith("data/0"))
+    data = bytearray(path.read_bytes())
+    data[record.header_offset + 200] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    plan = Plan(tp=2, multiple=32)
+    return write_files(tmp_path_factory.mktemp("theirs") / "old", plan, our_weights(plan)).parent
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_damaged_or_foreign_checkpoint_is_named_and_nothing_is_written(name, two_ranks, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(two_ranks, tmp_path / "old")
+    damage, message = FAULTS[name]
+    damage(tmp_path / "old" / "global_step30")
+    code, _, err = to_native(capsys, tmp_path / "old", tmp_path / "run")
+    assert code == 2
+    assert message in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["old"]
+
+
+@pytest.mark.parametrize("where", [MODEL, EXPERT])
+def test_code_in_a_file_is_not_executed(where, two_ranks, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(two_ranks, tmp_path / "old")
+    _changed(tmp_path / "old" / "global_step30", where, lambda c: c.update(note=Bomb(tmp_path / "executed")))
+    code, _, err = to_native(capsys, tmp_path / "old", tmp_path / "run")
+    assert code == 2
+    assert "nothing was executed" in err
+    (tmp_path / "old" / "global_step30" / where).write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
+    assert to_native(capsys, tmp_path / "old", tmp_path / "run")[0] == 2
+    assert not (tmp_path / "executed").exists()
+
+
+def test_flags_of_the_training_stand_in_for_missing_arguments(tmp_path, capsys):
+    plan = Plan(experts=(1, 4), num_experts=(4,))
+    weights = our_weights(plan)
+    tag = write_files(tmp_path / "old", plan, weights)
+    _changed(tag, MODEL, lambda c: [c.pop("args"), c.pop("checkpoint_version")])
+    flags = "--num-layers 2 --hidden-size 16 --num-attention-heads 4 --ffn-hidden-size 24 --num-experts 4 --mlp-type residual " \
+            "--max-position-embeddings 16 --seq-length 16"  # fmt: skip
+    code, _, err = to_native(capsys, tmp_path / "old", tmp_path / "run", "--model-flags", flags, "--true-vocab-size", "50", "--verify")
+    assert code == 0, err
+    assert "names no checkpoint_version" in err
+    assert hashes(native_tensors(tmp_path / "run" / "iter_0000030")) == hashes(weights)
+    assert "unknown flag --nonsense" in to_native(capsys, tmp_path / "old", tmp_path / "x", "--model-flags", "--nonsense 3")[2]
+
+
+def test_optimizer_files_and_stray_experts_are_left_out_with_a_note(two_ranks, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(two_ranks, tmp_path / "old")
+    tag = tmp_path / "old" / "global_step30"
+    torch.save({"optimizer": {}}, tag / "expp_rank_0_mp_rank_00_optim_states.pt")
+    stray = {"encoderlayers.1.mlp.deepspeed_moe.experts.deepspeed_experts.0.dense_h_to_4h.bias": torch.zeros(24)}
+    _changed(tag, MODEL, lambda c: c["module"].update(stray))
+    code, _, err = to_native(capsys, tmp_path / "old", tmp_path / "run")
+    assert code == 0
+    assert "1 files of optimizer state" in err
+    assert "has 1 tensors of experts" in err
+    code, _, err = to_native(capsys, tmp_path / "old", tmp_path / "x", "--include-optimizer")
+    assert (code, "belong to one layout" in err) == (2, True)
+
+
+def test_files_of_old_versions_have_an_expert_of_every_layer(tmp_path, capsys):
+    plan = Plan(experts=(1, 4, 1, 4), num_experts=(4,))
+    weights = our_weights(plan)
+    tag = write_files(tmp_path / "old", plan, weights)
+    for e in range(4):
+        of_layers = [tag / f"layer_{n}_expert_{e}_{MODEL}" for n in range(2)]
+        torch.save(content(of_layers[0]) | content(of_layers[1]), tag / f"expert_{e}_{MODEL}")
+        [path.unlink() for path in of_layers]
+    assert to_native(capsys, tmp_path / "old", tmp_path / "run", "--verify")[0] == 0
+    assert hashes(native_tensors(tmp_path / "run" / "iter_0000030")) == hashes(weights)
+
+
+def test_numbers_too_large_for_float16_are_named(tmp_path, capsys):
+    plan = Plan(experts=(1, 2), num_experts=(2,))
+    weights = our_weights(plan)
+    weights["model.layers.2.moe.experts.w2"][1, 3, 3] = 1e6
+    write_files(tmp_path / "old", plan, weights)
+    assert to_native(capsys, tmp_path / "old", tmp_path / "run")[0] == 0
+    code, _, err = to_theirs(capsys, tmp_path / "run", tmp_path / "there", "--dtype", "float16")
+    assert code == 2
+    assert "model.layers.2.moe.experts.w2: has numbers that float16 cannot hold" in err
+
+
+def test_a_degree_that_does_not_divide_is_refused(tmp_path, capsys):
+    run = save_small(tmp_path / "run", with_optimizer=False)
+    code, _, err = to_theirs(capsys, run, tmp_path / "there", "--target-tensor-parallel-size", "4", "--target-expert-parallel-size", "3")
+    assert code == 2
+    assert "--num-attention-heads (2) must be divisible by --target-tensor-parallel-size (4)" in err
+    assert "--target-expert-parallel-size (3) and the experts of a layer (4)" in err
+
+
+def in_memory(path) -> int:
+    """Bytes of a mapped file that this process has touched."""
+    found, is_it = 0, False
+    for line in open("/proc/self/smaps"):
+        if "-" in line.split()[0]:
+            is_it = line.rstrip().endswith(str(path))
+        elif is_it and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+def test_looking_reads_no_tensor(tmp_path):
+    plan = Plan(experts=(1,), num_experts=(1,), rows=1 << 16)
+    tag = write_files(tmp_path / "old", plan, our_weights(plan))
+    source = megatron_deepspeed.open_source(tmp_path / "old")
+    assert source.tensors["model.embedding.weight"]["shape"] == [1 << 16, 16]
+    assert in_memory(tag / MODEL) < 1 << 19  # of 4 MB; a touched page brings its neighbours
+    list(source.read(["model.embedding.weight"]))
+    assert in_memory(tag / MODEL) > 3 << 20
+
+
+@pytest.mark.distributed
+def test_training_starts_from_the_converted_run(tmp_path, capsys):
+    from distributed_pool import run_distributed
+
+    plan = Plan(experts=(1, 4), num_experts=(4,), words=64)
+    write_files(tmp_path / "old", plan, our_weights(plan))
+    assert to_native(capsys, tmp_path / "old", tmp_path / "run")[0] == 0
+    text = runs.write_text(tmp_path / "corpus_text_document")
+    model = (
+        "--num-layers 2 --hidden-size 16 --num-attention-heads 4 --ffn-hidden-size 24 --num-experts 4 --expert-interval 2 --mlp-type residual "
+        "--seq-length 16 --max-position-embeddings 16 --vocab-size 64 --make-vocab-size-divisible-by 64 --hidden-dropout 0 --attention-dropout 0 --lr 1e-3"
+    )
+    for how, last in (("--no-load-optim", 32), ("--finetune", 2)):
+        flags = f"--data-path {text} --split 80,20,0 --load {tmp_path / 'run'} --save {tmp_path / how} {model} {how} --train-iters {last}"
+        result = run_distributed(runs.train_here, 1, flags)[0]
+        assert result["progress"].iteration == last
+
+
+def test_a_directory_that_is_none_is_refused(tmp_path):
+    (tmp_path / "latest").write_text("../../etc")
+    with pytest.raises(ConfigError, match="not the name of a folder beside it"):
+        megatron_deepspeed.open_source(tmp_path)
