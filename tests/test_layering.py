@@ -31,6 +31,8 @@ SIDEWAYS: set[tuple[str, str]] = set()
 
 # The modules that may know argparse.
 PARSERS = {"megatron_moe/arguments.py", "megatron_moe/config/flags.py"}
+# Its Namespace is a value in files of Megatron.
+HOLDS_A_NAMESPACE = {"megatron_moe/conversion/plain_data.py"}
 
 
 def imported_modules(path: Path) -> Iterator[tuple[str, int]]:
@@ -114,7 +116,7 @@ def test_argparse_is_known_to_two_files():
     users = {
         f.relative_to(ROOT).as_posix() for f in all_python_files() if "argparse" in {m.partition(".")[0] for m, _ in imported_modules(f)}
     }
-    assert users <= PARSERS, "flags are fields of a config class: config/flags.py makes the parser"
+    assert users <= PARSERS | HOLDS_A_NAMESPACE, "flags are fields of a config class: config/flags.py makes the parser"
 
 
 def test_training_is_imported_by_entry_points_alone():

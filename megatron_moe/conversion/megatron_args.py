@@ -6,7 +6,6 @@ Namespace only what is inside is looked at: true, false, numbers, text and lists
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from megatron_moe.config.flags import ConfigError, convert_all, fields_of
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.run import FIELDS, GROUPS, RunConfig
+from megatron_moe.conversion.plain_data import Namespace
 
 OWN_MULTIPLE = "megatron_moe_make_vocab_size_divisible_by"  # in what we write: to read the padding that the model has here
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")

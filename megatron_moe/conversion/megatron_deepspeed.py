@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import zipfile
-from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +37,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.conversion import plain_data
 from megatron_moe.conversion.megatron_args import OWN_MULTIPLE, activation_notes, args_of_run, losses, plain_items, run_of_args
 from megatron_moe.conversion.megatron_names import EXPERTS, Entry, Heads, entries, fit_rows, mp_ranks_of, parts, whole
+from megatron_moe.conversion.plain_data import Namespace
 from megatron_moe.conversion.source import ITEM_SIZE, Selection, Source, Tensors
 
 if TYPE_CHECKING:
@@ -481,16 +481,17 @@ def target_of(
     return Target(tp, ep, etp > 1)
 
 
-def rows_for(source: Source, target: Target) -> int:
-    """Rows of the embedding that Megatron makes at this degree: a multiple of the flag times the degree."""
-    run, carried = _run_of(source), _still_valid(source)
-    multiple = run.model.make_vocab_size_divisible_by
+def padding_for(source: Source, target: Target) -> tuple[int, int]:
+    """(rows of the embedding, --make-vocab-size-divisible-by with which Megatron makes as many at this degree). No row of ours is cut."""
+    run, carried, tp, words = _run_of(source), _still_valid(source), target.tensor_parallel, source.meta["vocab_size"]
+    own = flag = run.model.make_vocab_size_divisible_by
     if carried:
-        if target.tensor_parallel == len(carried["state"]):
-            return carried["rows"]
-        multiple = getattr(plain_data.decode(carried["state"][0]).get("args"), "make_vocab_size_divisible_by", multiple)
-    multiple *= target.tensor_parallel
-    return -(-source.meta["vocab_size"] // multiple) * multiple
+        flag = getattr(plain_data.decode(carried["state"][0]).get("args"), "make_vocab_size_divisible_by", own)
+        if tp == len(carried["state"]):
+            return carried["rows"], flag
+    if -(-words // (flag * tp)) * flag * tp < run.model.padded_vocab_size(words):  # was padded for a larger degree
+        flag = own // tp if own % tp == 0 else own
+    return -(-words // (flag * tp)) * flag * tp, flag
 
 
 def stored_dtypes(source: Source) -> dict[str, str]:
@@ -533,7 +534,7 @@ class _Writing:
         self.carried = _still_valid(selection.source)
         version = self.carried["checkpoint_version"] if self.carried else 3.0
         self.heads = Heads(m.num_attention_heads, m.key_value_heads, m.head_dim, version)
-        self.rows = rows_for(selection.source, target)
+        self.rows, self.multiple = padding_for(selection.source, target)
         self.kept = 0
 
     def experts(self, number: int) -> None:
@@ -602,14 +603,14 @@ class _Writing:
         if self.target == target_of(run):
             return states
         first = {key: value for key, value in states[0].items() if key not in _RNG} | {"mp_world_size": tp}
-        multiple = getattr(first.get("args", args), "make_vocab_size_divisible_by", run.model.make_vocab_size_divisible_by)
-        changed = self._degrees() | {"padded_vocab_size": self.rows, "make_vocab_size_divisible_by": multiple}
-        return [first | {"args": Namespace(**(vars(first.get("args", args)) | changed))}] * tp
+        changed = vars(first.get("args", args)) | self._degrees() | {"padded_vocab_size": self.rows}
+        return [first | {"args": Namespace(**changed)}] * tp
 
     def _degrees(self) -> dict[str, Any]:
         return {
             "tensor_model_parallel_size": self.target.tensor_parallel, "moe_expert_parallel_size": self.target.expert_parallel,
             "enable_expert_tensor_parallelism": self.target.cuts_experts, OWN_MULTIPLE: self.run.model.make_vocab_size_divisible_by,
+            "make_vocab_size_divisible_by": self.multiple,
         }  # fmt: skip
 
 

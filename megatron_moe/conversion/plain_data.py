@@ -8,7 +8,7 @@ A pickled argparse.Namespace is known by its class alone; any other object is le
 from __future__ import annotations
 
 import base64
-from argparse import Namespace
+from argparse import Namespace  # as data in the files of others; nothing is parsed here
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +135,19 @@ def test_a_vocabulary_padded_for_another_degree_is_cut_and_filled(tmp_path, caps
     assert [len(t) for t in tables] == [256, 256]
     assert torch.equal(torch.cat(tables)[:384], ours)
     assert torch.equal(torch.cat(tables)[384:], ours[-1:].expand(128, -1))
+
+
+def test_padding_for_a_larger_degree_is_kept_at_a_smaller_one(tmp_path, capsys):
+    """50 words: 128 rows at TP 2 with a multiple of 64; at TP 1 as many, with a multiple of 128."""
+    plan = PLANS["tp2_etp_padded"]
+    weights = our_weights(plan)
+    write_files(tmp_path / "two", plan, weights)
+    assert to_native(capsys, tmp_path / "two", tmp_path / "run")[0] == 0
+    assert to_theirs(capsys, tmp_path / "run", tmp_path / "one", "--verify", "--target-tensor-parallel-size", "1")[0] == 0
+    made = content(tmp_path / "one" / "global_step30" / "mp_rank_00_model_states.pt")
+    table = made["module"]["language_model"]["embedding"]["word_embeddings"]["weight"]
+    assert torch.equal(table, weights["model.embedding.weight"])
+    assert (made["args"].make_vocab_size_divisible_by, made["args"].padded_vocab_size) == (128, 128)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +330,7 @@ def test_a_degree_that_does_not_divide_is_refused(tmp_path, capsys):
 def in_memory(path) -> int:
     """Bytes of a mapped file that this process has touched."""
     found, is_it = 0, False
-    for line in open("/proc/self/smaps"):
+    for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split()[0]:
             is_it = line.rstrip().endswith(str(path))
         elif is_it and line.startswith("Rss:"):
@@ -344,7 +358,7 @@ def test_training_starts_from_the_converted_run(tmp_path, capsys):
     text = runs.write_text(tmp_path / "corpus_text_document")
     model = (
         "--num-layers 2 --hidden-size 16 --num-attention-heads 4 --ffn-hidden-size 24 --num-experts 4 --expert-interval 2 --mlp-type residual "
-        "--seq-length 16 --max-position-embeddings 16 --vocab-size 64 --make-vocab-size-divisible-by 64 --hidden-dropout 0 --attention-dropout 0 --lr 1e-3"
+        "--seq-length 16 --max-position-embeddings 16 --vocab-size 64 --make-vocab-size-divisible-by 64 --hidden-dropout 0 --attention-dropout 0 --lr-warmup-iters 0"
     )
     for how, last in (("--no-load-optim", 32), ("--finetune", 2)):
         flags = f"--data-path {text} --split 80,20,0 --load {tmp_path / 'run'} --save {tmp_path / how} {model} {how} --train-iters {last}"

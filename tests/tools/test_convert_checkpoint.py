@@ -23,7 +23,7 @@ def test_mistakes_are_reported_together_with_the_nearest_valid_value(capsys):
     err = problems(capsys, "--from", "nativ", "--to", "safetensor", "--lod", "x", "--max-shard-size", "5XB")
     for part in (
         "4 problems",
-        "--from must be one of native, safetensors, not 'nativ' (did you mean 'native'?)",
+        "--from must be one of native, safetensors, megatron-deepspeed, not 'nativ' (did you mean 'native'?)",
         "(did you mean 'safetensors'?)",
         "unknown flag --lod; did you mean --load?",
         "--max-shard-size: wants a size such as 5GB, 500MB or 2GiB, not '5XB'",
