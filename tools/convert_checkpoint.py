@@ -113,8 +113,15 @@ class ConvertConfig:
 
     def options(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Those of a format's options that were given."""
-        given = {name: getattr(self, name) for name in names if name != "model_args" and getattr(self, name) is not None}
-        return given | ({"model_args": args_of_flags(self.model_flags)} if self.model_flags and "model_args" in names else {})
+        given = {
+            "max_shard_size": self.max_shard_size,
+            "true_vocab_size": self.true_vocab_size,
+            "model_args": args_of_flags(self.model_flags) if self.model_flags and "model_args" in names else None,
+            "target_tensor_parallel_size": self.target_tensor_parallel_size,
+            "target_expert_parallel_size": self.target_expert_parallel_size,
+            "target_expert_tensor_parallel_size": self.target_expert_tensor_parallel_size,
+        }
+        return {name: given[name] for name in names if given[name] is not None}
 
 
 def args_of_flags(text: str) -> dict[str, Any]:
