@@ -301,6 +301,8 @@ def run(config: GenerateConfig, model: InferenceConfig, sampling: SamplingConfig
             chat(engine, config, sampling, engine.loaded.tokenizer_config)
         else:
             continue_prompts(engine, prompts, config, sampling)
+        if engine.is_leader and engine.loaded.expert_cache:
+            print(engine.loaded.expert_cache.report(), file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

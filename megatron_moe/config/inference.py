@@ -31,6 +31,10 @@ class InferenceConfig:
         names=("expert-model-parallel-size",),
         minimum=1,
     )
+    expert_cache_gb: float | None = flag(
+        None, "leave the experts on the disk, and keep so many GB (10^9 bytes) of them in the memory of each process, those used last: for a "
+        "model that is larger than memory", above=0
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         checked(self)
@@ -43,6 +47,10 @@ class InferenceConfig:
     def ranks(self) -> int:
         """TP and EP are folded over the same ranks: TP 2 with EP 2 needs two, TP 2 with EP 3 six."""
         return math.lcm(self.tensor_model_parallel_size, self.moe_expert_parallel_size)
+
+    @property
+    def expert_cache_bytes(self) -> int | None:
+        return None if self.expert_cache_gb is None else int(self.expert_cache_gb * 1e9)
 
     def rank_problems(self, world_size: int) -> Iterator[str]:
         """What is wrong with so many processes."""

@@ -248,4 +248,7 @@ def open_engine(config: InferenceConfig, tokenizer: TokenizerConfig, init: Calla
         world = init(ParallelConfig(distributed_backend="gloo" if device.type == "cpu" else "auto"))
         device = world.device
         layout = Layout(config.tensor_model_parallel_size, config.moe_expert_parallel_size, world.cpu_group)
-    return Engine(load_for_inference(config.load, config.ckpt_step, device, tokenizer, config.ckpt_verify, layout))
+    loaded = load_for_inference(
+        config.load, config.ckpt_step, device, tokenizer, config.ckpt_verify, layout, config.expert_cache_bytes
+    )  # fmt: skip
+    return Engine(loaded)

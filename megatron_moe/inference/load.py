@@ -16,6 +16,7 @@ from megatron_moe.checkpoint.state import MTP, model_state
 from megatron_moe.config.data import TokenizerConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.inference.layout import ONE_PROCESS, Layout, build_in_layout
+from megatron_moe.inference.offload import ExpertCache, offload_experts
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.plain import build_plain
 from megatron_moe.tokenizers import Tokenizer, build_tokenizer
@@ -34,6 +35,7 @@ class Loaded:
     notes: tuple[str, ...]
     tokenizer_config: TokenizerConfig  # of `tokenizer`: where its files are
     layout: Layout = ONE_PROCESS
+    expert_cache: ExpertCache | None = None  # of experts that stay on the disk
 
 
 def load_for_inference(
@@ -43,11 +45,13 @@ def load_for_inference(
     tokenizer: TokenizerConfig | None = None,
     verify: str = "crc",
     layout: Layout = ONE_PROCESS,
+    expert_cache_bytes: int | None = None,
 ) -> Loaded:
     """The newest checkpoint of a run directory, or that of `step`; a single iter_ directory works too.
 
     Only the model's tensors are read. `tokenizer` overrides where the tokenizer's files are. With a `layout` of several ranks it
-    is collective, and each reads its own part. Raises CheckpointError for a checkpoint that cannot be read, ValueError for a
+    is collective, and each reads its own part. With `expert_cache_bytes` experts stay on the disk, and that much of them in the
+    memory of each rank: inference/offload.py. Raises CheckpointError for a checkpoint that cannot be read, ValueError for a
     tokenizer that does not belong to it or a layout that does not divide the model.
     """
     found = find_checkpoint(*run_directory(directory, step), verify, layout.group)
@@ -55,12 +59,15 @@ def load_for_inference(
     run, vocab_size = RunConfig.from_dict(meta["config"]), meta["vocab_size"]
     flags = tokenizer_flags(meta["tokenizer"], tokenizer or TokenizerConfig())
     restored = restore_tokenizer(meta["tokenizer"], tokenizer or TokenizerConfig(), run.model.vocab_size, vocab_size)
-    model = build_plain(run.without_mtp(), vocab_size)
-    build_in_layout(model, run, layout, torch.device(device).type)
+    plain = run.without_mtp()
+    model = build_plain(plain, vocab_size)
+    build_in_layout(model, plain, layout, torch.device(device).type)
+    cache = None if expert_cache_bytes is None else offload_experts(model, found.path, expert_cache_bytes, torch.device(device))
     model.to_empty(device=device)
-    load_tensors(found.path, model_state(model), process_group=layout.group, optional=[MTP])
+    complete = ("model.",) if cache is None else ()  # then it has been compared, experts and all
+    load_tensors(found.path, model_state(model), complete, layout.group, optional=[MTP])
     eod = meta["eod"] if meta["eod"] >= 0 else restored.eod if restored else None
-    return Loaded(model.eval(), run, vocab_size, eod, restored, found.path, tuple(found.notes), flags, layout)
+    return Loaded(model.eval(), run, vocab_size, eod, restored, found.path, tuple(found.notes), flags, layout, cache)
 
 
 def tokenizer_flags(saved: dict[str, Any], given: TokenizerConfig) -> TokenizerConfig:
