@@ -82,7 +82,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         prog=prog, usage=f"{prog} FLAGS", description=DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
     )
     start = parser.add_argument_group("Where settings come from")
-    start.add_argument("--preset", default=argparse.SUPPRESS, nargs="?", const="", metavar="NAME",
+    start.add_argument("--preset", "--model-preset", default=argparse.SUPPRESS, nargs="?", const="", metavar="NAME",
                        help=f"named settings, overridden by everything else: {', '.join(PRESETS)}")  # fmt: skip
     start.add_argument("--config", default=argparse.SUPPRESS, nargs="?", const="", metavar="FILE.yaml",
                        help="YAML with the same names as the flags; the command line wins")  # fmt: skip

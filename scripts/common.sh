@@ -4,6 +4,8 @@
 #   set_up     leaves the interpreter in $PYTHON, with everything of requirements.txt importable
 #   launch     torchrun on this machine, listening on the loopback interface only; on several with NNODES
 #   smoke      small sizes for a pretrain_*.sh script, when SMOKE=1
+#   small      what SMOKE=1 changes in a script of one preset, beside the sizes
+#   preset     the training command of a script of one preset
 #   pretrain   the training command of a pretrain_*.sh script, or its plan with DRY_RUN=1
 #
 # The active virtual environment is used if there is one, else .venv in this repository; the system's Python is left as it is.
@@ -225,4 +227,38 @@ pretrain() {
 start with SMOKE=1 (a small version, on CPUs), ON_CPU=1 (this one, on CPUs) or DRY_RUN=1 (what it would be)"
   fi
   launch "$each" "$REPO/pretrain_gpt_moe.py" "$@"
+}
+
+# ---------------------------------------------------------------- scripts that are one preset
+
+SMALL=()
+
+# Flags of SMOKE=1 beside the sizes that all such scripts share: experts, degrees, widths of parts that only some models have.
+small() { SMALL=("$@"); }
+
+# preset NAME RANKS WORD ...: trains the preset on NUM_GPUS (RANKS) processes; further words are flags, and win. The tokenizer is a
+# tokenizer.json or a SentencePiece model where the script sets TOKENIZER, else GPT-2's two files.
+preset() {
+  local name="$1" smaller=() data
+  NUM_GPUS="${NUM_GPUS:-$2}" # of all nodes together
+  shift 2
+  SAVE="${SAVE:-runs/$name}" SAVE_INTERVAL="${SAVE_INTERVAL:-1000}"
+  # shellcheck disable=SC2206 # a blend is several words
+  data=(--data-path ${DATA_PATH:-data/pile_text_document})
+  if [ -n "${TOKENIZER:-}" ]; then
+    data+=(--tokenizer-model "$TOKENIZER")
+  else
+    data+=(--vocab-file "${VOCAB_FILE:-data/gpt2-vocab.json}" --merge-file "${MERGE_FILE:-data/gpt2-merges.txt}")
+  fi
+  if [ "${SMOKE:-0}" = 1 ]; then
+    smoke # a directory that goes away, and CPUs
+    case " ${SMALL[*]:-} " in *parallel-size\ 2*) NUM_GPUS=2 ;; esac
+    data=(--mock-data)
+    smaller=(
+      --num-layers 4 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 96 --seq-length 32 --max-position-embeddings 32
+      --vocab-size 300 --micro-batch-size 1 --global-batch-size 4 --train-tokens 640 --lr-decay-tokens 640 --lr-warmup-tokens 128
+      --log-interval 1 --eval-interval 1000 --eval-iters 1 ${SMALL[@]+"${SMALL[@]}"}
+    )
+  fi
+  pretrain --preset "$name" --save "$SAVE" --load "$SAVE" --save-interval "$SAVE_INTERVAL" "${data[@]}" ${smaller[@]+"${smaller[@]}"} "$@"
 }

@@ -98,8 +98,8 @@ class ModelConfig:
     v_head_dim: int = flag(128, "MLA: channels of a value", minimum=1)
     normalization: Literal["LayerNorm", "RMSNorm"] = flag("LayerNorm", "normalisation layer")
     layernorm_epsilon: float = flag(1e-5, "epsilon inside the normalisation", names=("norm-epsilon",), above=0)
-    activation_func: Literal["gelu", "relu", "squared_relu", "swiglu"] = flag(
-        "gelu", "activation of the MLP and the experts; squared_relu: max(x, 0)^2 (arXiv 2109.08668); swiglu: silu(gate) times value, with "
+    activation_func: Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu"] = flag(
+        "gelu", "activation of the MLP and the experts; gelu_tanh: GPT-2's approximation; squared_relu: max(x, 0)^2 (arXiv 2109.08668); swiglu: silu(gate) times value, with "
         "a matrix more (arXiv 2002.05202)")  # fmt: skip
     swiglu: bool = flag(False, "same as --activation-func swiglu")
     squared_relu: bool = flag(False, "same as --activation-func squared_relu")
@@ -227,6 +227,7 @@ class ModelConfig:
         pattern, layer = self.window_attn_skip_freq, min(layer, self.num_layers)
         if self.window_size is None or pattern is None:
             return self.window_size
+        layer = min(layer, self.num_layers)  # a module of multi-token prediction has what the last layer has
         has_window = layer % pattern[0] != 0 if len(pattern) == 1 else pattern[layer - 1] == 1
         return self.window_size if has_window else None
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor
 
-_OF_ONE = {"gelu": F.gelu, "relu": F.relu, "squared_relu": lambda h: F.relu(h).square()}
+_OF_ONE = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "squared_relu": lambda h: F.relu(h).square()}
 
 
 def activate(name: str, h: Tensor, gate: Tensor | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """Presets are the published recipes: held against the commands that upstream's scripts start."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,13 @@ from upstream_commands import EXAMPLES
 
 from megatron_moe.arguments import parse_args
 from megatron_moe.config.presets import PRESETS
+from megatron_moe.config.presets.deepspeed_moe import DEEPSPEED_MOE
 from megatron_moe.config.run import RunConfig
+from megatron_moe.training.plan import as_json, build_plan
+from megatron_moe.training.preset_table import preset_counts
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = [name for name in EXAMPLES if name != "gpt-1.3b-pr-moe-64-128-mos"]  # one student is enough
+RECIPES = list(EXAMPLES)
 
 # What a preset does not take over from the command, and why.
 OF_ONE_RUN = {"vocab_file", "merge_file", "data_path", "save", "load", "load_teacher", "tensorboard_dir"}  # paths
@@ -46,8 +50,8 @@ def test_a_preset_trains_as_long_as_the_upstream_command(name):
     assert ours.train_iterations(ranks) == theirs.train_iterations(ranks)
 
 
-def test_every_preset_but_two_has_an_upstream_command():
-    assert PRESETS.keys() - set(RECIPES) == {"tiny", "gpt-125m"}
+def test_every_preset_of_deepspeed_moe_has_an_upstream_command():
+    assert DEEPSPEED_MOE.keys() - set(RECIPES) == {"tiny", "gpt-125m", "gpt-760m", "gpt-2.7b", "gpt-13b", "gpt-175b"}
     assert set(RECIPES) < PRESETS.keys()
 
 
@@ -56,6 +60,19 @@ def test_a_preset_trains_on_its_ranks(name):
     teacher = ["--load-teacher", "x"] if PRESETS[name].settings.get("mos") else []
     run = parse_args(["--preset", name, "--mock-data", *teacher]).run
     assert [*run.world_problems(PRESETS[name].ranks), *run.train_problems(), *run.warnings()] == []
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3", "gpt-oss-20b-like"])
+def test_a_preset_has_a_plan_that_fits_eighty_gigabytes(name):
+    parsed = parse_args(["--preset", name, "--dry-run"])
+    plan = json.loads(as_json(build_plan(parsed.run, PRESETS[name].ranks, parsed.given)))
+    assert plan["parameters"]["total"] == preset_counts(name).total  # these vocabularies need no padding
+    assert sum(plan["per_rank"]["fullest"]["bytes"].values()) < 60e9  # of states; activations beside them
+
+
+def test_model_preset_is_another_spelling():
+    assert parse_args(["--model-preset", "mixtral-8x7b", "--lr", "1"]).run == parse_args(["--preset", "mixtral-8x7b", "--lr=1"]).run
 
 
 def test_the_command_line_overrides_a_preset():
@@ -67,7 +84,10 @@ def test_the_command_line_overrides_a_preset():
 def test_the_list_says_what_each_is_and_how_large():
     done = subprocess.run([sys.executable, "pretrain_gpt_moe.py", "--list-presets"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
+    table, convention = done.stdout.split("\n\n")
+    rows = {line.split()[0]: line.split() for line in table.splitlines()}
     assert rows.keys() == {"preset", *PRESETS}
-    assert rows["gpt-350m-moe-128"][-3:] == ["13.1B", "357.5M", "64"]
+    assert "vocabulary before padding" in convention.replace("\n", " ")
+    assert rows["gpt-350m-moe-128"][-3:] == ["13.1B", "357.4M", "64"]
+    assert rows["deepseek-v3"][-3:] == ["671.0B", "37.6B", "2048"]
     assert rows["gpt-6.7b"][-3:] == ["6.7B", "6.7B", "64"]

@@ -18,7 +18,7 @@ from distributed_pool import run_distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from distributed import multi_token_layouts, parity
+from distributed import attention_layouts, multi_token_layouts, parity
 from distributed import test_parallel_equals_single as rows
 from megatron_moe.data.batch import look_ahead
 from megatron_moe.moe.layer import moe_layers
@@ -92,7 +92,56 @@ def norms_not_declared_partial():
     def plain(weight):
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
-    with mock.patch("megatron_moe.parallel.sequence.local_weight", plain):
+    with mock.patch("megatron_moe.parallel.replicated.local_weight", plain):
+        yield
+
+
+@contextmanager
+def mean_squares_of_own_heads():
+    """A norm over all heads that looks at those of its rank, as if they were all."""
+    from megatron_moe.parallel import heads
+
+    ranks = dist.get_world_size()
+    with mock.patch.object(heads._Sum, "apply", lambda x, group: x * ranks):
+        yield
+
+
+@contextmanager
+def mean_squares_whose_gradient_is_not_summed():
+    from megatron_moe.parallel import heads
+
+    with mock.patch.object(heads._Sum, "backward", staticmethod(lambda ctx, grad: (grad.clone(), None))):
+        yield
+
+
+@contextmanager
+def windows_seen_by_the_first_chunk_alone():
+    from megatron_moe.parallel import context
+
+    right = context.visible
+    with mock.patch.object(context, "visible", lambda c, first, queries, window: right(c, first, queries, None if first else window)):
+        yield
+
+
+@contextmanager
+def sinks_of_the_first_heads():
+    """Every rank takes the logits that belong to the heads of the first one."""
+
+    def first(sinks):
+        return sinks.full_tensor()[: sinks.to_local().shape[0]] if isinstance(sinks, DTensor) else sinks
+
+    with mock.patch("megatron_moe.model.attention.local_weight", first):
+        yield
+
+
+@contextmanager
+def narrow_vectors_learn_from_own_heads():
+    """The gradient of what all heads come out of, declared whole where it is a part of a sum."""
+
+    def plain(weight):
+        return weight.to_local() if isinstance(weight, DTensor) else weight
+
+    with mock.patch("megatron_moe.parallel.heads.local_weight", plain):
         yield
 
 
@@ -103,7 +152,7 @@ def shared_heads_of_one_rank():
     def plain(weight):
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
-    with mock.patch("megatron_moe.parallel.tensor.local_weight", plain):
+    with mock.patch("megatron_moe.parallel.heads.local_weight", plain):
         yield
 
 
@@ -989,6 +1038,12 @@ PLANTED = [  # fault, the row that turns red, the quantity that sees it, its err
         "gradient layers.1.attn.v_proj.weight",
         0.05,
     ),
+    (norms_not_declared_partial, attention_layouts.MATRIX[0], "gradient layers.1.attn.q_norm.weight", 0.05),
+    (mean_squares_of_own_heads, attention_layouts.QUICK[1], "loss 0", 1e-6),
+    (mean_squares_whose_gradient_is_not_summed, attention_layouts.MATRIX[3], "gradient layers.1.attn.k_proj.weight", 1e-3),
+    (narrow_vectors_learn_from_own_heads, attention_layouts.QUICK[2], "gradient layers.1.attn.kv_down_proj.weight", 0.05),
+    (windows_seen_by_the_first_chunk_alone, attention_layouts.QUICK[4], "loss 0", 1e-6),
+    (sinks_of_the_first_heads, attention_layouts.MATRIX[11], "gradient layers.1.attn.sinks", 1e-3),
     (replicas_not_summed, HYBRID, "gradient layers.1.mlp.fc1.weight", 0.1),
     (pipeline_divides_by_its_microbatches, ("pyramid", 2, rows.PP2), "gradient layers.1.mlp.fc1.weight", 0.7),
     (pipeline_divides_by_its_microbatches, ("deep", 2, rows.INTERLEAVED), "gradient layers.4.moe.gate.weight", 0.7),

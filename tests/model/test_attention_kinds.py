@@ -1,6 +1,7 @@
 """Windows, sinks, norms of q and k, latent attention and rotary variants against NumPy, one query at a time."""
 # B batch, S sequence, D hidden, H heads, h head width
 
+import dataclasses
 import math
 
 import numpy as np
@@ -105,8 +106,8 @@ def test_dropout_with_a_sink_drops_what_it_drops_without():
 def test_layers_with_and_without_the_window(skip, windows):
     c = config(window_size=3, window_attn_skip_freq=skip)
     assert [c.window_of(layer) for layer in range(1, 5)] == windows
-    model = GPT(c, MoEConfig(), 30)
-    assert [block.attn.core.window for block in model.layers.values()] == windows
+    model = GPT(dataclasses.replace(c, mtp_num_layers=1), MoEConfig(), 30)
+    assert [block.attn.core.window for block in model.blocks] == [*windows, windows[-1]]  # multi-token prediction: as the last layer
 
 
 # ---------------------------------------------------------------- norms, biases

@@ -15,7 +15,9 @@ def affine(layer, x):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("flags", [{}, {"swiglu": True}, {"squared_relu": True}, {"activation_func": "relu"}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{}, {"swiglu": True}, {"squared_relu": True}, {"activation_func": "relu"}, {"activation_func": "gelu_tanh"}], ids=str
+)
 def test_mlp_equals_its_formula(flags, bias):
     torch.manual_seed(0)
     mlp = MLP(ModelConfig(hidden_size=8, num_attention_heads=2, ffn_hidden_size=12, add_bias_linear=bias, **flags)).double()
@@ -24,6 +26,8 @@ def test_mlp_equals_its_formula(flags, bias):
     if "swiglu" in flags:
         gate = affine(mlp.fc_gate, x)
         inner = gate / (1 + torch.exp(-gate)) * value  # silu of the gate, not of the value
+    elif "gelu_tanh" in flags.values():
+        inner = value * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))
     elif flags:
         inner = torch.where(value > 0, value, 0.0) ** (2 if "squared_relu" in flags else 1)
     else:

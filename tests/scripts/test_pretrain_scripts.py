@@ -25,7 +25,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("pretrain_*.sh"))
 PYTHON = """#!/bin/sh
 case "$1 $2" in
   "- "*) exit 0 ;;
-  "-c "*device_count*) echo 64; exit 0 ;;
+  "-c "*device_count*) echo "${{GPUS:-64}}"; exit 0 ;;
 esac
 if [ -n "$RECORD" ] && [ "$1" != -c ] && [ "$1" != --version ]; then printf '%s\\n' "$@" >"$RECORD"; exit 0; fi
 exec "{python}" "$@"
@@ -71,13 +71,13 @@ def test_every_preset_has_a_script():
     assert {preset_of(script) for script in SCRIPTS} == PRESETS.keys()
 
 
-PATHS = {"save", "load", "load_teacher", "save_interval", "data_path", "vocab_file", "merge_file", "mock_data"}
+PATHS = {"save", "load", "load_teacher", "save_interval", "data_path", "vocab_file", "merge_file", "tokenizer_model", "mock_data"}
 MOE = {s.name for s in fields_of(MoEConfig)}  # dense scripts do not speak of them
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=preset_of)
 def test_a_script_is_its_preset(script, environment, tmp_path):
-    torchrun, flags = command_of(script, environment, tmp_path)
+    torchrun, flags = command_of(script, environment, tmp_path, GPUS="4096")
     ours, preset = settings_of(parse_args(flags).run), settings_of(parse_args(["--preset", preset_of(script)]).run)
     different = {name for name in ours if ours[name] != preset[name]}
     if script.stem == "pretrain_tiny":  # two processes, so that it shows expert parallelism; its length in tokens as in the others
@@ -143,7 +143,7 @@ def test_scripts_print_nothing_beside_the_plan(environment, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=preset_of)
 def test_a_smoke_run_has_the_shape_of_the_recipe(script, environment, tmp_path):
-    real = parse_args(command_of(script, environment, tmp_path)[1]).run
+    real = parse_args(command_of(script, environment, tmp_path, GPUS="4096")[1]).run
     torchrun, flags = command_of(script, environment, tmp_path, SMOKE="1")
     small, ranks = parse_args(flags).run, int(torchrun[torchrun.index("--nproc-per-node") + 1])
     assert small.moe.mlp_type == real.moe.mlp_type
@@ -155,7 +155,7 @@ def test_a_smoke_run_has_the_shape_of_the_recipe(script, environment, tmp_path):
 
 
 # a dense one and one with experts; the other sizes and kinds with --full
-ALWAYS = ("pretrain_tiny.sh", "pretrain_gpt_125m.sh", "pretrain_gpt_350m_moe_128.sh")
+ALWAYS = ("pretrain_tiny.sh", "pretrain_gpt_125m.sh", "pretrain_gpt_350m_moe_128.sh", "pretrain_deepseek_v3.sh")
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def stream(x: Shapes) -> Kept:
 
 def _activation_copies(name: str) -> tuple[int, int]:
     """(tensors of the inner width that the activation keeps; of these, what is handed on)."""
-    return {"gelu": (2, 1), "relu": (1, 1), "squared_relu": (2, 1), "swiglu": (4, 1)}[name]
+    return {"gelu": (2, 1), "gelu_tanh": (2, 1), "relu": (1, 1), "squared_relu": (2, 1), "swiglu": (4, 1)}[name]
 
 
 def mlp(x: Shapes, width: int) -> Kept:

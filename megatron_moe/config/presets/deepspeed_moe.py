@@ -1,8 +1,7 @@
-"""Named settings: `--preset NAME` sets these fields, everything on the command line overrides them.
+"""The models of DeepSpeed-MoE (arXiv 2201.05596) with the hyper-parameters of the example scripts of Megatron-DeepSpeed.
 
-Besides `tiny` they are the models of DeepSpeed-MoE (arXiv 2201.05596) with the hyper-parameters of the example scripts of
-Megatron-DeepSpeed: the dense bases, the same with 64 or 128 experts in every second layer, and the pyramid-residual ones. Where
-they are not the upstream recipe:
+The dense bases, the same with 64 or 128 experts in every second layer, the pyramid-residual ones and their students; dense models of the
+other sizes of GPT-3 (arXiv 2005.14165, table 2.1). Where they are not the upstream recipe:
 
 - bf16 instead of fp16: as wide, and it needs no loss scale. fp16 was what the GPUs of that time had.
 - ZeRO stage 1 (the default) instead of 0 or 2: the same arithmetic, with the optimizer state spread over the ranks.
@@ -11,20 +10,7 @@ they are not the upstream recipe:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-
-@dataclass(frozen=True)
-class Preset:
-    """`ranks`: what the recipe was made for; its degrees of parallelism fit this number."""
-
-    what: str
-    ranks: int
-    settings: dict[str, Any]
-
-
-GPT2_VOCAB_SIZE = 50257  # of the published recipes; stands in where a vocabulary is not known
+from megatron_moe.config.presets.preset import Preset
 
 # A pyramid-residual model that a laptop trains in seconds: 4 layers, 4 then 8 experts.
 TINY = {
@@ -50,7 +36,7 @@ GPT_350M = {"num_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "m
 GPT_1_3B = {"num_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "global_batch_size": 512}
 GPT_6_7B = {"num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "micro_batch_size": 4, "global_batch_size": 1024}
 
-PRESETS: dict[str, Preset] = {
+DEEPSPEED_MOE: dict[str, Preset] = {
     "tiny": Preset("pyramid-residual, for a laptop", 1, TINY),
     "gpt-125m": Preset("dense", 64, DENSE | GPT_125M | {"lr": 6e-4, "min_lr": 6e-5}),
     "gpt-350m": Preset("dense", 64, DENSE | GPT_350M | {"lr": 3e-4, "min_lr": 3e-5}),
@@ -58,6 +44,19 @@ PRESETS: dict[str, Preset] = {
         "micro_batch_size": 2, "tensor_model_parallel_size": 4, "rampup_batch_size": (32, 32, 1_953_125), "lr": 2e-4, "min_lr": 2e-5}),
     "gpt-6.7b": Preset("dense", 64, DENSE | GPT_6_7B | {
         "tensor_model_parallel_size": 8, "rampup_batch_size": (32, 32, 4_882_812), "init_method_std": 0.01, "lr": 1.2e-4, "min_lr": 1.2e-5}),
+    "gpt-760m": Preset("dense", 64, DENSE | {
+        "num_layers": 24, "hidden_size": 1536, "num_attention_heads": 16, "micro_batch_size": 4, "global_batch_size": 256, "lr": 2.5e-4,
+        "min_lr": 2.5e-5}),
+    "gpt-2.7b": Preset("dense", 64, DENSE | {
+        "num_layers": 32, "hidden_size": 2560, "num_attention_heads": 32, "micro_batch_size": 2, "global_batch_size": 512,
+        "tensor_model_parallel_size": 4, "lr": 1.6e-4, "min_lr": 1.6e-5}),
+    "gpt-13b": Preset("dense", 64, DENSE | {
+        "num_layers": 40, "hidden_size": 5120, "num_attention_heads": 40, "micro_batch_size": 2, "global_batch_size": 1024,
+        "tensor_model_parallel_size": 8, "sequence_parallel": True, "init_method_std": 0.009, "lr": 1e-4, "min_lr": 1e-5}),
+    "gpt-175b": Preset("dense", 512, DENSE | {
+        "num_layers": 96, "hidden_size": 12288, "num_attention_heads": 96, "micro_batch_size": 1, "global_batch_size": 1536,
+        "tensor_model_parallel_size": 8, "sequence_parallel": True, "pipeline_model_parallel_size": 8, "init_method_std": 0.006,
+        "lr": 6e-5, "min_lr": 6e-6}),
     "gpt-125m-moe-64": Preset("64 experts in every second layer", 64, PUBLISHED | GPT_125M | {
         "num_experts": (64,), "moe_expert_parallel_size": 64, "lr": 4.5e-4, "min_lr": 4.5e-6}),
     "gpt-350m-moe-128": Preset("128 experts in every second layer", 64, PUBLISHED | GPT_350M | {
@@ -73,4 +72,9 @@ PRESETS: dict[str, Preset] = {
     "gpt-1.3b-pr-moe-64-128": Preset("pyramid-residual: 10 layers of 64 experts, 2 of 128", 64, PUBLISHED | GPT_1_3B | {
         "num_experts": (64,) * 10 + (128,) * 2, "mlp_type": "residual", "moe_expert_parallel_size": 64, "micro_batch_size": 8,
         "lr": 1.2e-4, "min_lr": 1e-6}),
+    "gpt-1.3b-pr-moe-64-128-mos": Preset("the same with 21 layers, taught by it (Mixture-of-Students)", 128, PUBLISHED | GPT_1_3B | {
+        "num_layers": 21, "num_experts": (64,) * 8 + (128,) * 2, "mlp_type": "residual", "moe_expert_parallel_size": 128,
+        "micro_batch_size": 4, "lr": 1.2e-4, "min_lr": 1e-6, "mos": True, "kd_beta_ce": 1.0, "kd_stop_iters": 400_000,
+        "num_layers_teacher": 24, "num_experts_teacher": (64,) * 10 + (128,) * 2, "hidden_size_teacher": 2048,
+        "num_attention_heads_teacher": 16}),
 }  # fmt: skip

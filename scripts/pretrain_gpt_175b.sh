@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# 175 billion parameters, dense: GPT-3 (arXiv 2005.14165).
+#
+#   DRY_RUN=1 bash scripts/pretrain_gpt_175b.sh    what it would train, as JSON, on any machine
+#   SMOKE=1 bash scripts/pretrain_gpt_175b.sh      the same shape in small, on a laptop, seconds
+#   DATA_PATH=... bash scripts/pretrain_gpt_175b.sh --log-interval 1
+#
+# One preset (--preset gpt-175b): its settings are in docs/flags.md. Words behind the script are flags, and win. Variables:
+# NUM_GPUS, DATA_PATH, VOCAB_FILE, MERGE_FILE, SAVE, SAVE_INTERVAL; on several nodes NNODES, NODE_RANK, MASTER_ADDR (docs/launching.md).
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+small --tensor-model-parallel-size 2 --pipeline-model-parallel-size 1
+preset gpt-175b 512 "$@"
