@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
+from megatron_moe.checkpoint.files import Best
 from megatron_moe.checkpoint.manager import WRITER_OPTIONS, CheckpointManager, Place
 from megatron_moe.utils.compat import with_local
 
@@ -67,13 +68,13 @@ class BackgroundSave:
 
     def __init__(
         self, manager: CheckpointManager, stager: Stager, iteration: int, tensors: Mapping[str, Tensor], meta: dict[str, Any],
-        clock: Clock = time.perf_counter,
+        best: Best | None = None, clock: Clock = time.perf_counter,
     ):  # fmt: skip
         assert manager.ranks.is_distributed, "saving in the background needs a process group of its own"
-        self.iteration, self._manager, self._clock, self._start = iteration, manager, clock, clock()
+        self.iteration, self.best, self._manager, self._clock, self._start = iteration, best, manager, clock, clock()
         self._error: BaseException | None = None
         self.seconds = 0.0  # from the beginning to the end, once it is concluded
-        writer = _Writer(lambda: manager.begin(iteration, tensors, meta))
+        writer = _Writer(lambda: manager.begin(iteration, tensors, meta, best))
         try:
             # reset() is called with the checkpoint_id, before anything else is done in the background
             upload = dcp.async_save(

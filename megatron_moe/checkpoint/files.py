@@ -1,6 +1,7 @@
 """A run directory on disk: names, manifest, checksums, tracker. Nothing here imports torch.
 
 DIR/latest_checkpointed_iteration.txt   "100": a hint for people and scripts, never trusted
+DIR/best_checkpoint.json                which one had the lowest validation loss (--save-best); DIR/best is short for that one
 DIR/iter_0000100/manifest.json          what the checkpoint holds and the checksum of every file
 DIR/iter_0000100/.metadata, __0_0.distcp, __1_0.distcp, ...   written by torch.distributed.checkpoint
 DIR/iter_0000100.tmp-1a2b3c4d/          a save that has not ended; left behind only when the process was killed
@@ -9,6 +10,7 @@ DIR/iter_0000100.tmp-1a2b3c4d/          a save that has not ended; left behind o
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +24,7 @@ from typing import Any
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+BEST = "best_checkpoint.json"
 _BLOCK = 1 << 20  # bytes read at a time
 
 
@@ -59,13 +62,18 @@ def leftovers_in(directory: Path) -> list[Path]:
     """What an interrupted save, or an interrupted deletion, left behind."""
     if not directory.is_dir():
         return []
-    pattern = re.compile(rf"(iter_\d{{7,}}|{re.escape(TRACKER)})\.tmp-(del-)?[0-9a-f]{{8}}")
+    pattern = re.compile(rf"(iter_\d{{7,}}|{re.escape(TRACKER)}|{re.escape(BEST)})\.tmp-(del-)?[0-9a-f]{{8}}")
     return sorted(entry for entry in directory.iterdir() if pattern.fullmatch(entry.name))
 
 
 def run_directory(directory: str | Path, step: int | None) -> tuple[Path, int | None]:
-    """runs/a/iter_0000100 -> (runs/a, 100)."""
+    """runs/a/iter_0000100 -> (runs/a, 100), and runs/a/best -> the same when that is the best; ValueError for a contradiction."""
     path = Path(directory)
+    if path.name == "best" and not path.exists() and (path.parent / BEST).exists():
+        try:
+            path = path.with_name(iteration_name(read_best(path.parent).iteration))
+        except CheckpointError as error:
+            raise ValueError(str(error)) from None
     match = re.fullmatch(r"iter_(\d{7,})", path.name)
     if match is None:
         return path, step
@@ -185,6 +193,37 @@ def write_tracker(directory: Path, iteration: int) -> None:
     write_through(temporary, str(iteration))
     os.replace(temporary, directory / TRACKER)
     sync_directory(directory)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The checkpoint with the lowest validation loss so far."""
+
+    iteration: int
+    lm_loss: float
+
+
+def write_best(directory: Path, best: Best) -> None:
+    """Replaced as a whole, like the tracker."""
+    temporary = directory / temporary_name(BEST)
+    write_through(temporary, json.dumps(vars(best)) + "\n")
+    os.replace(temporary, directory / BEST)
+    sync_directory(directory)
+
+
+def read_best(directory: Path) -> Best | None:
+    """None where there is none; CheckpointError for a file that cannot be understood."""
+    try:
+        best = Best(**json.loads((directory / BEST).read_text()))
+        if type(best.iteration) is int and type(best.lm_loss) is float and math.isfinite(best.lm_loss):
+            return best
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, OSError):
+        pass
+    raise CheckpointError(
+        f"{directory / BEST} cannot be understood; name a checkpoint yourself, or delete the file to have none that is best"
+    )
 
 
 def tracker_note(directory: Path, newest: int) -> str | None:

@@ -6,7 +6,7 @@ One save, step by step; a process may be killed between any two of them:
 2. every rank writes its shards there (torch.distributed.checkpoint) and reads them back for a checksum;
 3. all ranks report; when one has failed the directory is removed and all raise the same error;
 4. rank 0 writes manifest.json, then renames the directory to `iter_0000100`: from here on it exists;
-5. the tracker file is replaced, and only then are older checkpoints deleted.
+5. the tracker file is replaced, the note of the best one too, and only then are older checkpoints deleted.
 
 Every `ranks.first` and `ranks.all` is a point where all ranks meet, so no rank waits for one that has failed.
 background.py takes the same steps while training goes on.
@@ -34,6 +34,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_moe.checkpoint.files import (
+    Best,
     CheckpointError,
     Manifest,
     describe_file,
@@ -41,10 +42,12 @@ from megatron_moe.checkpoint.files import (
     iterations_in,
     leftovers_in,
     problems_in,
+    read_best,
     read_manifest,
     remove_directory,
     sync_directory,
     temporary_name,
+    write_best,
     write_manifest,
     write_tracker,
 )
@@ -71,6 +74,7 @@ class Place:
     iteration: int
     content: dict[str, dict[str, Any]]  # name -> global shape and dtype
     meta: dict[str, Any]
+    best: Best | None = None  # what to note of it, if it is that
 
     @property
     def size(self) -> int:
@@ -95,28 +99,32 @@ class CheckpointManager:
         """Delete what killed saves have left behind; returns it."""
         return self.ranks.first("sweeping unfinished saves", self._sweep)
 
-    def save(self, iteration: int, tensors: Mapping[str, Tensor], meta: dict[str, Any], fetch: Fetch | None = None) -> Path:
+    def save(
+        self, iteration: int, tensors: Mapping[str, Tensor], meta: dict[str, Any], fetch: Fetch | None = None, best: Best | None = None
+    ) -> Path:
         """Write one checkpoint; returns its directory, or raises the same CheckpointError on every rank.
 
         With `fetch`, `tensors` only say shapes and dtypes (device meta); each is fetched by name when its turn comes.
 
         `tensors` is this rank's flat dict of Tensor and DTensor. Names equal on two ranks are the same tensor.
         An intact checkpoint of this iteration with the same tensors is kept as it is: resuming and stopping at once
-        asks for that. With other tensors it is an error; a damaged one is moved out of the way.
+        asks for that. With other tensors it is an error; a damaged one is moved out of the way. `best` is noted when it is there.
         """
-        place = self.begin(iteration, tensors, meta)
+        place = self.begin(iteration, tensors, meta, best)
         if place is not None:
             self.complete(place, lambda: self._write(place.building, tensors, place.size, fetch))
         return self.directory / iteration_name(iteration)
 
-    def begin(self, iteration: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> Place | None:
+    def begin(self, iteration: int, tensors: Mapping[str, Tensor], meta: dict[str, Any], best: Best | None = None) -> Place | None:
         """Agree on what is saved, and make the directory to write into. None where this checkpoint is there already."""
         final = self.directory / iteration_name(iteration)
         content = self._content(tensors)
         if self.ranks.first(f"saving {final.name}", lambda: self._is_saved(final, content)):
+            if best is not None:
+                self.ranks.first(f"noting {final.name} as the best", lambda: write_best(self.directory, best))
             return None
         building = self.ranks.first(f"saving {final.name}", lambda: self._begin(final, tensors_size(content), meta))
-        place = Place(building, final, iteration, content, meta)
+        place = Place(building, final, iteration, content, meta, best)
         with self._removed_on_failure(place):
             self.ranks.all(f"saving {final.name}", lambda: _check_visible(building))
         return place
@@ -128,7 +136,7 @@ class CheckpointManager:
             written = self.ranks.all(f"checking {place.final.name}", lambda: self._written(place.building))
             files = {name: entry for part in written for name, entry in part.items()}
             manifest = Manifest(place.iteration, self.ranks.size, place.content, files, place.meta)
-            self.ranks.first(f"saving {place.final.name}", lambda: self._commit(place.building, place.final, manifest))
+            self.ranks.first(f"saving {place.final.name}", lambda: self._commit(place, manifest))
         self.ranks.first("deleting older checkpoints", lambda: self._prune(place.iteration))
 
     @contextmanager
@@ -222,22 +230,30 @@ class CheckpointManager:
         names += [".metadata"] if self.ranks.rank == 0 else []
         return {name: describe_file(building / name) for name in names}
 
-    def _commit(self, building: Path, final: Path, manifest: Manifest) -> None:
-        write_manifest(building, manifest)
-        sync_directory(building)
-        os.rename(building, final)
+    def _commit(self, place: Place, manifest: Manifest) -> None:
+        write_manifest(place.building, manifest)
+        sync_directory(place.building)
+        os.rename(place.building, place.final)
         sync_directory(self.directory)
         write_tracker(self.directory, manifest.iteration)
+        if place.best is not None:
+            write_best(self.directory, place.best)
 
     def _prune(self, committed: int) -> None:
-        """Keep the one just written, the newest intact others and the multiples of keep_every. What is damaged does not count and is left
-        for a person."""
+        """Keep the one just written, the newest intact others, the multiples of keep_every and the best. What is damaged does not count and
+        is left for a person."""
         if self.keep_last is None:
+            return
+        try:
+            best = read_best(self.directory)
+        except CheckpointError as error:  # who knows which one it was
+            log.warning("%s; nothing is deleted before that", error)
             return
         others = [self.directory / iteration_name(i) for i in iterations_in(self.directory) if i != committed]
         intact = [path for path in others if not problems_in(path, "size")]
         for path in intact[: max(len(intact) - (self.keep_last - 1), 0)]:
-            if self.keep_every and int(path.name.removeprefix("iter_")) % self.keep_every == 0:
+            iteration = int(path.name.removeprefix("iter_"))
+            if (self.keep_every and iteration % self.keep_every == 0) or (best is not None and best.iteration == iteration):
                 continue
             try:
                 remove_directory(path)

@@ -16,6 +16,7 @@ from megatron_moe.checkpoint.files import (
     iteration_name,
     iterations_in,
     other_format,
+    read_best,
     read_manifest,
     run_directory,
 )
@@ -36,16 +37,23 @@ def checkpoint_problems(run: RunConfig, architecture: dict[str, Any]) -> list[st
     """
     config, is_upcycled = run.checkpoint, run.upcycling.moe_use_upcycling
     problems = list(load_problems(run, architecture)) if config.load and not is_upcycled else []
-    return problems + ([*_save_problems(Path(config.save)), *_branch_problems(config, is_upcycled)] if config.save else [])
+    if config.save:
+        problems += [*_save_problems(Path(config.save)), *_branch_problems(config, is_upcycled), *_best_problems(config)]
+    return problems
 
 
 def load_problems(run: RunConfig, architecture: dict[str, Any]) -> Iterator[str]:
     """The part about --load. Only reads."""
     config = run.checkpoint
-    directory = Path(config.load)
+    try:
+        directory, step = run_directory(config.load, config.ckpt_step)
+    except ValueError as error:
+        yield str(error)
+        return
     present = iterations_in(directory)
-    if config.ckpt_step is not None and config.ckpt_step not in present:
-        yield f"--ckpt-step {config.ckpt_step}: {directory} has {_known(present)}"
+    if step is not None and step not in present:
+        asked = f"--ckpt-step {step}: {directory}" if config.ckpt_step is not None else f"--load {config.load}: {directory}"
+        yield f"{asked} has {_known(present)}"
     elif not present and config.exit_on_missing_checkpoint:
         yield f"--load {directory}: there is no checkpoint in it, and --exit-on-missing-checkpoint wants one"
     elif not present and not _is_same(config.load, config.save):
@@ -56,7 +64,7 @@ def load_problems(run: RunConfig, architecture: dict[str, Any]) -> Iterator[str]
             "bring the checkpoints back, or delete that file to start from nothing"
         )
     elif present:
-        yield from _content_problems(run, [config.ckpt_step] if config.ckpt_step is not None else present[::-1], architecture)
+        yield from _content_problems(run, directory, [step] if step is not None else present[::-1], architecture)
 
 
 def _known(present: list[int]) -> str:
@@ -64,9 +72,6 @@ def _known(present: list[int]) -> str:
 
 
 def _why_empty(directory: Path) -> str:
-    if (directory / "manifest.json").exists():
-        step = directory.name.removeprefix("iter_").lstrip("0") or "0"
-        return f"this is one checkpoint; give --load {directory.parent} --ckpt-step {step}"
     if not directory.is_dir():
         return "there is no such directory; only the directory of --save may be new"
     return (
@@ -75,9 +80,9 @@ def _why_empty(directory: Path) -> str:
     )
 
 
-def _content_problems(run: RunConfig, iterations: list[int], architecture: dict[str, Any]) -> Iterator[str]:
+def _content_problems(run: RunConfig, directory: Path, iterations: list[int], architecture: dict[str, Any]) -> Iterator[str]:
     """Of the first checkpoint whose manifest can be read: that is the one that will be loaded."""
-    directory, unreadable = Path(run.checkpoint.load), []
+    unreadable = []
     for iteration in iterations:
         try:
             manifest = read_manifest(directory / iteration_name(iteration))
@@ -257,6 +262,14 @@ def _branch_problems(config: CheckpointConfig, is_upcycled: bool) -> Iterator[st
             f"add --load {config.save} (without --ckpt-step, --finetune{', --moe-use-upcycling' if is_upcycled else ''} and "
             f"--reset-iteration) to go on, or choose another --save"
         )
+
+
+def _best_problems(config: CheckpointConfig) -> Iterator[str]:
+    try:
+        read_best(Path(config.save))
+    except CheckpointError as error:
+        if config.save_best:
+            yield f"--save-best: {error}"
 
 
 def _is_same(a: str, b: str | None) -> bool:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from megatron_moe.config.flags import checked, fields_of, flag
 
-_OF_SAVE = ("save_interval", "save_interval_minutes", "async_save", "keep_every")
+_OF_SAVE = ("save_interval", "save_interval_minutes", "async_save", "keep_every", "save_best")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class CheckpointConfig:
     )
     keep_last: int | None = flag(None, "delete older checkpoints and keep this many", minimum=1)
     keep_every: int | None = flag(None, "with --keep-last: never delete a checkpoint whose iteration is a multiple of this", minimum=1)
+    save_best: bool = flag(
+        False, "save after an evaluation with the lowest validation loss so far, and keep that checkpoint; DIR/best is short for it",
+        names=("keep-best",))  # fmt: skip
     load: str | None = flag(None, "run directory to go on from; may be the one of --save, which is then allowed to be empty", metavar="DIR")
     ckpt_step: int | None = flag(None, "load this iteration and no other; the newest that verifies when not given",
                                  names=("load-iteration",), minimum=0)  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import megatron_moe
+from megatron_moe.checkpoint.files import iterations_in, run_directory
 from megatron_moe.checkpoint.find import find_checkpoint
 from megatron_moe.checkpoint.load import load_tensors
 from megatron_moe.checkpoint.state import MTP, model_state, optimizer_state
@@ -78,7 +79,7 @@ def resume(
     c = prepared.run.checkpoint
     if not c.load or not has_checkpoints(c.load):
         return None
-    found = find_checkpoint(c.load, c.ckpt_step, c.ckpt_verify, world.cpu_group)
+    found = find_checkpoint(*run_directory(c.load, c.ckpt_step), c.ckpt_verify, world.cpu_group)
     tensors = model_state(model)
     complete = ["model."]
     if not (c.finetune or c.no_load_optim):
@@ -120,8 +121,4 @@ def _data_notes(prepared: Prepared, meta: dict[str, Any], world: World) -> Itera
 
 
 def has_checkpoints(directory: str) -> bool:
-    from pathlib import Path
-
-    from megatron_moe.checkpoint.files import iterations_in
-
-    return Path(directory).is_dir() and bool(iterations_in(Path(directory)))
+    return bool(iterations_in(run_directory(directory, None)[0]))

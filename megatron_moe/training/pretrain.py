@@ -163,6 +163,8 @@ def set_up(
         tracker.event("load", iteration=progress.iteration, path=path)
         total = config.train_iterations(world.size, progress.consumed)
         tracker.set_length(total)
+    if saver:
+        saver.go_on_from(progress.iteration)
     distillation = set_up_distillation(prepared, mesh, world, progress, tracker)
     if config.data.data_order == "megatron" and progress.ordered_samples is None:
         progress.ordered_samples = list(config.wanted_samples(world.size))
@@ -187,7 +189,7 @@ def build_saver(config: RunConfig, world: World, tracker: Tracker) -> Saver:
     """Collective."""
     c, timeout = config.checkpoint, timedelta(minutes=config.parallel.distributed_timeout_minutes)
     group = saving_group(c, world.cpu_group, timeout=timeout)
-    return Saver(c, CheckpointManager(c.save, group, c.keep_last, c.keep_every), tracker)
+    return Saver(c, CheckpointManager(c.save, group, c.keep_last, c.keep_every), tracker, Ranks(world.cpu_group))
 
 
 def tell_notes(tracker: Tracker, notes: Iterable[str]) -> None:
@@ -235,6 +237,8 @@ def train(run: Run) -> None:
     batches, throughput = loader_of(run), Throughput()
     reason = "done" if progress.iteration >= run.total_iterations else None
     evaluated = progress.iteration if run_evaluation(run) else -1
+    if run.saver and run.saver.is_best and reason is None:
+        run.saver.save(progress.iteration, *state_of(run))
     throughput.restart()
     while reason is None:
         run.watchdog.step(progress.iteration + 1)
@@ -262,7 +266,7 @@ def train(run: Run) -> None:
             is_save_due = run.saver is not None and run.saver.after_step(i, run.stopper.answers)
             if config.training.eval_interval and i % config.training.eval_interval == 0 and reason in (None, "done"):
                 evaluated = i if run_evaluation(run) else evaluated
-            if is_save_due and reason is None:
+            if run.saver and (is_save_due or run.saver.is_best) and reason is None:
                 save_checkpoint(run, result)
     if reason == "done" and evaluated != progress.iteration:
         run_evaluation(run)
@@ -331,6 +335,8 @@ def run_evaluation(run: Run, split: str = "valid") -> bool:
     if result is None:
         return False
     run.tracker.log_eval(iteration=run.progress.iteration, split=split, lm_loss=result.lm_loss, tokens=result.tokens)
+    if run.saver and split == "valid":
+        run.saver.evaluated(run.progress.iteration, result.lm_loss)
     return True
 
 
@@ -457,8 +463,11 @@ def save_checkpoint(run: Run, result: StepResult | None = None) -> None:
     if result is not None and not (result.found_inf is not None and bool(result.found_inf)):  # a skipped step has moved nothing
         stop_if_not_finite(run, float(result.lm_loss), float(result.grad_norm))
     assert run.saver is not None
-    tensors, meta = contents(run.prepared, run.model, run.optimizer, run.progress, run.loss_scale)
-    (run.saver.save_last if result is None else run.saver.save)(run.progress.iteration, tensors, meta)
+    (run.saver.save_last if result is None else run.saver.save)(run.progress.iteration, *state_of(run))
+
+
+def state_of(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return contents(run.prepared, run.model, run.optimizer, run.progress, run.loss_scale)
 
 
 def report_start(prepared: Prepared, world: World, mesh: mpu.ParallelMesh, model: GPT | PipelinedGPT, tracker: Tracker, total: int) -> None:

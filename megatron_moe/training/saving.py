@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -11,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe.checkpoint.background import BackgroundSave, Stager
-from megatron_moe.checkpoint.files import CheckpointError
+from megatron_moe.checkpoint.files import Best, CheckpointError, iterations_in, read_best
 from megatron_moe.checkpoint.manager import CheckpointManager
+from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.config.output import CheckpointConfig
 from megatron_moe.metrics.tracker import Tracker
 from megatron_moe.utils.logging import logger
@@ -25,12 +27,22 @@ class Saver:
 
     A rank is done with such a save earlier or later than others, and only rank 0's clock counts minutes: `asks` are the questions
     which the ranks answer for each other after every step, with the exchange that a Stopper makes anyway.
+
+    ranks: for what is agreed on between steps; those of the manager may be busy with a save.
     """
 
-    def __init__(self, config: CheckpointConfig, manager: CheckpointManager, tracker: Tracker, clock: Callable[[], float] = time.monotonic):
-        self.config, self.manager = config, manager
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        manager: CheckpointManager,
+        tracker: Tracker,
+        ranks: Ranks,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.config, self.manager, self._ranks = config, manager, ranks
         self._tracker, self._clock = tracker, clock
         self._stager, self._under_way = Stager(), None
+        self._noted = self._best = self._due = None  # the best checkpoint: on the disk; of all evaluations; to be noted by the next save
         self._last = clock()  # when the last save began; before that, this run
 
     @property
@@ -53,6 +65,35 @@ class Saver:
         interval = self.config.save_interval
         return is_time or bool(interval and iteration % interval == 0)
 
+    def go_on_from(self, iteration: int) -> None:
+        """Where the run starts, with what it knows of the best checkpoint before. Collective."""
+        if self.config.save_best:
+            self._noted = self._best = self._ranks.first("reading the best checkpoint", lambda: self._known_best(iteration))
+
+    def _known_best(self, iteration: int) -> Best | None:
+        """Rank 0. Not one that is gone, nor one ahead of a run that has fallen back: that one is damaged, or will come again."""
+        best = read_best(self.manager.directory)
+        there = iterations_in(self.manager.directory)
+        return best if best is not None and best.iteration in there and best.iteration <= iteration else None
+
+    def evaluated(self, iteration: int, lm_loss: float) -> None:
+        """The validation loss after a step, or of what was loaded. Collective; the loss that rank 0 has counts."""
+        if (
+            self.config.save_best
+            and iteration
+            and (best := self._ranks.first("comparing with the best", lambda: self._better(iteration, lm_loss)))
+        ):
+            self._best = self._due = best
+
+    def _better(self, iteration: int, lm_loss: float) -> Best | None:
+        is_better = math.isfinite(lm_loss) and (self._best is None or lm_loss < self._best.lm_loss)
+        return Best(iteration, lm_loss) if is_better else None
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the last evaluation asks for a save."""
+        return self._due is not None
+
     def save(self, iteration: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         """Between steps. In the background, the tensors may change as soon as this returns."""
         waited = self._wait(iteration)
@@ -63,7 +104,8 @@ class Saver:
             )  # fmt: skip
         self._last = self._clock()
         if self.config.async_save:
-            self._under_way = BackgroundSave(self.manager, self._stager, iteration, tensors, meta)
+            best, self._due = self._due, None
+            self._under_way = BackgroundSave(self.manager, self._stager, iteration, tensors, meta, best)
             self._under_way.waited_seconds += waited
             return
         try:
@@ -88,10 +130,10 @@ class Saver:
     # ------------------------------------------------------------ steps
 
     def _save_now(self, iteration: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
-        start = self._clock()
-        self.manager.save(iteration, tensors, meta)
+        start, best, self._due = self._clock(), self._due, None
+        self.manager.save(iteration, tensors, meta, best=best)
         seconds = self._clock() - start
-        self._saved(iteration, seconds, seconds)
+        self._saved(iteration, seconds, seconds, best)
 
     def _wait(self, iteration: int) -> float:
         """For a save that is under way to end; seconds, 0 where it has ended or there is none."""
@@ -108,14 +150,16 @@ class Saver:
         except CheckpointError as error:
             self._failed(iteration, error)
         else:
-            self._saved(under_way.iteration, under_way.seconds, under_way.waited_seconds)
+            self._saved(under_way.iteration, under_way.seconds, under_way.waited_seconds, under_way.best)
 
-    def _saved(self, iteration: int, seconds: float, waited_seconds: float) -> None:
+    def _saved(self, iteration: int, seconds: float, waited_seconds: float, best: Best | None) -> None:
+        self._noted = best or self._noted
         self._tracker.event(
             "save", iteration=iteration, path=self.config.save, seconds=round(seconds, 3), waited_seconds=round(waited_seconds, 3)
         )
 
     def _failed(self, iteration: int, error: CheckpointError) -> None:
+        self._best = self._due or self._noted  # a best one that was not saved is none
         if self.config.save_failure == "stop":
             raise error
         self._tracker.event("alert", iteration=iteration, reason=f"{error}; training goes on (--save-failure continue)")

@@ -1,6 +1,7 @@
 """Kill both ranks of a saving run with signal 9, many times; after each, the newest committed checkpoint must load.
 
-Run by test_checkpoint_faults.py. Half of the kills fall at a random moment, the others at a chosen step of the save.
+Run by test_checkpoint_faults.py; with the argument `background` the ranks change their tensors while these are saved. Half of the kills
+fall at a random moment, the others at a chosen step of the save.
 Every rank writes its own tensor filled with the iteration, so a mixture of two checkpoints would show.
 """
 
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe.checkpoint import manager
+from megatron_moe.checkpoint.background import BackgroundSave, Stager
 from megatron_moe.checkpoint.files import iterations_in, leftovers_in, temporary_name
 from megatron_moe.checkpoint.find import find_checkpoint
 from megatron_moe.checkpoint.load import load_tensors
@@ -30,6 +32,13 @@ STOPS = [(0, "_check_visible"), (0, "dcp.save"), (0, "describe_file"), (0, "writ
          (0, "remove_directory"), (1, "FileSystemWriter.write_data"), (1, "describe_file")]  # fmt: skip
 
 
+IN_BACKGROUND = "background" in sys.argv[1:]
+if IN_BACKGROUND:
+    STOPS = [(0, "_check_visible"), (0, "describe_file"), (0, "write_manifest"), (0, "write_tracker"), (0, "remove_directory"),
+             (1, "FileSystemWriter.write_data")]  # fmt: skip
+    RANDOM_KILLS = 6
+
+
 def content(iteration: float, ranks=(0, 1)) -> dict[str, torch.Tensor]:
     return {f"model.rank{rank}": torch.full((200, 1000), float(iteration)) for rank in ranks}
 
@@ -38,14 +47,24 @@ def run_rank(rank: int, directory: Path, store: Path, stop: tuple[int, str] | No
     """Resume from the newest checkpoint and save without end, until killed."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    saves = CheckpointManager(directory, keep_last=KEEP_LAST)
+    group = dist.new_group(backend="gloo") if IN_BACKGROUND else None
+    saves, stager = CheckpointManager(directory, group, keep_last=KEEP_LAST), Stager()
     iteration = find_checkpoint(directory).iteration if iterations_in(directory) else 0
     dist.barrier()
     while True:
         iteration += 1
         if stop and rank == stop[0] and len(iterations_in(directory)) >= KEEP_LAST:
             patch_stop(stop[1], flag_beside(store))
-        saves.save(iteration, content(iteration, [rank]), {"iteration": iteration})
+        tensors = content(iteration, [rank])
+        if not IN_BACKGROUND:
+            saves.save(iteration, tensors, {"iteration": iteration})
+            continue
+        save = BackgroundSave(saves, stager, iteration, tensors, {"iteration": iteration})
+        while not save.is_over:  # a step
+            for tensor in tensors.values():
+                tensor.fill_(-2)
+            time.sleep(0.001)
+        save.conclude()
 
 
 def flag_beside(store: Path) -> Path:

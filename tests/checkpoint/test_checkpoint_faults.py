@@ -285,12 +285,18 @@ def test_file_system_without_locks_is_a_warning(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_killing_all_ranks_at_any_moment_loses_nothing_that_was_committed():
+@pytest.mark.parametrize("how", ["", "background"])
+def test_killing_all_ranks_at_any_moment_loses_nothing_that_was_committed(how):
     """In a process of its own, because ranks are forked from one that has imported torch and done nothing else."""
     script = Path(__file__).with_name("kill_during_save.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
-        [sys.executable, script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        [sys.executable, script, *how.split()],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=150)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moe.checkpoint import files
 from megatron_moe.checkpoint.compare import architecture_differences
 from megatron_moe.checkpoint.files import Manifest, write_manifest
 from megatron_moe.checkpoint.preflight import checkpoint_problems
@@ -55,9 +56,32 @@ def test_exit_on_missing_checkpoint_refuses_an_empty_directory_also_when_it_is_t
         problems(save=tmp_path, exit_on_missing_checkpoint=True)
 
 
-def test_load_of_one_iteration_directory_gets_the_right_flags(tmp_path):
-    (only,) = problems(load=add_checkpoint(tmp_path, 100))
-    assert only.endswith(f"this is one checkpoint; give --load {tmp_path} --ckpt-step 100")
+def test_load_of_one_iteration_directory_or_of_the_best_is_a_load_of_that_iteration(tmp_path):
+    one = add_checkpoint(tmp_path, 100)
+    add_checkpoint(tmp_path, 200)
+    files.write_best(tmp_path, files.Best(100, 2.5))
+    for load in (one, tmp_path / "best"):
+        assert problems(load=load) == problems(load=load, ckpt_step=100) == []
+        (only,) = problems(load=load, ckpt_step=200)
+        assert "is the checkpoint of iteration 100, not of 200" in only
+        (only,) = problems(load=load, save=tmp_path)
+        assert "this run does not go on from the newest (200)" in only
+    (only,) = problems(load=tmp_path / "iter_0000300")
+    assert only == f"--load {tmp_path / 'iter_0000300'}: {tmp_path} has iterations 100, 200"
+    (tmp_path / "elsewhere").mkdir()
+    (only,) = problems(load=tmp_path / "elsewhere" / "best")
+    assert "there is no such directory" in only
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"iteration": "a", "lm_loss": 1.0}', '{"iteration": 1, "lm_loss": NaN}'])
+def test_note_of_the_best_that_cannot_be_understood_is_a_problem_where_it_is_needed(tmp_path, text):
+    add_checkpoint(tmp_path, 100)
+    (tmp_path / files.BEST).write_text(text)
+    (only,) = problems(load=tmp_path / "best")
+    assert f"{tmp_path / files.BEST} cannot be understood; name a checkpoint yourself" in only
+    assert problems(load=tmp_path, save=tmp_path) == []
+    (only,) = problems(load=tmp_path, save=tmp_path, save_best=True)
+    assert only.startswith("--save-best: ") and "delete the file" in only
 
 
 def test_same_architecture_is_no_problem(tmp_path):

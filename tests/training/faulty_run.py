@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -74,6 +75,19 @@ def slow_save():
     return mock.patch.object(CheckpointManager, "_write", write_slowly)
 
 
+def slow_background_save():
+    """The files are written, and looked at two seconds later."""
+    written = CheckpointManager._written
+
+    def look_slowly(self, building):
+        if threading.current_thread() is not threading.main_thread():
+            reached()
+            time.sleep(2)
+        return written(self, building)
+
+    return mock.patch.object(CheckpointManager, "_written", look_slowly)
+
+
 FAULTS = {
     "raises": lambda: on_rank_1_at_step_3(broken),
     "hangs": lambda: on_rank_1_at_step_3(hanging),
@@ -81,6 +95,7 @@ FAULTS = {
     "killed": lambda: on_rank_1_at_step_3(killed),
     "endless evaluation": endless_evaluation,
     "slow save": slow_save,
+    "slow background save": slow_background_save,
 }
 
 if __name__ == "__main__":

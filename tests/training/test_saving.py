@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import shutil
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,10 +16,20 @@ import torch.distributed as dist
 from distributed_pool import run_distributed
 from torch.distributed.checkpoint import FileSystemWriter
 
-from megatron_moe.checkpoint.files import CheckpointError, iteration_name, iterations_in, leftovers_in, read_manifest
+from megatron_moe.checkpoint.files import (
+    Best,
+    CheckpointError,
+    iteration_name,
+    iterations_in,
+    leftovers_in,
+    read_best,
+    read_manifest,
+    run_directory,
+)
 from megatron_moe.checkpoint.find import find_checkpoint
 from megatron_moe.checkpoint.load import load_tensors
 from megatron_moe.checkpoint.manager import CheckpointManager
+from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.config.output import CheckpointConfig
 from megatron_moe.config.training import TrainingConfig
 from megatron_moe.metrics.reader import read_records
@@ -182,8 +195,8 @@ def _saves_by_the_clock(directory: Path, minutes: list[list[float]]) -> list[int
     now = iter([0.0, *(60 * m for m in minutes[dist.get_rank()])])
     clock = [next(now)]
     config = CheckpointConfig(save=str(directory), save_interval=10, save_interval_minutes=1.5)
-    saver = Saver(config, CheckpointManager(directory), Tracker(), clock=lambda: clock[0])
-    saver.manager.save = lambda *_: None
+    saver = Saver(config, CheckpointManager(directory), Tracker(), Ranks(), lambda: clock[0])
+    saver.manager.save = lambda *_, best: None
     stopper, due = Stopper(TrainingConfig(exit_signal_handler=False), dist.group.WORLD, saver.asks), []
     for iteration, clock[0] in enumerate(now, start=1):
         assert stopper.reason(iteration) is None
@@ -209,3 +222,92 @@ def test_keep_every_outlives_keep_last(tmp_path):
     flags = f"{BASE} --train-iters 9 --save-interval 1 --keep-last 2 --keep-every 3 --save {tmp_path}/run"
     run_distributed(runs.train_here, 1, flags)
     assert iterations_in(tmp_path / "run") == [3, 6, 8, 9]
+
+
+# ---------------------------------------------------------------- the best one
+
+LOSSES = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.0, 10: float("nan"), 12: 1.5}
+
+
+def _train_with_losses(flags: str, full_at: int | None = None) -> None:
+    """Validation losses are those of LOSSES, and differ a little from rank to rank. The save of `full_at` finds the disk full."""
+    evaluate, written = pretrain.evaluate, CheckpointManager._written
+    steps = []
+
+    def evaluate_as_told(*args, **options):
+        result = evaluate(*args, **options)
+        return dataclasses.replace(result, lm_loss=LOSSES.get(len(steps), 9.0) + 0.6 * dist.get_rank())
+
+    def train_step(model, optimizer, microbatches, mesh, rate, clip, seed, iteration, *rest):
+        steps[:] = range(iteration + 1)
+        return step(model, optimizer, microbatches, mesh, rate, clip, seed, iteration, *rest)
+
+    def fail(manager, building):
+        if full_at and iteration_name(full_at) in building.name:
+            raise OSError(28, "No space left on device")
+        return written(manager, building)
+
+    def after_step(saver, *args):
+        if saver._under_way:
+            saver._under_way._thread.join()  # heard of at once, on a slow machine too
+        return after(saver, *args)
+
+    step, after = pretrain.train_step, Saver.after_step
+    if found := re.search(r"--load (\S+)", flags):
+        steps[:] = range(find_checkpoint(found[1]).iteration)
+    with ExitStack() as patched:
+        for where, name, what in (
+            (pretrain, "evaluate", evaluate_as_told), (pretrain, "train_step", train_step), (CheckpointManager, "_written", fail),
+            (Saver, "after_step", after_step),
+        ):  # fmt: skip
+            patched.enter_context(mock.patch.object(where, name, what))
+        runs.train_here(flags)
+
+
+BEST = f"{BASE.replace('--eval-iters 0', '--eval-iters 1')} --eval-interval 2 --keep-last 1 --save-best"
+
+
+@pytest.mark.parametrize("how", [pytest.param("", marks=pytest.mark.matrix), "--async-save"])
+def test_best_checkpoint_is_saved_kept_and_remembered_by_a_run_that_goes_on(tmp_path, how):
+    save = tmp_path / "run"
+    flags = f"{BEST} {how} --train-iters 13 --lr-decay-iters 13 --save {save}"
+    run_distributed(_train_with_losses, 2, f"{flags} --exit-interval 7")
+    assert sorted(i for _, i in events(save, "save")) == [2, 4, 7]  # 6 is worse
+    assert read_best(save) == Best(4, 2.0) and iterations_in(save) == [4, 7]
+    run_distributed(_train_with_losses, 2, f"{flags} --load {save} --exit-interval 11")
+    assert read_best(save) == Best(4, 2.0) and iterations_in(save) == [4, 11], "8 is as good, 10 is none"
+    run_distributed(_train_with_losses, 2, f"{flags} --load {save}")
+    assert read_best(save) == Best(12, 1.5) and iterations_in(save) == [12, 13]
+    assert run_directory(save / "best", None) == (save, 12)
+    tuned = f"{BASE} --train-iters 1 --lr-warmup-iters 0 --load {save}/best --finetune --save {tmp_path}/tuned"
+    run_distributed(runs.train_here, 1, tuned)
+    (load,) = (r for r in read_records(tmp_path / "tuned" / "metrics.jsonl") if r["event"] == "load")
+    assert load["path"] == str(save / "iter_0000012")
+
+
+@pytest.mark.fault
+def test_best_one_that_was_not_saved_is_none(tmp_path):
+    save = tmp_path / "run"
+    run_distributed(_train_with_losses, 2, f"{BEST} --async-save --train-iters 7 --save-failure continue --save {save}", 4)
+    assert read_best(save) == Best(6, 2.5), "the better one of step 4 is not there"
+    assert iterations_in(save) == [6, 7]
+
+
+def test_best_one_that_a_run_has_lost_is_forgotten(tmp_path):
+    CheckpointManager(tmp_path).save(5, {"model.w": torch.zeros(1)}, {}, best=Best(5, 2.0))
+    for gone, start, known in ((False, 5, Best(5, 2.0)), (False, 3, None), (True, 9, None)):
+        if gone:
+            shutil.rmtree(tmp_path / "iter_0000005")
+        saver = Saver(CheckpointConfig(save=str(tmp_path), save_best=True), CheckpointManager(tmp_path), Tracker(), Ranks())
+        saver.go_on_from(start)
+        assert saver._best == known
+        saver.evaluated(start, 2.5)
+        assert saver.is_best == (known is None)
+
+
+def test_nothing_is_deleted_where_the_note_of_the_best_is_damaged(tmp_path, caplog):
+    saves = CheckpointManager(tmp_path, keep_last=1)
+    saves.save(5, {"model.w": torch.zeros(1)}, {}, best=Best(5, 2.0))
+    (tmp_path / "best_checkpoint.json").write_text("{")
+    saves.save(6, {"model.w": torch.zeros(1)}, {})
+    assert iterations_in(tmp_path) == [5, 6] and "nothing is deleted" in caplog.text

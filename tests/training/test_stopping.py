@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from megatron_moe.checkpoint.files import iterations_in
+from megatron_moe.checkpoint.files import iterations_in, leftovers_in
 from training import launches
 
 ENDLESS = f"{launches.TINY} --train-iters 100000"
@@ -57,6 +57,24 @@ def test_sigterm_in_the_middle_of_a_save_waits_for_it_and_a_second_job_is_kept_o
     assert "SIGTERM: stopping after this step" in text
     marker = assert_stopped(save, "signal SIGTERM")
     assert iterations_in(save) == list(range(1, marker["iteration"] + 1))
+
+
+def test_sigterm_while_a_save_is_under_way_in_the_background_finishes_it_and_saves_the_last_step(tmp_path):
+    save, reached = tmp_path / "run", tmp_path / "reached0"
+    process = launches.start(
+        f"{ENDLESS} --save {save} --save-interval 3 --async-save",
+        scratch=tmp_path, program=launches.FAULTY, FAULT="slow background save", REACHED=f"{tmp_path}/reached",
+    )  # fmt: skip
+    try:
+        launches.wait_until(reached.exists, "a save", process, tmp_path)
+        process.send_signal(signal.SIGTERM)
+        code, text = launches.end(process, tmp_path)
+    finally:
+        launches.clear(process)
+    assert code == 0, text
+    marker = assert_stopped(save, "signal SIGTERM")
+    assert iterations_in(save) == sorted({3, marker["iteration"]}) and not leftovers_in(save)
+    assert [r["iteration"] for r in launches.records(save, "save")] == iterations_in(save)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="finds worker processes through /proc")
