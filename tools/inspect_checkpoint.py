@@ -3,11 +3,18 @@
   python tools/inspect_checkpoint.py --load runs/a
   python tools/inspect_checkpoint.py --load runs/a --iteration 100 --filter "layers.3.*experts" --norms
   python tools/inspect_checkpoint.py --load exports/a --verify --json
+  python tools/inspect_checkpoint.py --load runs/a --layer 3 --expert 17 --norms
+  python tools/inspect_checkpoint.py --diff runs/a exports/a
 
-Reads a run directory (its newest checkpoint), one iter_ directory, or a folder of safetensors. Only names and shapes are read,
-so size does not matter; --norms reads the tensors, --verify every byte.
+Reads a run directory (its newest checkpoint), one iter_ directory, or a folder of any other format that convert_checkpoint.py knows.
+Only names and shapes are read, so size does not matter; --norms and --diff read the tensors, --verify every byte.
 
-Exit code 0: fine. 1: files are damaged or missing. 2: the command is wrong, or there is nothing to look at.
+--layer L --expert E shows that expert's part of each tensor; with --norms also the cosine of its weights to the mean of the layer's
+experts and to the expert that is most similar. --diff A B compares two checkpoints of any formats and layouts: which tensors are in
+one alone, or differ in shape, type or values.
+
+Exit code 0: fine, or no difference. 1: files are damaged or missing, or a difference. 2: the command is wrong, or there is nothing to
+look at.
 """
 
 from __future__ import annotations
@@ -28,6 +35,7 @@ from megatron_moe.conversion.convert import FORMATS, format_of, open_source
 from megatron_moe.conversion.source import Source, Tensors, count_of, human_bytes, size_of, total_size
 
 PROG = "tools/inspect_checkpoint.py"
+SHOWN = 20  # tensors of a kind of difference
 NAME = re.compile(r"(model|optimizer\.[a-z_]+)\.(?:(layers\.\d+)\.)?(.+)")
 
 
@@ -35,10 +43,15 @@ NAME = re.compile(r"(model|optimizer\.[a-z_]+)\.(?:(layers\.\d+)\.)?(.+)")
 class InspectConfig:
     """Inspecting a checkpoint."""
 
-    load: str | None = flag(None, "run directory, one iter_ directory, or folder of safetensors", metavar="DIR")
+    load: str | None = flag(None, "run directory, one iter_ directory, or folder of another format", metavar="DIR")
+    diff: tuple[str, ...] | None = flag(None, "two checkpoints to compare, in place of --load", metavar="DIR")
     iteration: int | None = flag(None, "which checkpoint of a run directory; the newest when not given", names=("ckpt-step",), minimum=0)
     filter: str | None = flag(None, "only tensors whose name matches anywhere, such as layers.3 or experts.w1$", metavar="REGEX")
-    norms: bool = flag(False, "read the tensors too, and show the norm of each (root of the sum of squares)")
+    layer: int | None = flag(None, "with --expert: the layer, counted from 1", minimum=1)
+    expert: int | None = flag(None, "show this expert of --layer, counted from 0: its part of every tensor", minimum=0)
+    norms: bool = flag(
+        False, "read the tensors too, and show the norm of each (root of the sum of squares); of an expert also how similar it is to others"
+    )
     verify: bool = flag(False, "compare the checksum of every file, not only its size")
     json: bool = flag(False, "print one JSON object")
 
@@ -46,20 +59,30 @@ class InspectConfig:
         checked(self)
 
     def problems(self) -> Iterator[str]:
-        if not self.load:
-            yield "--load DIR is missing: the directory to look at"
+        if not self.load and not self.diff:
+            yield "--load DIR is missing: the directory to look at (or --diff A B, to compare two)"
+        if self.diff and len(self.diff) != 2:
+            yield f"--diff wants two directories, not {len(self.diff)}"
+        if (self.expert is None) != (self.layer is None):
+            yield "--expert and --layer belong together; a whole layer is shown by --filter 'layers\\.3\\.'"
+        if self.expert is not None and self.filter:
+            yield "--filter and --expert both choose tensors; drop one"
+        if self.diff:
+            for name in ("load", "expert", "norms", "verify"):
+                if getattr(self, name) not in (None, False):
+                    yield f"--{name} is about one checkpoint, --diff compares two; drop one of them"
         try:
             re.compile(self.filter or "")
         except re.error as error:
             yield f"--filter {self.filter!r} is not a regular expression: {error}"
 
 
-def opened(config: InspectConfig) -> Source:
+def opened(config: InspectConfig, directory: Path) -> Source:
     """In whichever format it is."""
-    directory = Path(config.load)
     found = format_of(directory)
     if found is None and directory.is_dir():
-        looked = "iter_0000100 or alike (run directory), manifest.json (one checkpoint of it), model.safetensors or its index"
+        looked = ("iter_0000100 or alike (run directory), manifest.json (one checkpoint of it), model.safetensors or its index, "
+                  "global_step100/mp_rank_00_model_states.pt")  # fmt: skip
         raise ConfigError([f"{directory}: no checkpoint of a known format ({', '.join(FORMATS)}); looked for {looked}"])
     return open_source(found or "native", directory, config.iteration)
 
@@ -69,7 +92,11 @@ def summary(source: Source, config: InspectConfig) -> dict[str, Any]:
     meta, how = source.meta, "crc" if config.verify else "size"
     settings = meta.get("config", {})
     chosen = {name: entry for name, entry in source.tensors.items() if re.search(config.filter or "", name)}
-    norms = norms_of(source, list(chosen)) if config.norms else {}
+    norms, similar = {}, {}
+    if config.expert is not None:
+        chosen, norms, similar = one_expert(source, config)
+    elif config.norms:
+        norms = norms_of(source, list(chosen))
     return {
         "path": str(source.path),
         "format": format_of(source.path),
@@ -91,11 +118,24 @@ def summary(source: Source, config: InspectConfig) -> dict[str, Any]:
             "verified": how if source.has_checksums else None,
             "problems": source.file_problems(how),
         },
+        "expert": None if config.expert is None else {"layer": config.layer, "expert": config.expert} | similar,
+        "notes": list(source.notes),
         "parameters": sum(count_of(entry) for name, entry in source.tensors.items() if name.startswith("model.")),
         "tensors": {
             name: entry | {"bytes": size_of(entry)} | ({"norm": norms[name]} if name in norms else {}) for name, entry in chosen.items()
         },
     }  # fmt: skip
+
+
+def one_expert(source: Source, config: InspectConfig) -> tuple[Tensors, dict[str, float], dict[str, Any]]:
+    """Its tensors, and when asked for their norms and its likeness to the others."""
+    from megatron_moe.conversion.differences import expert_figures, expert_tensors
+
+    chosen = expert_tensors(source, config.layer, config.expert)
+    if not config.norms:
+        return chosen, {}, {}
+    figures = expert_figures(source, config.layer, config.expert)
+    return chosen, figures.pop("tensors"), figures
 
 
 def norms_of(source: Source, names: list[str]) -> dict[str, float]:
@@ -127,6 +167,12 @@ def head_lines(figures: dict[str, Any]) -> Iterator[str]:
     damage = f"{len(files['problems'])} problem(s)" if files["problems"] else state[files["verified"]]
     yield f"  files         {files['count']}, {human_bytes(files['bytes'])}: {damage}"
     yield from (f"    {problem}" for problem in files["problems"])
+    yield from (f"  note          {note}" for note in figures["notes"])
+    if e := figures["expert"]:
+        yield f"  expert        {e['expert']} of layer {e['layer']}"
+        if "cosine_to_mean" in e:
+            yield (f"  similarity    cosine {e['cosine_to_mean']:.4f} to the mean expert, {e['cosine_to_most_similar']:.4f} to expert "
+                   f"{e['most_similar']}, the most similar one")  # fmt: skip
 
 
 def tree_rows(tensors: Tensors, whole: bool) -> Iterator[tuple[str, ...]]:
@@ -169,12 +215,30 @@ def print_plainly(figures: dict[str, Any], whole: bool) -> None:
         print("no tensor has such a name")
 
 
+def compared(config: InspectConfig) -> int:
+    """--diff: the exit code, 1 when there is a difference."""
+    from megatron_moe.conversion.differences import differences, is_same, rows_of
+
+    first, second = (opened(config, Path(directory)) for directory in config.diff)
+    found = differences(first, second, config.filter or "")
+    if config.json:
+        heads = [{"path": str(s.path), "format": format_of(s.path), "iteration": s.iteration} for s in (first, second)]
+        print(json.dumps({"compared": heads} | found))
+    else:
+        for source in (first, second):
+            print(f"{source.path} ({format_of(source.path)}), iteration {source.iteration}, {len(source.tensors)} tensors")
+        print("\n".join(rows_of(found, SHOWN)))
+    return 0 if is_same(found) else 1
+
+
 def main(argv: list[str] | None = None) -> int:
     config = parse_tool(InspectConfig, PROG, argv)
     from megatron_moe.checkpoint.files import CheckpointError
 
     try:
-        figures = summary(opened(config), config)
+        if config.diff:
+            return compared(config)
+        figures = summary(opened(config, Path(config.load)), config)
     except (ValueError, OSError, CheckpointError) as error:
         problems = error.problems if isinstance(error, ConfigError) else str(error).splitlines()
         print(format_problems(PROG, problems), file=sys.stderr)
@@ -186,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.json:
             print(json.dumps(figures))
         else:
-            print_plainly(figures, whole=bool(config.filter) or config.norms)
+            print_plainly(figures, whole=bool(config.filter) or config.norms or config.expert is not None)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversion.small import native_tensors, save_small, to_safetensors
+from conversion.megatron_files import Plan, our_weights, write_files
+from conversion.small import convert, native_tensors, save_small, to_safetensors
 
+from megatron_moe.checkpoint.files import read_manifest
+from megatron_moe.checkpoint.manager import CheckpointManager
+from megatron_moe.conversion.convert import FORMATS
 from tools import inspect_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,3 +128,117 @@ def test_torch_is_not_imported_to_look(run):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+
+
+def changed_copy(run, directory, change):
+    """A run directory with the tensors of another, changed in place."""
+    manifest = read_manifest(run / "iter_0000010")
+    tensors = native_tensors(run / "iter_0000010")
+    change(tensors)
+    CheckpointManager(directory).save(10, tensors, manifest.meta)
+    return directory
+
+
+def test_diff_finds_every_kind_of_difference(run, tmp_path, capsys):
+    w1, norm, step = "model.layers.2.moe.experts.w1", "model.norm.weight", "optimizer.step.norm.weight"
+    count = "optimizer.step.norm.bias"
+
+    def change(tensors):
+        tensors[w1][1, 2, 3] += 0.5
+        tensors[w1][3, 0, 0] -= 2.0
+        tensors[count] = tensors[count].bfloat16()  # one step: the value is the same
+        tensors[norm] = tensors[norm][:-1].clone()
+        tensors["model.extra"] = tensors.pop(step)
+
+    other, before = changed_copy(run, tmp_path / "other", change), native_tensors(run / "iter_0000010")
+    code, out, _ = inspect(capsys, "--diff", run, other, "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert (found["only_in_first"], found["only_in_second"]) == ([step], ["model.extra"])
+    assert found["shapes"] == {norm: [[16], [15]]}
+    assert found["dtypes"] == {count: ["float32", "bfloat16"]}
+    assert list(found["values"]) == [w1]
+    figures = found["values"][w1]
+    assert (figures["max_abs"], figures["elements"]) == (pytest.approx(2.0, rel=1e-6), 2)
+    assert figures["relative"] == pytest.approx(4.25**0.5 / float(before[w1].double().norm()), rel=1e-6)
+    assert found["equal"] == len(before) - 3
+    out = inspect(capsys, "--diff", run, other)[1]
+    for line in ("shape: 1 tensor(s)", "[16] and [15]", "float32 and bfloat16", "up to 2 apart", "only in the second: 1 tensor(s)"):
+        assert line in out
+    code, out, _ = inspect(capsys, "--diff", run, other, "--filter", "attn")
+    assert code == 0
+
+
+def test_diff_of_two_formats_of_one_model_finds_none(run, tmp_path, capsys):
+    assert to_safetensors(capsys, run, tmp_path / "flat", "--include-optimizer")[0] == 0
+    assert convert(capsys, "native", "megatron-deepspeed", run, tmp_path / "theirs")[0] == 0
+    code, out, _ = inspect(capsys, "--diff", run, tmp_path / "flat")
+    assert (code, "172 tensors have the same values" in out) == (0, True)
+    code, out, _ = inspect(capsys, "--diff", tmp_path / "flat", tmp_path / "theirs", "--filter", "^model")
+    assert (code, "43 tensors have the same values" in out) == (0, True)
+
+
+def test_a_nan_is_a_difference_to_a_number_and_none_to_itself(run, tmp_path, capsys):
+    def damage(tensors):
+        tensors["model.norm.weight"][2] = float("nan")
+
+    first, second = (changed_copy(run, tmp_path / name, damage) for name in ("a", "b"))
+    assert inspect(capsys, "--diff", first, second)[0] == 0
+    found = json.loads(inspect(capsys, "--diff", run, first, "--json")[1])
+    assert found["values"]["model.norm.weight"] == {"max_abs": float("inf"), "relative": float("inf"), "elements": 1}
+
+
+def test_one_expert_its_shapes_norms_and_likeness(run, tmp_path, capsys):
+    def make_alike(tensors):
+        for name in ("w1", "w2", "b1", "b2"):
+            stack = tensors[f"model.layers.2.moe.experts.{name}"]
+            stack[1] = stack[3] * 2  # the same direction, twice as long
+
+    other = changed_copy(run, tmp_path / "alike", make_alike)
+    figures = as_json(capsys, "--load", other, "--layer", 2, "--expert", 3, "--norms")
+    stacks = {n: t for n, t in native_tensors(other / "iter_0000010").items() if ".layers.2.moe." in n and t.ndim}
+    assert figures["tensors"].keys() == stacks.keys()
+    for name, entry in figures["tensors"].items():
+        assert entry["shape"] == list(stacks[name].shape[1:])
+        assert entry["norm"] == pytest.approx(float(stacks[name][3].double().norm()), rel=1e-9)
+    vectors = torch.cat([t.double().flatten(1) for n, t in stacks.items() if n.startswith("model") and "experts" in n], 1)
+    wanted = torch.cosine_similarity(vectors[3], vectors.mean(0), 0)
+    assert figures["expert"] == {
+        "layer": 2, "expert": 3, "most_similar": 1, "cosine_to_most_similar": pytest.approx(1.0), "cosine_to_mean": pytest.approx(float(wanted)),
+    }  # fmt: skip
+    code, out, _ = inspect(capsys, "--load", run, "--layer", 2, "--expert", 0)
+    assert code == 0
+    assert "expert        0 of layer 2" in out
+    assert "moe.experts.w1" in out and "norm " not in out.split("moe.experts.w1")[1].splitlines()[0]
+    for words, message in (
+        (("--layer", 1, "--expert", 0), "--layer 1 has no experts; MoE layers are 2"),
+        (("--layer", 9, "--expert", 0), "--layer 9 does not exist"),
+        (("--layer", 2, "--expert", 4), "layer 2 has experts 0 to 3"),
+    ):
+        code, _, err = inspect(capsys, "--load", run, *words)
+        assert (code, message in err) == (2, True)
+
+
+def test_words_that_do_not_go_together_are_named(run, capsys):
+    with pytest.raises(SystemExit):
+        inspect_checkpoint.main(["--diff", "a", "--expert", "3", "--norms"])
+    err = capsys.readouterr().err
+    for message in ("two directories, not 1", "--expert and --layer belong together", "--norms is about one checkpoint"):
+        assert message in err
+
+
+def test_no_tensor_is_read_in_any_format_unless_asked(run, tmp_path, capsys, monkeypatch):
+    assert to_safetensors(capsys, run, tmp_path / "flat")[0] == 0
+    plan = Plan(experts=(1, 4), num_experts=(4,))
+    write_files(tmp_path / "theirs", plan, our_weights(plan))
+    reads = []
+    for directory, kind in ((run, "native"), (tmp_path / "flat", "safetensors"), (tmp_path / "theirs", "megatron-deepspeed")):
+        source = FORMATS[kind].open_source(directory)
+        original = type(source).read
+        counted = lambda self, names, original=original: reads.extend(names) or original(self, names)  # noqa: E731
+        monkeypatch.setattr(type(source), "read", counted)
+        code, out, _ = inspect(capsys, "--load", directory, "--filter", "experts")
+        assert (code, f"({kind})" in out, reads) == (0, True, [])
+        assert inspect(capsys, "--load", directory, "--filter", "experts.w1$", "--norms")[0] == 0
+        assert any(name.endswith("experts.w1") for name in reads)
+        reads.clear()
