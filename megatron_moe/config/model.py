@@ -99,8 +99,8 @@ class ModelConfig:
     normalization: Literal["LayerNorm", "RMSNorm"] = flag("LayerNorm", "normalisation layer")
     layernorm_epsilon: float = flag(1e-5, "epsilon inside the normalisation", names=("norm-epsilon",), above=0)
     activation_func: Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu"] = flag(
-        "gelu", "activation of the MLP and the experts; gelu_tanh: GPT-2's approximation; squared_relu: max(x, 0)^2 (arXiv 2109.08668); swiglu: silu(gate) times value, with "
-        "a matrix more (arXiv 2002.05202)")  # fmt: skip
+        "gelu", "activation of the MLP and the experts; gelu_tanh: GPT-2's approximation; squared_relu: max(x, 0)^2 (arXiv 2109.08668); "
+        "swiglu: silu(gate) times value, with a matrix more (arXiv 2002.05202)")  # fmt: skip
     swiglu: bool = flag(False, "same as --activation-func swiglu")
     squared_relu: bool = flag(False, "same as --activation-func squared_relu")
     add_bias_linear: bool = flag(True, "bias vectors in the linear layers", negative=("disable-bias-linear",))

@@ -7,6 +7,7 @@ that knows its own names, and no format knows another:
 
     native        native.py   iter_0000100/ of a run directory, written under any layout
     safetensors   flat.py     model.safetensors (or shards with an index) + config.json + checksums.json
+    hf            hf/         folders of Hugging Face transformers
     megatron-deepspeed   megatron_deepspeed.py   a file per expert and per tensor-parallel rank
 
 How to add a format: a module with
@@ -16,6 +17,8 @@ How to add a format: a module with
     write(selection, directory, ...)                asks `selection.read(names)` for each tensor exactly once
     SOURCE_OPTIONS, TARGET_OPTIONS                  flags of the tool that these two take beside
     losses(run, vocab_size, ...) -> [sentence]      if there are models that it cannot express: what of this one
+    kept(run, vocab_size, tensors, ...) -> tensors  with losses: what is written all the same, with --allow-lossy
+    RESUMES                                         whether `write` takes a journal, so that an interrupted conversion goes on
     stored_dtypes(source) -> {name: dtype}          if it has types of its own, when the user gives none
 
 and a line in `convert.FORMATS`. Its name map stays inside that module. Where the other format cuts or turns what is one tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
 from collections.abc import Callable
@@ -10,12 +9,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_moe.checkpoint.files import sync_directory, temporary_name
+from megatron_moe.checkpoint.files import CheckpointError, sync_directory
+from megatron_moe.checkpoint.lock import DirectoryLock
 from megatron_moe.config.flags import ConfigError
-from megatron_moe.conversion import flat, megatron_deepspeed, native
+from megatron_moe.conversion import flat, hf, megatron_deepspeed, native
+from megatron_moe.conversion.journal import LOCK, SUFFIX, Journal, partial_directory
 from megatron_moe.conversion.source import Selection, Source, human_bytes
 
-FORMATS: dict[str, ModuleType] = {"native": native, "safetensors": flat, "megatron-deepspeed": megatron_deepspeed}
+FORMATS: dict[str, ModuleType] = {"native": native, "hf": hf, "safetensors": flat, "megatron-deepspeed": megatron_deepspeed}
 HEADROOM = 8 << 20  # bytes beyond the tensors: headers, manifest, configuration
 
 
@@ -61,29 +62,53 @@ def target_problems(directory: Path, size: int) -> list[str]:
 def convert(
     selection: Selection,
     directory: Path,
-    write: Callable[[Selection, Path], None],
+    write: Callable[[Selection, Path, Journal], None],
     reopen: Callable[[Path], Source],
     check: Callable[[Source], list[str]],
+    conversion: dict[str, Any] | None = None,
 ) -> Source:
-    """Write, re-open, check, rename. Whatever goes wrong, the name `directory` does not appear, and nothing is left behind.
+    """Write, re-open, check, rename. The name `directory` appears when all that has gone well, or not at all.
 
-    `check` sees the finished files under a temporary name and returns what is wrong with them: ConversionError then.
+    `check` sees the finished files under a temporary name and returns what is wrong with them: ConversionError then. After an error
+    nothing is left behind. After an interruption, or a kill, the finished files are, in a directory beside the target: the same
+    `conversion` (what is converted, from where, how), started again, goes on from there.
     """
     directory = directory.resolve()
-    building = directory.with_name(temporary_name(directory.name))
+    building = partial_directory(directory)
+    lock = _locked(building)
     try:
-        building.mkdir(parents=True)
-        write(selection, building)
+        journal = Journal(building, conversion or {})
+    except ConfigError:  # somebody else's: left as it is
+        lock.close()
+        raise
+    try:
+        write(selection, building, journal)
         written = reopen(building)
         if lines := counts(selection, written) or check(written):
             raise ConversionError(lines)
+        journal.remove()
+        (building / LOCK).unlink()
         sync_directory(building)
         os.rename(building, directory)  # replaces an empty directory
         sync_directory(directory.parent)
-    except BaseException:  # Ctrl-C too
+    except KeyboardInterrupt:
+        if not journal.finished:
+            shutil.rmtree(building, ignore_errors=True)
+        raise
+    except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+    finally:
+        lock.close()
     return reopen(directory)
+
+
+def _locked(building: Path) -> DirectoryLock:
+    """Against a second conversion into the same target. ConfigError names the process that is at it."""
+    try:
+        return DirectoryLock(building)
+    except CheckpointError as error:
+        raise ConfigError([str(error).replace(str(building), str(building).removesuffix(SUFFIX))]) from None
 
 
 def counts(selection: Selection, written: Source) -> list[str]:
@@ -93,7 +118,7 @@ def counts(selection: Selection, written: Source) -> list[str]:
     return lines + [f"{name}: written, but not asked for" for name in written.tensors if name not in selection.tensors]
 
 
-def leftovers(directory: Path) -> list[Path]:
-    """Temporary directories of conversions into `directory` that were killed."""
-    directory = directory.resolve()
-    return sorted(directory.parent.glob(f"{glob.escape(directory.name)}.tmp-????????"))
+def unfinished(directory: Path) -> Path | None:
+    """What an interrupted conversion into `directory` has left behind."""
+    partial = partial_directory(directory)
+    return partial if partial.exists() else None

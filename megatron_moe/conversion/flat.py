@@ -33,8 +33,11 @@ from megatron_moe.conversion.source import Selection, Tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron_moe.conversion.journal import Journal
+
 SOURCE_OPTIONS = ()
 TARGET_OPTIONS = ("max_shard_size",)
+RESUMES = True
 FORMAT_VERSION = 1
 MODEL_TYPE = "megatron_moe"
 PARTS = ("model", "optimizer")
@@ -128,19 +131,23 @@ def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
 # ---------------------------------------------------------------- writing
 
 
-def write(selection: Selection, directory: Path, max_shard_size: int = DEFAULT_SHARD_SIZE) -> None:
+def write(selection: Selection, directory: Path, journal: Journal | None = None, max_shard_size: int = DEFAULT_SHARD_SIZE) -> None:
     """One file after the other, then the configuration, then the checksums of them all."""
     directory.mkdir(exist_ok=True)
     ours: dict[str, dict[str, str]] = {}  # part -> stored name -> our name
     for name in selection.tensors:
         part, stored = stored_name(name)
         ours.setdefault(part, {})[stored] = name
+    for file in journal.finished.values() if journal else ():
+        selection.credit(file)
     for part, names in ours.items():
         entries = {stored: selection.tensors[name] for stored, name in names.items()}
-        write_shards(directory, part, entries, max_shard_size, lambda stored, names=names: _numbers(selection, [names[s] for s in stored]))
+        behind = lambda stored, names=names: [names[s] for s in stored]  # noqa: E731
+        read = lambda stored, behind=behind: _numbers(selection, behind(stored))  # noqa: E731
+        write_shards(directory, part, entries, max_shard_size, read, journal, behind)
     head = dict(zip(_HEAD, (MODEL_TYPE, FORMAT_VERSION, selection.source.iteration)))
     write_through(directory / "config.json", json.dumps(head | selection.source.meta, indent=2) + "\n")
-    write_checksums(directory)
+    write_checksums(directory, journal.entries if journal else None)
 
 
 def _numbers(selection: Selection, names: list[str]) -> Iterator[Tensor]:

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 
 SOURCE_OPTIONS = ("true_vocab_size", "model_args")
 TARGET_OPTIONS = ("target_tensor_parallel_size", "target_expert_parallel_size", "target_expert_tensor_parallel_size")
-__all__ = ["SOURCE_OPTIONS", "TARGET_OPTIONS", "looks_like", "losses", "open_source", "stored_dtypes", "write"]
+RESUMES = False  # its files hold pieces of many tensors
+__all__ = ["RESUMES", "SOURCE_OPTIONS", "TARGET_OPTIONS", "looks_like", "losses", "open_source", "stored_dtypes", "write"]
 
 CARRIED = "megatron_deepspeed"  # the key of the meta
 LAYOUT_VERSION = "0.19.8"  # of DeepSpeed, whose layout is written

@@ -24,7 +24,10 @@ from megatron_moe.conversion.source import Selection, Tensors, size_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron_moe.conversion.journal import Journal
+
 SOURCE_OPTIONS = TARGET_OPTIONS = ()
+RESUMES = True
 AT_ONCE = 256 << 20  # bytes read together: each reading parses the metadata of the whole checkpoint anew
 
 
@@ -104,16 +107,23 @@ def other_iterations(damaged: Path) -> str:
     return "" if intact is None else f"; --iteration {intact} has all its files"
 
 
-def write(selection: Selection, directory: Path) -> None:
+def write(selection: Selection, directory: Path, journal: Journal | None = None) -> None:
     """A run directory with this one checkpoint. Tensors are read one at a time, each into a file of its own."""
-    import torch
+    from megatron_moe.checkpoint.one_by_one import save_one_by_one
 
-    from megatron_moe.checkpoint.manager import CheckpointManager
+    source, folder = selection.source, iteration_name(selection.source.iteration)
+    finished = {}
+    for file, names in journal.finished.items() if journal else ():
+        finished[Path(file).name] = names[0], journal.entries[file]
+        selection.credit(names)
 
-    source = selection.source
-    shapes = {n: torch.empty(e["shape"], dtype=getattr(torch, e["dtype"]), device="meta") for n, e in selection.tensors.items()}
+    def on_file(file: str, name: str, entry: dict[str, int]) -> None:
+        if journal is not None:
+            journal.finish(f"{folder}/{file}", entry, [name])
+
+    fetch = lambda name: next(selection.read([name]))[1]  # noqa: E731
     try:
-        CheckpointManager(directory).save(source.iteration, shapes, source.meta, fetch=lambda name: next(selection.read([name]))[1])
+        save_one_by_one(directory, source.iteration, selection.tensors, source.meta, fetch, finished, on_file)
     except CheckpointError as error:
         if (interruption := _interruption(error)) is not None:
             raise interruption from None

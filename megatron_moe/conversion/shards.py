@@ -11,15 +11,20 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_moe.checkpoint.files import describe_file, file_problems, write_through
-from megatron_moe.conversion.source import Tensors, size_of, total_size
+from megatron_moe.conversion.journal import LOCK
+from megatron_moe.conversion.journal import NAME as JOURNAL
+from megatron_moe.conversion.source import ITEM_SIZE, Tensors, size_of, total_size
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from megatron_moe.conversion.journal import Journal
 
 CHECKSUMS = "checksums.json"
 DEFAULT_SHARD_SIZE = 5 * 10**9
@@ -27,6 +32,8 @@ _DTYPES = {
     "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+_CODES = {ours: code for code, ours in _DTYPES.items()}
+BLOCK = 16 << 20  # bytes written at a time
 
 
 def index_name(part: str) -> str:
@@ -55,27 +62,78 @@ def plan_shards(part: str, tensors: Tensors, max_size: int) -> dict[str, list[st
     return {f"{part}-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
-def write_shards(directory: Path, part: str, tensors: Tensors, max_size: int, read: Callable[[list[str]], Iterator[Tensor]]) -> None:
-    """Memory holds one file's tensors at a time. `read` gives the tensors of these names, in this order."""
-    from safetensors.torch import save_file
+def write_shards(
+    directory: Path,
+    part: str,
+    tensors: Tensors,
+    max_size: int,
+    read: Callable[[list[str]], Iterator[Tensor]],
+    journal: Journal | None = None,
+    sources: Callable[[list[str]], list[str]] = list,
+) -> None:
+    """Memory holds one tensor at a time. `read` gives the tensors of these names, in this order.
 
+    Files that the journal knows as finished are left as they are; `sources` names the tensors of the conversion's source behind those
+    of a file.
+    """
     plan = plan_shards(part, tensors, max_size)
     for file, names in plan.items():
-        save_file({name: t.contiguous() for name, t in zip(names, read(names))}, directory / file, metadata={"format": "pt"})
-        with open(directory / file, "rb") as written:
-            os.fsync(written.fileno())
+        if journal is not None and file in journal.finished:
+            continue
+        # the library's own order: wide types first, so that each begins at a multiple of its width
+        names = sorted(names, key=lambda name: -ITEM_SIZE[tensors[name]["dtype"]])
+        entry = write_file(directory / file, {name: tensors[name] for name in names}, read(names))
+        if journal is not None:
+            journal.finish(file, entry, sources(names))
     if len(plan) > 1:
         weight_map = {name: file for file, names in plan.items() for name in names}
         index = {"metadata": {"total_size": total_size(tensors)}, "weight_map": weight_map}
         write_through(directory / index_name(part), json.dumps(index, indent=1) + "\n")
 
 
-def write_checksums(directory: Path) -> None:
-    """Last of all: of every file that is there."""
-    files = {p.name: describe_file(p) for p in sorted(directory.iterdir())}
+def write_file(path: Path, tensors: Tensors, numbers: Iterator[Tensor]) -> dict[str, int]:
+    """One file, tensor after tensor: what is in it is known before the first number is. Returns size and CRC-32.
+
+    8 bytes: length of the header; the header, JSON, filled up with spaces to a multiple of 8; the tensors without gaps.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, entry in tensors.items():
+        begin, end = end, end + size_of(entry)
+        header[name] = {"dtype": _CODES[entry["dtype"]], "shape": entry["shape"], "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        crc = 0
+        for block in itertools.chain([len(text).to_bytes(8, "little"), text], _blocks(tensors, numbers)):
+            file.write(block)
+            crc = zlib.crc32(block, crc)
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    if size != 8 + len(text) + end:
+        raise ValueError(f"{path.name}: {size} bytes were written, and its header announces {8 + len(text) + end}")
+    return {"size": size, "crc32": crc}
+
+
+def _blocks(tensors: Tensors, numbers: Iterator[Tensor]) -> Iterator[memoryview]:
+    """The bytes of the tensors; ValueError for one that is not what the header says."""
+    import torch
+
+    for (name, entry), tensor in zip(tensors.items(), numbers, strict=True):
+        found = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        if found != {"shape": list(entry["shape"]), "dtype": entry["dtype"]}:
+            raise ValueError(f"{name}: {found['dtype']} {found['shape']} was read, and {entry['dtype']} {entry['shape']} was announced")
+        flat = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        yield from (flat[at : at + BLOCK] for at in range(0, len(flat), BLOCK))
+
+
+def write_checksums(directory: Path, known: dict[str, dict[str, int]] | None = None) -> None:
+    """Last of all: of every file that is there. `known`: those whose checksum was taken when they were written."""
+    known = known or {}
+    names = sorted(path.name for path in directory.iterdir() if path.name not in (JOURNAL, LOCK))
+    files = {name: known.get(name) or describe_file(directory / name) for name in names}
     write_through(directory / CHECKSUMS, json.dumps({"format_version": 1, "files": files}, indent=1) + "\n")
-    for name in files:  # the library makes its files readable by their owner alone, whatever the umask says
-        os.chmod(directory / name, (directory / CHECKSUMS).stat().st_mode)
 
 
 # ---------------------------------------------------------------- reading

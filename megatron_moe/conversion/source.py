@@ -6,7 +6,7 @@ torch is imported where numbers are touched: looking at names and shapes does no
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -43,11 +43,21 @@ class Source(Protocol):
 
 
 class Selection:
-    """What is taken from a source, and in which types. Counts how often each tensor is read."""
+    """What is taken from a source, and in which types. Counts how often each tensor is read.
 
-    def __init__(self, source: Source, tensors: Tensors, on_bytes: Callable[[int], Any] = lambda _: None):
-        self.source, self.tensors, self.on_bytes = source, tensors, on_bytes
+    `express` (name, tensor -> tensor): leaves out of a tensor what the target cannot hold, such as the rows of padding.
+    """
+
+    def __init__(self, source: Source, tensors: Tensors, on_bytes: Callable[[int], Any] = lambda _: None,
+                 express: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor):  # fmt: skip
+        self.source, self.tensors, self.on_bytes, self.express = source, tensors, on_bytes, express
         self.reads: Counter[str] = Counter()
+
+    def credit(self, names: Iterable[str]) -> None:
+        """These were read and written before the conversion was interrupted."""
+        for name in names:
+            self.reads[name] += 1
+            self.on_bytes(size_of(self.tensors[name]))
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         import torch
@@ -55,7 +65,7 @@ class Selection:
         for name, tensor in self.source.read(names):
             self.reads[name] += 1
             self.on_bytes(size_of(self.tensors[name]))
-            yield name, tensor.to(getattr(torch, self.tensors[name]["dtype"]))
+            yield name, self.express(name, tensor.to(getattr(torch, self.tensors[name]["dtype"])))
 
 
 def count_of(entry: dict[str, Any]) -> int:

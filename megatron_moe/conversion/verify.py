@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -51,16 +52,26 @@ def _value_difference(a: Tensor, b: Tensor) -> str | None:
 
 
 def logits_difference(selection: Selection, target: Source, tokens_BS: Tensor) -> float:
-    """Largest difference of the logits; exactly 0 when both load as the same model. Needs memory for one model."""
-    model = build_plain(run_of(selection.source), selection.source.meta["vocab_size"])
-    model.to_empty(device="cpu").eval()
-    first, second = logits(model, selection, tokens_BS), logits(model, target, tokens_BS)
+    """Largest difference of the logits; exactly 0 when both load as the same model. Needs memory for one model.
+
+    Each side is built by its own configuration, with the kernels of the source's: a setting that was translated wrongly is seen too. Where
+    something was left out (--allow-lossy), the difference is what it is worth.
+    """
+    source = selection.source
+    run, vocab_size = run_of(source), source.meta["vocab_size"]
+    there = dataclasses.replace(run_of(target), training=run.training)
+    is_whole = all(name in selection.tensors for name in source.tensors if name.startswith("model."))
+    first = logits(build_plain(run, vocab_size), selection if is_whole else source, tokens_BS)[..., :vocab_size]
+    second = logits(build_plain(there, target.meta["vocab_size"]), target, tokens_BS)[..., :vocab_size]
+    if first.shape != second.shape:
+        return float("inf")
     return 0.0 if torch.equal(first, second) else float((first - second).abs().nan_to_num(float("inf")).max())
 
 
 @torch.no_grad()
 def logits(model: GPT, source: Source | Selection, tokens_BS: Tensor) -> Tensor:
     """Fill every parameter from the source, then a plain forward."""
+    model.to_empty(device="cpu").eval()
     state = model_state(model)
     for tensor in state.values():
         tensor.fill_(float("nan"))  # nothing of an earlier source may remain

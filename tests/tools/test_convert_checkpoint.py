@@ -23,7 +23,7 @@ def test_mistakes_are_reported_together_with_the_nearest_valid_value(capsys):
     err = problems(capsys, "--from", "nativ", "--to", "safetensor", "--lod", "x", "--max-shard-size", "5XB")
     for part in (
         "4 problems",
-        "--from must be one of native, safetensors, megatron-deepspeed, not 'nativ' (did you mean 'native'?)",
+        "--from must be one of native, hf, safetensors, megatron-deepspeed, not 'nativ' (did you mean 'native'?)",
         "(did you mean 'safetensors'?)",
         "unknown flag --lod; did you mean --load?",
         "--max-shard-size: wants a size such as 5GB, 500MB or 2GiB, not '5XB'",
@@ -40,11 +40,15 @@ def test_flags_without_effect_are_refused(capsys):
     err = problems(
         capsys, "--from", "safetensors", "--to", "native", "--load", "a", "--save", "b", "--max-shard-size", "1GB", "--dtype", "float32"
     )
-    assert "--max-shard-size is for --to safetensors" in err
-    assert "--dtype is for --to safetensors" in err
+    assert "--max-shard-size is for --to safetensors or --to hf" in err
+    assert "--dtype is for --to safetensors or --to hf" in err
     assert "--from and --to are both native" in problems(capsys, "--from", "native", "--to", "native", "--load", "a", "--save", "b")
     words = ["--from", "native", "--to", "safetensors", "--load", "a", "--save", "b", "--dtype", "bfloat16", "--include-optimizer"]
     assert "drop one of them" in problems(capsys, *words)
+    words = ["--from", "hf", "--to", "safetensors", "--load", "a", "--save", "b", "--include-optimizer", "--hf-model-type", "llama"]
+    err = problems(capsys, *words)
+    assert "a transformers folder has no optimizer state" in err
+    assert "--hf-model-type is for --to hf" in err
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("2 GiB", 2 << 30), ("1.5mb", 1_500_000), ("800", 800), ("70B", 70)])

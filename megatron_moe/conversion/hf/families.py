@@ -1,0 +1,249 @@
+"""transformers' architectures: config.json <-> the settings of a run, one pair of functions per family.
+
+`read` turns the file into settings by their names here; `write` turns a run into the file. What a family cannot say is found by writing
+and reading back (fit.py), so `write` simply says what it can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.conversion.hf import names
+from megatron_moe.conversion.hf.names import Names
+from megatron_moe.conversion.hf.reader import Settings
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """`fused`: the map of files whose experts are one tensor per matrix (save_original_format=False); None: there are none."""
+
+    model_type: str
+    architecture: str
+    names: Names
+    read: Callable[[Settings], Values]
+    write: Callable[[RunConfig], Values]
+    fused: Names | None = None
+
+
+# ---------------------------------------------------------------- what most have in common
+
+
+def read_common(c: Settings, theta: float = 10000.0) -> Values:
+    """A pre-norm decoder with RMSNorm, SwiGLU and rotary positions."""
+    heads = c.whole("num_attention_heads")
+    c.must_be("hidden_act", "silu")
+    return {
+        "num_layers": c.count("num_hidden_layers"), "hidden_size": c.whole("hidden_size"), "num_attention_heads": heads,
+        "num_key_value_heads": c.whole("num_key_value_heads", heads), "kv_channels": c.whole("head_dim", None),
+        "ffn_hidden_size": c.whole("intermediate_size"), "max_position_embeddings": c.whole("max_position_embeddings"),
+        "layernorm_epsilon": c.number("rms_norm_eps"), "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False,
+        "untie_embeddings_and_output_weights": not c.truth("tie_word_embeddings", False), "vocab_size": c.whole("vocab_size"),
+        "hidden_dropout": 0.0, "attention_dropout": c.number("attention_dropout", 0.0), "init_method_std": c.number("initializer_range", 0.02),
+    } | read_rope(c, theta)  # fmt: skip
+
+
+def write_common(run: RunConfig) -> Values:
+    m = run.model
+    return {
+        "num_hidden_layers": m.num_layers, "hidden_size": m.hidden_size, "num_attention_heads": m.num_attention_heads,
+        "num_key_value_heads": m.key_value_heads, "head_dim": m.head_dim, "intermediate_size": m.ffn_size,
+        "max_position_embeddings": m.max_position_embeddings, "rms_norm_eps": m.layernorm_epsilon, "hidden_act": "silu",
+        "tie_word_embeddings": m.is_tied, "vocab_size": m.vocab_size, "attention_dropout": m.attention_dropout,
+        "initializer_range": m.init_method_std,
+    } | write_rope(run)  # fmt: skip
+
+
+def read_rope(c: Settings, theta: float) -> Values:
+    """Of transformers 5 (rope_parameters) and before (rope_theta, rope_scaling)."""
+    theta, scaling = c.number("rope_theta", theta), c.section("rope_scaling")
+    found = c.section("rope_parameters") or scaling
+    values: Values = {"position_embedding_type": "rope", "rotary_base": theta}
+    share = c.number("partial_rotary_factor", None)
+    if found is not None:
+        values["rotary_base"], share = found.number("rope_theta", theta), found.number("partial_rotary_factor", share)
+        values |= _read_scaling(found, found.text("rope_type", None) or found.text("type", "default"))
+    if share is not None and share != 1:
+        values["rotary_percent"] = share
+    return values
+
+
+def _read_scaling(c: Settings, kind: str) -> Values:
+    if kind == "default":
+        return {}
+    if kind not in ("linear", "llama3", "yarn"):
+        c.problem("rope_type", f"is {kind!r}; known are default, linear, llama3 and yarn")
+        return {}
+    values: Values = {"rope_scaling_type": kind, "rope_scaling_factor": c.number("factor")}
+    if kind != "linear":
+        values["rope_original_max_position_embeddings"] = c.whole("original_max_position_embeddings", None)
+    if kind == "llama3":
+        values |= {"rope_low_freq_factor": c.number("low_freq_factor"), "rope_high_freq_factor": c.number("high_freq_factor")}
+    if kind == "yarn":
+        values |= {"rope_beta_fast": c.number("beta_fast", 32.0), "rope_beta_slow": c.number("beta_slow", 1.0)}
+        values |= {"rope_mscale": c.number("mscale", 1.0), "rope_mscale_all_dim": c.number("mscale_all_dim", 0.0)}
+        if not c.truth("truncate", True):
+            values["rope_yarn_truncate"] = False
+        if c.has("attention_factor"):
+            c.problem("attention_factor", "is given; only the one that follows from the factor is built here")
+    return values
+
+
+def write_rope(run: RunConfig) -> Values:
+    """As files before transformers 5 have it: 5 reads that too, and so does vLLM."""
+    m = run.model
+    values: Values = {"rope_theta": m.rotary_base, "rope_scaling": None}
+    if getattr(m, "rotary_percent", 1.0) != 1:
+        values["partial_rotary_factor"] = m.rotary_percent
+    kind = getattr(m, "rope_scaling_type", "none")
+    if kind == "none":
+        return values
+    scaling: Values = {"rope_type": kind, "factor": m.rope_scaling_factor}
+    if kind != "linear":
+        scaling["original_max_position_embeddings"] = m.rope_original_length
+    if kind == "llama3":
+        scaling |= {"low_freq_factor": m.rope_low_freq_factor, "high_freq_factor": m.rope_high_freq_factor}
+    if kind == "yarn":
+        scaling |= {"beta_fast": m.rope_beta_fast, "beta_slow": m.rope_beta_slow}
+        scaling |= {} if m.rope_yarn_truncate else {"truncate": False}
+        if (m.rope_mscale, m.rope_mscale_all_dim) != (1.0, 0.0):
+            scaling |= {"mscale": m.rope_mscale, "mscale_all_dim": m.rope_mscale_all_dim}
+    return values | {"rope_scaling": scaling}
+
+
+def read_experts(c: Settings, count: int, normalizes: bool) -> Values:
+    """Top-k over a softmax, nothing dropped, no noise."""
+    topk = c.whole("num_experts_per_tok")
+    return {
+        "num_experts": (count,), "topk": topk, "expert_interval": 1, "moe_token_dropping": False, "moe_top2_2nd_expert_sampling": False,
+        "moe_router_normalize": "chosen" if normalizes and topk > 1 else "none", "moe_loss_coeff": c.number("router_aux_loss_coef", 0.001),
+    }  # fmt: skip
+
+
+def write_experts(run: RunConfig) -> Values:
+    return {
+        "num_experts_per_tok": run.moe.topk, "router_aux_loss_coef": run.moe.moe_loss_coeff,
+        "output_router_logits": False,
+    }  # fmt: skip
+
+
+def most_experts(run: RunConfig) -> int:
+    """Of any layer."""
+    return max(run.moe.experts_per_layer(run.model.num_layers))
+
+
+# ---------------------------------------------------------------- dense
+
+
+def read_llama(c: Settings) -> Values:
+    c.must_be("pretraining_tp", 1)
+    biases = c.truth("attention_bias", False), c.truth("mlp_bias", False)
+    if biases[0] != biases[1]:
+        c.problem("attention_bias", f"is {biases[0]} and mlp_bias {biases[1]}: here all linear layers have biases, or none")
+    return read_common(c) | {"add_bias_linear": all(biases)}
+
+
+def write_llama(run: RunConfig) -> Values:
+    return write_common(run) | {"attention_bias": run.model.add_bias_linear, "mlp_bias": run.model.add_bias_linear}
+
+
+def read_mistral(c: Settings) -> Values:
+    return read_common(c) | read_window(c)
+
+
+def write_mistral(run: RunConfig) -> Values:
+    return write_common(run) | {"sliding_window": getattr(run.model, "window_size", None)}
+
+
+def read_window(c: Settings) -> Values:
+    """The same window in every layer, or none."""
+    window = c.whole("sliding_window", None)
+    return {} if window is None else {"window_size": window}
+
+
+def read_gpt2(c: Settings) -> Values:
+    c.must_be("activation_function", "gelu_new", "gelu", "relu")
+    for name, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)):
+        c.must_be(name, value)
+    hidden = c.whole("n_embd")
+    return {
+        "num_layers": c.count("n_layer"), "hidden_size": hidden, "num_attention_heads": c.whole("n_head"),
+        "ffn_hidden_size": c.whole("n_inner", 4 * hidden), "max_position_embeddings": c.whole("n_positions"),
+        "layernorm_epsilon": c.number("layer_norm_epsilon", 1e-5), "normalization": "LayerNorm", "vocab_size": c.whole("vocab_size"),
+        "activation_func": _GPT2_ACTIVATIONS.get(c.text("activation_function", "gelu_new"), "gelu"), "add_bias_linear": True,
+        "position_embedding_type": "learned_absolute", "untie_embeddings_and_output_weights": not c.truth("tie_word_embeddings", True),
+        "hidden_dropout": c.number("resid_pdrop", 0.1), "attention_dropout": c.number("attn_pdrop", 0.1),
+        "init_method_std": c.number("initializer_range", 0.02),
+    }  # fmt: skip
+
+
+_GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+
+
+def write_gpt2(run: RunConfig) -> Values:
+    m = run.model
+    activation = next((theirs for theirs, ours in _GPT2_ACTIVATIONS.items() if ours == m.activation), "gelu")
+    return {
+        "n_layer": m.num_layers, "n_embd": m.hidden_size, "n_head": m.num_attention_heads, "n_inner": m.ffn_size,
+        "n_positions": m.max_position_embeddings, "layer_norm_epsilon": m.layernorm_epsilon, "vocab_size": m.vocab_size,
+        "activation_function": activation, "tie_word_embeddings": m.is_tied, "resid_pdrop": m.hidden_dropout, "embd_pdrop": m.hidden_dropout,
+        "attn_pdrop": m.attention_dropout, "initializer_range": m.init_method_std, "scale_attn_weights": True,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- experts
+
+
+def read_mixtral(c: Settings) -> Values:
+    return read_common(c, 1e6) | read_experts(c, c.count("num_local_experts"), True) | read_window(c)
+
+
+def write_mixtral(run: RunConfig) -> Values:
+    values = write_common(run) | write_experts(run) | {"sliding_window": getattr(run.model, "window_size", None)}
+    return values | {"num_local_experts": most_experts(run), "intermediate_size": run.moe.expert_ffn_size(run.model.ffn_size)}
+
+
+def read_qwen_moe(c: Settings) -> Values:
+    """The layers with experts are every decoder_sparse_step-th; the experts have a width of their own."""
+    c.must_be("mlp_only_layers", [])
+    c.must_be("use_sliding_window", False)
+    count = c.count("num_experts", None) or c.count("num_local_experts")
+    values = read_common(c) | read_experts(c, count, c.truth("norm_topk_prob", False))
+    return values | {"expert_interval": c.whole("decoder_sparse_step", 1), "moe_ffn_hidden_size": c.whole("moe_intermediate_size")}
+
+
+def write_qwen_moe(run: RunConfig) -> Values:
+    moe = run.moe
+    return write_common(run) | write_experts(run) | {
+        "num_experts": most_experts(run), "norm_topk_prob": moe.normalize != "none", "decoder_sparse_step": moe.expert_interval,
+        "moe_intermediate_size": moe.expert_ffn_size(run.model.ffn_size), "mlp_only_layers": [], "use_sliding_window": False,
+    }  # fmt: skip
+
+
+def read_qwen2_moe(c: Settings) -> Values:
+    bias = {"add_qkv_bias": True} if c.truth("qkv_bias", True) else {}
+    shared = {"moe_shared_expert_intermediate_size": c.whole("shared_expert_intermediate_size"), "moe_shared_expert_gate": True}
+    return read_qwen_moe(c) | shared | bias
+
+
+def write_qwen2_moe(run: RunConfig) -> Values:
+    return write_qwen_moe(run) | {
+        "qkv_bias": getattr(run.model, "add_qkv_bias", False),
+        "shared_expert_intermediate_size": run.moe.moe_shared_expert_intermediate_size or run.model.ffn_size,
+    }
+
+
+FAMILIES: Mapping[str, Family] = {
+    f.model_type: f
+    for f in (
+        Family("gpt2", "GPT2LMHeadModel", names.GPT2, read_gpt2, write_gpt2),
+        Family("llama", "LlamaForCausalLM", names.DENSE, read_llama, write_llama),
+        Family("mistral", "MistralForCausalLM", names.DENSE, read_mistral, write_mistral),
+        Family("mixtral", "MixtralForCausalLM", names.MIXTRAL, read_mixtral, write_mixtral, names.QWEN_MOE),
+        Family("qwen2_moe", "Qwen2MoeForCausalLM", names.QWEN_MOE, read_qwen2_moe, write_qwen2_moe, names.QWEN_MOE),
+    )
+}
