@@ -34,11 +34,12 @@ from typing import TYPE_CHECKING, Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_moe.config.flags import ConfigError, checked, flag, format_problems, parse_tool
+from megatron_moe.conversion.source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_moe.conversion.source import Selection, Source
+    from megatron_moe.conversion.source import Selection
 
 PROG = "tools/convert_checkpoint.py"
 TEXT = Path(__file__).resolve().parents[1] / "README.md"  # read by the models that --verify compares
