@@ -222,7 +222,7 @@ def dense_problems(run: RunConfig, architecture: dict[str, Any], fingerprint: st
     saved = meta.get("architecture", architecture)
     if max(saved.get("experts_per_layer", [1])) > 1:
         yield (f"{where} has experts already ({' '.join(map(str, saved['experts_per_layer']))} per layer), and --moe-use-upcycling starts "
-               "from a dense model; drop the flag to go on with these experts")  # fmt: skip
+               "from a dense model; drop the flag to go on with these experts, or change their number with tools/edit_experts.py")  # fmt: skip
     elif table := architecture_differences(saved, architecture):
         yield "\n    ".join([f"{where} is not the dense model of these flags; only what is about experts may differ", *table])
     then, now = ({"params_dtype": s.get("training", {}).get("params_dtype")} for s in (meta.get("config") or run.to_dict(), run.to_dict()))

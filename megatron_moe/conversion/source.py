@@ -68,6 +68,32 @@ class Selection:
             yield name, self.express(name, tensor.to(getattr(torch, self.tensors[name]["dtype"])))
 
 
+class ReadAhead:
+    """Single tensors of a source, each read together with those that follow in its order: where a reading has a price of its own, many
+    small tensors would pay it each. Memory: `most` bytes, or one larger tensor."""
+
+    def __init__(self, source: Source, most: int = 64 << 20):
+        self.source, self.most = source, most
+        self._order = list(source.tensors)
+        self._place = {name: i for i, name in enumerate(self._order)}
+        self._ahead: dict[str, Tensor] = {}
+
+    def take(self, name: str) -> Tensor:
+        """Its memory is the caller's from then on."""
+        if name not in self._ahead:
+            self._ahead = dict(self.source.read(self._following(name)))
+        return self._ahead.pop(name)
+
+    def _following(self, name: str) -> list[str]:
+        names, size = [name], size_of(self.source.tensors[name])
+        for other in self._order[self._place[name] + 1 :]:
+            size += size_of(self.source.tensors[other])
+            if size > self.most:
+                break
+            names.append(other)
+        return names
+
+
 def count_of(entry: dict[str, Any]) -> int:
     """Elements of one tensor."""
     count = 1

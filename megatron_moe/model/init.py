@@ -35,7 +35,7 @@ def initialize_parameters(model: nn.Module, seed: int, std: float, num_layers: i
         local, slices = local_part(p)
         if local.numel() == 0 or name in drawn_by_factories:
             continue
-        scale = std * (2 * num_layers) ** -0.5 if _RESIDUAL_OUTPUT.search(name) else std
+        scale = initial_std(name, std, num_layers)
         if _EXPERT_STACK.search(name):
             for i, expert in enumerate(range(slices[0].start, slices[0].stop)):
                 key = name if identical_experts else f"{name}/{expert}"
@@ -58,6 +58,11 @@ def _draw_module_experts(model: nn.Module, seed: int, identical: bool) -> set[st
                 if slices[0].start <= expert < slices[0].stop:
                     local[expert - slices[0].start].copy_(drawn[name][slices[1:]])
     return names
+
+
+def initial_std(name: str, std: float, num_layers: int) -> float:
+    """Of the numbers that a matrix starts with."""
+    return std * (2 * num_layers) ** -0.5 if _RESIDUAL_OUTPUT.search(name) else std
 
 
 def draw(name: str, key: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
