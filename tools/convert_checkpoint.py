@@ -101,9 +101,10 @@ class ConvertConfig:
     target_expert_tensor_parallel_size: int | None = flag(
         None, "to megatron-deepspeed: 1, or the tensor-parallel degree for --enable-expert-tensor-parallelism; as the run when not given",
         minimum=1)  # fmt: skip
-    hf_model_type: Literal["gpt2", "llama", "mistral", "mixtral", "qwen2_moe"] | None = flag(
-        None, "hf: the architecture to write, by its model_type; the first that can say the whole model when not given"
-    )
+    hf_model_type: (
+        Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"]
+        | None
+    ) = flag(None, "hf: the architecture to write, by its model_type; the first that can say the whole model when not given")
     make_vocab_size_divisible_by: int | None = flag(
         None, "from hf: pad the vocabulary to a multiple of this, with zeros (default: 128, as in training)", minimum=1
     )

@@ -192,12 +192,18 @@ AS_MIXTRAL = {
     "num_experts": (4,), "mlp_type": "standard", "position_embedding_type": "rope", "normalization": "RMSNorm", "swiglu": True,
     "add_bias_linear": False, "untie_embeddings_and_output_weights": True, "topk": 2, "moe_token_dropping": False,
 }  # fmt: skip
+AS_DEEPSEEK = {
+    "multi_latent_attention": True, "layernorm_epsilon": 1e-6, "rotary_interleaved": True, "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True, "moe_top2_2nd_expert_sampling": False, "moe_first_k_dense_replace": 1, "expert_interval": 1,
+    "moe_ffn_hidden_size": 8, "moe_shared_expert_intermediate_size": 16,
+}  # fmt: skip
 REFUSALS = {
     "capacity": ({"moe_token_dropping": True}, "the capacity of the experts"),
     "expert bias": ({"moe_router_enable_expert_bias": True, "moe_top2_2nd_expert_sampling": False}, "the bias of the experts"),
     "residual": ({"mlp_type": "residual"}, "the dense MLP beside the experts"),
     "biases": ({"add_bias_linear": True}, "the bias vectors of the linear layers"),
     "positions": ({"position_embedding_type": "learned_absolute"}, "the learned positions"),
+    "further tokens": ({"mtp_num_layers": 1}, "the modules that predict further tokens"),
     "shared expert": ({"moe_shared_expert_intermediate_size": 8}, "the shared expert"),
 }  # fmt: skip
 IMPOSSIBLE = {
@@ -208,6 +214,9 @@ IMPOSSIBLE = {
     "scores": ({"moe_router_score_function": "sigmoid"}, "--moe-router-score-function is sigmoid here"),
     "policy": ({"moe_router_policy": "hash"}, "--moe-router-policy is hash here, and topk in a mixtral"),
     "weights": ({"moe_router_normalize": "none"}, "--moe-router-normalize is none here, and chosen in a mixtral"),
+    "window of some layers": ({"window_size": 4, "window_attn_skip_freq": (1, 0)}, "--window-size is 4 None here, and None in all layers in a mixtral"),
+    "partial rotation": ({"rotary_percent": 0.5, "kv_channels": 16}, "--rotary-percent is 0.5 here"),
+    "sinks": ({"softmax_type": "learnable"}, "--softmax-type is learnable here"),
     "scale": ({"moe_router_topk_scaling_factor": 2.5}, "--moe-router-topk-scaling-factor is 2.5 here, and 1.0 in a mixtral"),
 }  # fmt: skip
 
@@ -222,8 +231,9 @@ def test_what_a_mixtral_cannot_hold_is_refused_or_listed(case, tmp_path, capsys)
     code, out, err = convert(capsys, *command, "--allow-lossy")
     assert (code, f"lost: {sentence}" in err) == (0, True), err
     if case != "capacity":
-        assert case in ("positions", "biases", "residual", "expert bias", "shared expert") and "tensors are left out: model." in err
-        assert "apart, by what was left out" in out or case == "expert bias"  # which is zero in the beginning
+        assert "tensors are left out: model." in err
+        # the bias is zero in the beginning, and the modules are behind the logits
+        assert ("apart, by what was left out" in out) == (case not in ("expert bias", "further tokens"))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "mixtral"
 
 
@@ -238,7 +248,9 @@ def test_what_cannot_even_be_left_out_is_named(case):
 
 def test_the_architecture_follows_from_the_model():
     for changes, expected in (
-        ({}, "mixtral"), (DENSE, "llama"), (DENSE | {"add_bias_linear": True}, "llama"),
+        ({"qk_layernorm": True}, "qwen3_moe"), ({"qk_layernorm": True, "qk_layernorm_scope": "hidden"}, "olmoe"),
+        (DENSE | {"add_qkv_bias": True}, "qwen2"), (DENSE | {"qk_layernorm": True}, "qwen3"), (DENSE | {"window_size": 4}, "mistral"),
+        (AS_DEEPSEEK, "deepseek_v3"), ({}, "mixtral"), (DENSE, "llama"), (DENSE | {"add_bias_linear": True}, "llama"),
         ({"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_gate": True, "expert_interval": 2}, "qwen2_moe"),
     ):  # fmt: skip
         choice = choose(RunConfig.from_values(VALUES | AS_MIXTRAL | changes), 64)

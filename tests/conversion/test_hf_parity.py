@@ -19,7 +19,10 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module", params=MODELS)
+ALWAYS = ("gpt2", "mixtral", "deepseek_v3")  # the others with --full
+
+
+@pytest.fixture(scope="module", params=[kind if kind in ALWAYS else pytest.param(kind, marks=pytest.mark.matrix) for kind in MODELS])
 def pair(request, tmp_path_factory):
     """(their model, its folder, ours loaded from the run directory that was made of it)."""
     base = tmp_path_factory.mktemp("pair")

@@ -28,7 +28,7 @@ _NOT_THE_FORWARD_PASS = {
     "moe_router_bias_update_rate", "moe_loss_coeff", "moe_seq_loss_coeff", "moe_global_loss_coeff", "moe_loss_warmup_iters",
     "moe_router_z_loss_coeff", "moe_token_dispatcher", "moe_node_size", "moe_overlap_chunks", "moe_pad_expert_input_to_capacity",
     "moe_ffn_hidden_size", "moe_residual_combine", "window_size", "window_attn_skip_freq", "rope_original_max_position_embeddings",
-    "mtp_num_layers", "mtp_loss_scaling_factor", "create_moe_param_group", "use_tutel",
+    "mtp_loss_scaling_factor", "create_moe_param_group", "use_tutel",
 }  # fmt: skip
 _AS_TOP_K = ("expert_choice", "sinkhorn")  # policies that take a token's best experts in evaluation
 
@@ -52,11 +52,10 @@ def forward_settings(run: RunConfig) -> dict[str, Any]:
         out["--ffn-hidden-size"] = m.ffn_size
     if m.position_embedding_type != "rope":
         out.pop("--rotary-base")
-    if hasattr(m, "window_of"):
-        out["--window-size"] = tuple(m.window_of(layer) for layer in range(1, m.num_layers + 1))
-        out["--rope-original-max-position-embeddings"] = m.rope_original_length if m.rope_scaling_type in ("llama3", "yarn") else None
-        if m.multi_latent_attention:
-            out.pop("--kv-channels")
+    out["--window-size"] = tuple(m.window_of(layer) for layer in range(1, m.num_layers + 1))
+    out["--rope-original-max-position-embeddings"] = m.rope_original_length if m.rope_scaling_type in ("llama3", "yarn") else None
+    if m.multi_latent_attention:
+        out.pop("--kv-channels")
     return out
 
 
@@ -116,6 +115,7 @@ DROPPING = Loss(
     _moe(moe_token_dropping=False, moe_pad_expert_input_to_capacity=False),
 )  # fmt: skip
 LOSSES = (
+    Loss("--mtp-num-layers", "the modules that predict further tokens (--mtp-num-layers)", _model(mtp_num_layers=0)),
     Loss("--moe-router-enable-expert-bias", "the bias of the experts: tokens are routed by their scores alone",
          _moe(moe_router_enable_expert_bias=False)),
     Loss("--mlp-type", "the dense MLP beside the experts (--mlp-type residual) and its coefficients", _moe(mlp_type="standard", moe_residual_combine="coefficient")),

@@ -44,7 +44,7 @@ def read_common(c: Settings, theta: float = 10000.0) -> Values:
         "layernorm_epsilon": c.number("rms_norm_eps"), "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False,
         "untie_embeddings_and_output_weights": not c.truth("tie_word_embeddings", False), "vocab_size": c.whole("vocab_size"),
         "hidden_dropout": 0.0, "attention_dropout": c.number("attention_dropout", 0.0), "init_method_std": c.number("initializer_range", 0.02),
-    } | read_rope(c, theta)  # fmt: skip
+    } | without_score_scale(c, read_rope(c, theta))  # fmt: skip
 
 
 def write_common(run: RunConfig) -> Values:
@@ -67,8 +67,8 @@ def read_rope(c: Settings, theta: float) -> Values:
     if found is not None:
         values["rotary_base"], share = found.number("rope_theta", theta), found.number("partial_rotary_factor", share)
         values |= _read_scaling(found, found.text("rope_type", None) or found.text("type", "default"))
-    if share is not None and share != 1:
-        values["rotary_percent"] = share
+    if share not in (None, 1.0):
+        c.problem("partial_rotary_factor", f"is {share:g}; these architectures rotate whole heads")
     return values
 
 
@@ -85,7 +85,11 @@ def _read_scaling(c: Settings, kind: str) -> Values:
         values |= {"rope_low_freq_factor": c.number("low_freq_factor"), "rope_high_freq_factor": c.number("high_freq_factor")}
     if kind == "yarn":
         values |= {"rope_beta_fast": c.number("beta_fast", 32.0), "rope_beta_slow": c.number("beta_slow", 1.0)}
-        values |= {"rope_mscale": c.number("mscale", 1.0), "rope_mscale_all_dim": c.number("mscale_all_dim", 0.0)}
+        mscale, all_dim = c.number("mscale", None), c.number("mscale_all_dim", None)
+        if mscale and all_dim:
+            values |= {"rope_mscale": mscale, "rope_mscale_all_dim": all_dim}
+        elif mscale or all_dim:
+            c.problem("mscale", f"is {mscale} and mscale_all_dim {all_dim}: one without the other is not built here")
         if not c.truth("truncate", True):
             values["rope_yarn_truncate"] = False
         if c.has("attention_factor"):
@@ -93,13 +97,18 @@ def _read_scaling(c: Settings, kind: str) -> Values:
     return values
 
 
+def without_score_scale(c: Settings, values: Values) -> Values:
+    """Outside of DeepSeek's attention mscale_all_dim does not multiply the scores, which it does here."""
+    if values.get("rope_mscale_all_dim"):
+        c.problem("rope_scaling", "has mscale_all_dim, which is built here as DeepSeek's attention has it")
+    return values
+
+
 def write_rope(run: RunConfig) -> Values:
     """As files before transformers 5 have it: 5 reads that too, and so does vLLM."""
     m = run.model
     values: Values = {"rope_theta": m.rotary_base, "rope_scaling": None}
-    if getattr(m, "rotary_percent", 1.0) != 1:
-        values["partial_rotary_factor"] = m.rotary_percent
-    kind = getattr(m, "rope_scaling_type", "none")
+    kind = m.rope_scaling_type
     if kind == "none":
         return values
     scaling: Values = {"rope_type": kind, "factor": m.rope_scaling_factor}
@@ -156,13 +165,43 @@ def read_mistral(c: Settings) -> Values:
 
 
 def write_mistral(run: RunConfig) -> Values:
-    return write_common(run) | {"sliding_window": getattr(run.model, "window_size", None)}
+    return write_common(run) | {"sliding_window": _window(run)}
+
+
+def _window(run: RunConfig) -> int | None:
+    """That of all layers: one that some do not have is not said, and found to be missing."""
+    windows = {run.model.window_of(layer) for layer in range(1, run.model.num_layers + 1)}
+    return windows.pop() if len(windows) == 1 else None
 
 
 def read_window(c: Settings) -> Values:
     """The same window in every layer, or none."""
     window = c.whole("sliding_window", None)
     return {} if window is None else {"window_size": window}
+
+
+def read_qwen_dense(c: Settings) -> Values:
+    c.must_be("use_sliding_window", False)
+    full_attention_only(c)
+    return read_common(c)
+
+
+def full_attention_only(c: Settings) -> None:
+    if windows := set(c.texts("layer_types", [])) - {"full_attention"}:
+        c.problem("layer_types", f"has {', '.join(sorted(windows))}; only full_attention is built for this architecture")
+
+
+def read_qwen2(c: Settings) -> Values:
+    return read_qwen_dense(c) | {"add_qkv_bias": True}
+
+
+def read_qwen3(c: Settings) -> Values:
+    c.must_be("attention_bias", False)
+    return read_qwen_dense(c) | {"qk_layernorm": True, "kv_channels": c.whole("head_dim", 128)}
+
+
+def write_qwen_dense(run: RunConfig) -> Values:
+    return write_common(run) | {"use_sliding_window": False}
 
 
 def read_gpt2(c: Settings) -> Values:
@@ -203,7 +242,7 @@ def read_mixtral(c: Settings) -> Values:
 
 
 def write_mixtral(run: RunConfig) -> Values:
-    values = write_common(run) | write_experts(run) | {"sliding_window": getattr(run.model, "window_size", None)}
+    values = write_common(run) | write_experts(run) | {"sliding_window": _window(run)}
     return values | {"num_local_experts": most_experts(run), "intermediate_size": run.moe.expert_ffn_size(run.model.ffn_size)}
 
 
@@ -211,6 +250,7 @@ def read_qwen_moe(c: Settings) -> Values:
     """The layers with experts are every decoder_sparse_step-th; the experts have a width of their own."""
     c.must_be("mlp_only_layers", [])
     c.must_be("use_sliding_window", False)
+    full_attention_only(c)
     count = c.count("num_experts", None) or c.count("num_local_experts")
     values = read_common(c) | read_experts(c, count, c.truth("norm_topk_prob", False))
     return values | {"expert_interval": c.whole("decoder_sparse_step", 1), "moe_ffn_hidden_size": c.whole("moe_intermediate_size")}
@@ -232,9 +272,117 @@ def read_qwen2_moe(c: Settings) -> Values:
 
 def write_qwen2_moe(run: RunConfig) -> Values:
     return write_qwen_moe(run) | {
-        "qkv_bias": getattr(run.model, "add_qkv_bias", False),
+        "qkv_bias": run.model.add_qkv_bias,
         "shared_expert_intermediate_size": run.moe.moe_shared_expert_intermediate_size or run.model.ffn_size,
     }
+
+
+def read_qwen3_moe(c: Settings) -> Values:
+    c.must_be("attention_bias", False)
+    return read_qwen_moe(c) | {"qk_layernorm": True}
+
+
+def read_olmoe(c: Settings) -> Values:
+    c.must_be("attention_bias", False)
+    if c.has("clip_qkv"):
+        c.problem("clip_qkv", "is set; queries and keys are not clipped here")
+    experts = read_experts(c, c.count("num_experts"), c.truth("norm_topk_prob", False))
+    return read_common(c) | experts | {"qk_layernorm": True, "qk_layernorm_scope": "hidden"}
+
+
+def write_olmoe(run: RunConfig) -> Values:
+    width = run.moe.expert_ffn_size(run.model.ffn_size)
+    values = write_common(run) | write_experts(run)
+    return values | {
+        "num_experts": most_experts(run),
+        "norm_topk_prob": run.moe.normalize != "none",
+        "intermediate_size": width,
+        "clip_qkv": None,
+    }
+
+
+def read_deepseek(c: Settings) -> Values:
+    """What versions 2 and 3 share: latent attention, first layers dense, shared experts."""
+    for name, value in (
+        ("hidden_act", "silu"),
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("moe_layer_freq", 1),
+        ("rms_norm_eps", 1e-6),
+    ):
+        c.must_be(name, value)  # 1e-6: the norms of the narrow vectors have it in transformers, whatever the others have
+    heads, width, topk = c.whole("num_attention_heads"), c.whole("moe_intermediate_size"), c.whole("num_experts_per_tok")
+    if c.whole("num_key_value_heads", heads) != heads:
+        c.problem("num_key_value_heads", f"must be num_attention_heads ({heads}): every head has keys and values of its own")
+    return {
+        "num_layers": c.count("num_hidden_layers"), "hidden_size": c.whole("hidden_size"), "num_attention_heads": heads,
+        "ffn_hidden_size": c.whole("intermediate_size"), "max_position_embeddings": c.whole("max_position_embeddings"),
+        "layernorm_epsilon": 1e-6, "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False,
+        "untie_embeddings_and_output_weights": not c.truth("tie_word_embeddings", False), "vocab_size": c.whole("vocab_size"),
+        "hidden_dropout": 0.0, "attention_dropout": c.number("attention_dropout", 0.0), "init_method_std": c.number("initializer_range", 0.02),
+        "multi_latent_attention": True, "q_lora_rank": c.whole("q_lora_rank", None), "kv_lora_rank": c.whole("kv_lora_rank"),
+        "qk_head_dim": c.whole("qk_nope_head_dim"), "qk_pos_emb_head_dim": c.whole("qk_rope_head_dim", minimum=2),
+        "v_head_dim": c.whole("v_head_dim"), "num_experts": (c.count("n_routed_experts"),), "topk": topk, "expert_interval": 1,
+        "moe_first_k_dense_replace": c.whole("first_k_dense_replace", 0, minimum=0), "moe_ffn_hidden_size": width,
+        "moe_shared_expert_intermediate_size": width * c.count("n_shared_experts"), "moe_token_dropping": False,
+        "moe_top2_2nd_expert_sampling": False, "moe_router_topk_scaling_factor": c.number("routed_scaling_factor", 1.0), "moe_loss_coeff": 0.0,
+    } | read_rope(c, 10000.0)  # fmt: skip
+
+
+def read_groups(c: Settings, best: int) -> Values:
+    """Groups of experts; a group counts as much as its `best` best together, here its share of k (moe/policies/topk.py)."""
+    groups, chosen, topk = c.count("n_group", 1), c.count("topk_group", 1), c.whole("num_experts_per_tok")
+    if groups == 1 or chosen >= groups:
+        return {}
+    if topk != best * chosen:
+        c.problem("topk_group", f"is {chosen} of {groups} groups for {topk} experts per token; a group counts as much as its {best} best experts "
+                  f"together, which is built for {best} per group")  # fmt: skip
+    return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
+
+
+def read_deepseek_v2(c: Settings) -> Values:
+    c.must_be("topk_method", "greedy", "group_limited_greedy")
+    c.must_be("scoring_func", "softmax")
+    c.must_be("norm_topk_prob", False)
+    groups = read_groups(c, 1) if c.text("topk_method", "greedy") != "greedy" else {}
+    return read_deepseek(c) | {"rotary_interleaved": True, "moe_router_normalize": "none"} | groups
+
+
+def read_deepseek_v3(c: Settings) -> Values:
+    c.must_be("topk_method", "noaux_tc")
+    c.must_be("scoring_func", "sigmoid")
+    normalizes = c.truth("norm_topk_prob", True)
+    return read_deepseek(c) | read_groups(c, 2) | {
+        "rotary_interleaved": c.truth("rope_interleave", True), "moe_router_normalize": "chosen" if normalizes else "none",
+        "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
+    }  # fmt: skip
+
+
+def write_deepseek(run: RunConfig) -> Values:
+    m, moe = run.model, run.moe
+    width = moe.expert_ffn_size(m.ffn_size)
+    values = write_common(run)
+    del values["head_dim"]  # transformers' own name for the rotated part
+    return values | {
+        "q_lora_rank": m.q_lora_rank, "kv_lora_rank": m.kv_lora_rank, "qk_nope_head_dim": m.qk_head_dim,
+        "qk_rope_head_dim": m.qk_pos_emb_head_dim, "v_head_dim": m.v_head_dim, "num_key_value_heads": m.num_attention_heads,
+        "n_routed_experts": most_experts(run), "num_experts_per_tok": moe.topk, "moe_intermediate_size": width,
+        "n_shared_experts": max((moe.moe_shared_expert_intermediate_size or width) // width, 1), "moe_layer_freq": moe.expert_interval,
+        "first_k_dense_replace": moe.experts_per_layer(m.num_layers).count(1), "routed_scaling_factor": moe.moe_router_topk_scaling_factor,
+        "norm_topk_prob": moe.normalize != "none", "attention_bias": False, "n_group": moe.moe_router_num_groups or 1,
+        "topk_group": moe.moe_router_group_topk or 1,
+    }  # fmt: skip
+
+
+def write_deepseek_v2(run: RunConfig) -> Values:
+    has_groups = run.moe.moe_router_num_groups is not None
+    return write_deepseek(run) | {"topk_method": "group_limited_greedy" if has_groups else "greedy", "scoring_func": "softmax"}
+
+
+def write_deepseek_v3(run: RunConfig) -> Values:
+    return write_deepseek(run) | {
+        "topk_method": "noaux_tc", "scoring_func": "sigmoid", "rope_interleave": run.model.rotary_interleaved, "num_nextn_predict_layers": 0,
+    }  # fmt: skip
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -243,7 +391,13 @@ FAMILIES: Mapping[str, Family] = {
         Family("gpt2", "GPT2LMHeadModel", names.GPT2, read_gpt2, write_gpt2),
         Family("llama", "LlamaForCausalLM", names.DENSE, read_llama, write_llama),
         Family("mistral", "MistralForCausalLM", names.DENSE, read_mistral, write_mistral),
+        Family("qwen2", "Qwen2ForCausalLM", names.DENSE, read_qwen2, write_qwen_dense),
+        Family("qwen3", "Qwen3ForCausalLM", names.DENSE, read_qwen3, write_qwen_dense),
         Family("mixtral", "MixtralForCausalLM", names.MIXTRAL, read_mixtral, write_mixtral, names.QWEN_MOE),
         Family("qwen2_moe", "Qwen2MoeForCausalLM", names.QWEN_MOE, read_qwen2_moe, write_qwen2_moe, names.QWEN_MOE),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM", names.QWEN_MOE, read_qwen3_moe, write_qwen_moe, names.QWEN_MOE),
+        Family("olmoe", "OlmoeForCausalLM", names.QWEN_MOE, read_olmoe, write_olmoe, names.QWEN_MOE),
+        Family("deepseek_v2", "DeepseekV2ForCausalLM", names.DEEPSEEK, read_deepseek_v2, write_deepseek_v2, names.DEEPSEEK),
+        Family("deepseek_v3", "DeepseekV3ForCausalLM", names.DEEPSEEK, read_deepseek_v3, write_deepseek_v3, names.DEEPSEEK),
     )
 }

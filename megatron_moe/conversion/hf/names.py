@@ -139,6 +139,15 @@ QWEN_MOE = Names(
     _NORMS | _ATTENTION | _MLP | {"moe.gate": "mlp.gate", "shared_expert_gate": "mlp.shared_expert_gate"} | _shared("shared_expert"),
     _EXPERTS, _FUSED, ignored=_ROTARY,
 )  # fmt: skip
+_LATENT = {
+    "attn.q_proj": "self_attn.q_proj", "attn.q_down_proj": "self_attn.q_a_proj", "attn.q_norm": "self_attn.q_a_layernorm",
+    "attn.q_up_proj": "self_attn.q_b_proj", "attn.kv_down_proj": "self_attn.kv_a_proj_with_mqa", "attn.kv_norm": "self_attn.kv_a_layernorm",
+    "attn.kv_up_proj": "self_attn.kv_b_proj", "attn.out_proj": "self_attn.o_proj",
+}  # fmt: skip
+DEEPSEEK = Names(
+    _TOP, "model.layers.{}.", _NORMS | _LATENT | _MLP | {"moe.gate": "mlp.gate"} | _shared("shared_experts"), _EXPERTS, _FUSED,
+    {"moe.gate.expert_bias": "mlp.gate.e_score_correction_bias"}, ignored=_ROTARY,
+)  # fmt: skip
 MIXTRAL = Names(
     _TOP, "model.layers.{}.", _NORMS | _ATTENTION | {"moe.gate": "block_sparse_moe.gate"},
     {key: f"block_sparse_moe.experts.{{}}.{name}.weight" for key, name in (("w_gate", "w1"), ("w1", "w3"), ("w2", "w2"))}, ignored=_ROTARY,

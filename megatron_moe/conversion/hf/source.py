@@ -182,8 +182,7 @@ def read_values(directory: Path) -> tuple[Family, dict[str, Any], list[str], dic
         settings.problem(
             "quantization_config", "says that the weights are quantised; write them as bfloat16 first, with the tool of their authors"
         )
-    for name in sorted(values.keys() - FIELDS.keys()):
-        settings.problem(name, "is asked for, and this version does not build it")
+    assert values.keys() <= FIELDS.keys(), values.keys() - FIELDS.keys()
     dtype = content.get("dtype") or content.get("torch_dtype")
     if dtype == "bfloat16":
         values["bf16"] = True
@@ -258,7 +257,7 @@ def _tied_copies(map_: Mapping[str, Places], run: RunConfig, found: Tensors) -> 
 def _is_mtp(name: str, run: RunConfig) -> bool:
     """A layer behind the last one: DeepSeek's multi-token prediction, which transformers leaves out as well."""
     match = re.match(r"model\.layers\.(\d+)\.", name)
-    return match is not None and int(match[1]) >= run.model.num_layers and hasattr(run.model, "multi_latent_attention")
+    return match is not None and int(match[1]) >= run.model.num_layers and run.model.multi_latent_attention
 
 
 def _why_no_weights(directory: Path) -> str:
