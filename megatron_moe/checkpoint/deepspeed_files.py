@@ -29,6 +29,7 @@ MODEL_FILE = "mp_rank_00_model_states.pt"
 _NUMPY = ("_reconstruct", "scalar", "_frombuffer")
 _MEANINGLESS = (  # classes whose objects say nothing that is needed here
     "argparse.Namespace",  # Megatron's arguments
+    "types.SimpleNamespace",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",

@@ -104,7 +104,7 @@ def activation_notes(args: Mapping[str, Any]) -> Iterator[str]:
 EXPRESSIBLE = {
     ModelConfig: {
         "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "kv_channels", "ffn_hidden_size", "max_position_embeddings",
-        "position_embedding_type", "use_rotary_position_embeddings", "rotary_base", "normalization", "layernorm_epsilon", "activation_func",
+        "position_embedding_type", "use_rotary_position_embeddings", "rotary_base", "rotary_percent", "normalization", "layernorm_epsilon", "activation_func",
         "swiglu", "squared_relu", "add_bias_linear", "untie_embeddings_and_output_weights", "hidden_dropout", "attention_dropout",
         "init_method_std", "make_vocab_size_divisible_by", "vocab_size",
     },
@@ -157,7 +157,7 @@ def args_of_run(
     settings |= {
         "num_experts": list(run.moe.num_experts), "num_key_value_heads": m.key_value_heads, "kv_channels": m.head_dim,
         "ffn_hidden_size": m.ffn_size, "vocab_size": vocab_size, "padded_vocab_size": rows, "swiglu": m.activation == "swiglu",
-        "squared_relu": m.activation == "squared_relu", "normalization": m.normalization.lower(), "rotary_percent": 1.0,
+        "squared_relu": m.activation == "squared_relu", "normalization": m.normalization.lower(),
         "use_rotary_position_embeddings": m.position_embedding_type == "rope",
         "add_position_embedding": m.position_embedding_type == "learned_absolute", "bias_gelu_fusion": False,
         "iteration": progress.get("iteration", 0), "consumed_train_samples": progress.get("consumed_samples", 0),

@@ -49,9 +49,10 @@ RESUMES = False  # its files hold pieces of many tensors
 __all__ = ["RESUMES", "SOURCE_OPTIONS", "TARGET_OPTIONS", "looks_like", "losses", "open_source", "stored_dtypes", "write"]
 
 CARRIED = "megatron_deepspeed"  # the key of the meta
+EXPERT_PREFIX = "language_model.encoder."
 LAYOUT_VERSION = "0.19.8"  # of DeepSpeed, whose layout is written
 SHOWN = 10  # problems of a kind
-_EXPERT_KEY = re.compile(rf"(?:.*\.|encoder)layers\.(\d+)\.{re.escape(EXPERTS)}\.(\d+)\.(.+)")
+_EXPERT_KEY = re.compile(rf"(.*\.|encoder)layers\.(\d+)\.{re.escape(EXPERTS)}\.(\d+)\.(.+)")
 _RNG = {"random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_states"}
 
 
@@ -142,6 +143,16 @@ class Layout:
             self._opened[path] = _expert_content(path)
         return self._opened[path]
 
+    def moe_layers(self) -> list[tuple[int, int]]:
+        """(number, experts) of each."""
+        return sorted({(entry.number, entry.num_experts) for entry in self.entries if entry.layer})
+
+    def expert_prefix(self) -> str:
+        """What stands before `layers.` in the names of experts' tensors: of the first one's."""
+        path = next((path for number, _ in self.moe_layers() for path in self.paths(number, 0).values()), None)
+        name = next(iter(read_file(path)), "") if path else ""
+        return match[1] if (match := _EXPERT_KEY.fullmatch(str(name))) else EXPERT_PREFIX
+
     @staticmethod
     def key(entry: Entry, expert: int) -> tuple[int, int, str]:
         return entry.layer - 1, expert, entry.theirs.partition("{}.")[2]
@@ -179,6 +190,8 @@ def _opened(path: Path, true_vocab_size: int | None, model_args: Mapping[str, An
     degree = _degree(path, ranks, first, args)
     contents = [first, *(read_file(ranks[rank].model) for rank in range(1, degree))]
     models = [_flat_model(ranks[rank].model, content, notes if rank == 0 else []) for rank, content in enumerate(contents)]
+    if degree > 1 and "enable_expert_tensor_parallelism" not in args:
+        args["enable_expert_tensor_parallelism"] = _has_cut_experts(ranks, degree, args)
     vocabulary = "embedding.word_embeddings.weight"
     if any(vocabulary not in model for model in models):
         raise CheckpointError(f"{ranks[0].model}: has no {vocabulary}: not a GPT of Megatron-DeepSpeed")
@@ -207,7 +220,7 @@ def _opened(path: Path, true_vocab_size: int | None, model_args: Mapping[str, An
     meta = {
         "world_size": _number(first, "dp_world_size", 1) * degree, "progress": progress, "architecture": run.architecture(vocab_size),
         "vocab_size": vocab_size, "eod": -1, "tokenizer": tokenizer, "config": run.to_dict(),
-        CARRIED: _carried(contents, models[0], run, heads.version, rows, dtypes, notes),
+        CARRIED: _carried(path, contents, layout, run, rows, dtypes, notes),
     }  # fmt: skip
     return MegatronSource(path, progress["iteration"], meta, tensors, layout, notes)
 
@@ -217,7 +230,8 @@ def _number(values: Mapping[str, Any], name: str, default: int) -> int:
 
 
 def _args_in(where: Path, content: dict[str, Any]) -> dict[str, Any]:
-    found = getattr(content.get("args"), "state", None)
+    found = content.get("args")
+    found = found if isinstance(found, dict) else getattr(found, "state", None)
     if not isinstance(found, dict):
         raise CheckpointError(f"{where}: holds no arguments of Megatron (args), so nothing says how many heads there are; give the flags of its "
                               f'training: --model-flags "--num-layers 24 --hidden-size 1024 ..."')  # fmt: skip
@@ -268,6 +282,13 @@ def _vocab_size(where: Path, given: int | None, args: Mapping[str, Any], rows: i
     return size
 
 
+def _has_cut_experts(ranks: dict[int, Files], degree: int, args: Mapping[str, Any]) -> bool:
+    """By the width of an expert, where the arguments do not say it."""
+    path = next(iter(ranks[0].experts.values()), None)
+    widths = [t.shape[1] for (_, _, name), t in _expert_content(path).items() if name == "dense_4h_to_h.weight"] if path else []
+    return any(width * degree == args.get("ffn_hidden_size") for width in widths)
+
+
 def _flat_model(where: Path, content: dict[str, Any], notes: list[str]) -> dict[str, Tensor]:
     """`encoder.layers.0...` -> tensor."""
     if not isinstance(content.get("module"), dict):
@@ -305,7 +326,7 @@ def _expert_content(path: Path) -> dict[tuple[int, int, str], Tensor]:
     matches = {name: _EXPERT_KEY.fullmatch(str(name)) for name in content}
     if foreign := [name for name, match in matches.items() if not match]:
         raise CheckpointError(f"{path}: {foreign[0]} is no name of an expert's tensor of Megatron-DeepSpeed")
-    return {(int(match[1]), int(match[2]), match[3]): content[name] for name, match in matches.items()}
+    return {(int(match[2]), int(match[3]), match[4]): content[name] for name, match in matches.items()}
 
 
 def _check_equal(name: str, copies: Sequence[Tensor]) -> None:
@@ -344,8 +365,7 @@ def _tensors(path: Path, layout: Layout) -> Tensors:
         more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise CheckpointError("\n".join(f"{path}: {problem}" for problem in problems[:SHOWN] + more))
     used = [files.model.name for rank, files in layout.ranks.items() if rank < len(layout.models)]
-    numbers = {(e.number, e.num_experts) for e in layout.entries if e.layer}
-    experts = [p.name for n, count in sorted(numbers) for e in range(count) for p in layout.paths(n, e).values()]
+    experts = [p.name for n, count in layout.moe_layers() for e in range(count) for p in layout.paths(n, e).values()]
     layout.used = list(dict.fromkeys(used + experts))
     return found
 
@@ -425,7 +445,7 @@ def _entry(shape: Sequence[int], dtype: Any) -> dict[str, Any]:
     return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
 
 
-def _carried(contents: list[dict], model: dict, run: RunConfig, version: float, rows: int, dtypes: Mapping[str, str],
+def _carried(path: Path, contents: list[dict], layout: Layout, run: RunConfig, rows: int, dtypes: Mapping[str, str],
              notes: list[str]) -> dict[str, Any]:  # fmt: skip
     """What is needed to write the same files again, as JSON."""
     left: list[str] = []
@@ -433,9 +453,20 @@ def _carried(contents: list[dict], model: dict, run: RunConfig, version: float, 
     encoded = [plain_data.encode(values, model_file(rank), left) for rank, values in enumerate(state)]
     if left:
         notes.append(f"{len(left)} values beside the weights are no plain data and are left out, the first {left[0]}")
+    experts = {str(number): [list(layout.paths(number, e)) for e in range(count)] for number, count in layout.moe_layers()}
     return {
-        "config": run.to_dict(), "checkpoint_version": version, "rows": rows, "dtypes": dict(dtypes), "state": encoded, "order": list(model),
+        "config": run.to_dict(), "checkpoint_version": layout.heads.version, "rows": rows, "dtypes": dict(dtypes), "state": encoded,
+        "tag": path.name, "keys": list(_ways((), contents[0]["module"])), "expert_ranks": experts, "expert_prefix": layout.expert_prefix(),
     }  # fmt: skip
+
+
+def _ways(before: tuple[str, ...], value: Any) -> Iterator[list[str]]:
+    """The keys from the top of a nested dict to each tensor, in its order."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _ways((*before, str(name)), inner)
+    elif not _EXPERT_KEY.fullmatch(".".join(before)):
+        yield list(before)
 
 
 def _still_valid(source: Source) -> dict[str, Any] | None:
@@ -487,12 +518,18 @@ def padding_for(source: Source, target: Target) -> tuple[int, int]:
     run, carried, tp, words = _run_of(source), _still_valid(source), target.tensor_parallel, source.meta["vocab_size"]
     own = flag = run.model.make_vocab_size_divisible_by
     if carried:
-        flag = getattr(plain_data.decode(carried["state"][0]).get("args"), "make_vocab_size_divisible_by", own)
+        flag = _args_of(plain_data.decode(carried["state"][0])).get("make_vocab_size_divisible_by", own)
         if tp == len(carried["state"]):
             return carried["rows"], flag
     if -(-words // (flag * tp)) * flag * tp < run.model.padded_vocab_size(words):  # was padded for a larger degree
         flag = own // tp if own % tp == 0 else own
     return -(-words // (flag * tp)) * flag * tp, flag
+
+
+def _args_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of what the arguments hold, in whichever kind of object; empty without any."""
+    args = state.get("args", {})
+    return dict(args) if isinstance(args, dict) else dict(vars(args))
 
 
 def stored_dtypes(source: Source) -> dict[str, str]:
@@ -527,12 +564,14 @@ def write(selection: Selection, directory: Path, **options: int | None) -> None:
 class _Writing:
     def __init__(self, selection: Selection, directory: Path, target: Target):
         self.selection, self.target, self.run = selection, target, _run_of(selection.source)
-        self.path, self.waiting = directory / f"global_step{selection.source.iteration}", directory / "waiting"
+        self.carried = _still_valid(selection.source)
+        self.is_same = self.carried is not None and target == target_of(self.run)
+        tag = self.carried["tag"] if self.is_same else f"global_step{selection.source.iteration}"
+        self.path, self.waiting = directory / tag, directory / "waiting"
         self.path.mkdir(parents=True, exist_ok=True)
         self.waiting.mkdir(exist_ok=True)
         self.entries = list(entries(self.run, target.cuts_experts and target.tensor_parallel > 1))
         m = self.run.model
-        self.carried = _still_valid(selection.source)
         version = self.carried["checkpoint_version"] if self.carried else 3.0
         self.heads = Heads(m.num_attention_heads, m.key_value_heads, m.head_dim, version)
         self.rows, self.multiple = padding_for(selection.source, target)
@@ -544,14 +583,25 @@ class _Writing:
         stacks = {name: self._wait(tensor) for name, tensor in self._read([name for entry in members for name in entry.ours])}
         first, tp = members[0], self.target.tensor_parallel
         for expert in range(first.num_experts):
-            names = {entry: f"language_model.{entry.theirs.format(expert)}" for entry in members}
+            names = {entry: self._expert_key(entry, expert) for entry in members}
             made = {entry: parts(entry, self.heads, [stacks[name][expert] for name in entry.ours], tp) for entry in members}
-            shares = self.target.cuts_experts and tp > 1
-            ranks = range(tp) if shares else mp_ranks_of(expert, first.num_experts, self.target.expert_parallel, tp)
-            for rank in ranks:
+            for rank in self._ranks_with(first, expert):
                 content = {names[entry]: _own(pieces[rank % len(pieces)]) for entry, pieces in made.items()}
                 _save(self.path / expert_file(number, expert, rank), content)
         self._forget()
+
+    def _expert_key(self, entry: Entry, expert: int) -> str:
+        prefix = self.carried["expert_prefix"] if self.is_same else EXPERT_PREFIX
+        return prefix + entry.theirs.removeprefix("encoder.").format(expert)
+
+    def _ranks_with(self, entry: Entry, expert: int) -> Sequence[int]:
+        """Tensor-parallel ranks in whose names the file of an expert is written."""
+        if self.is_same:
+            return self.carried["expert_ranks"][str(entry.number)][expert]
+        tp = self.target.tensor_parallel
+        if self.target.cuts_experts and tp > 1:
+            return range(tp)
+        return mp_ranks_of(expert, entry.num_experts, self.target.expert_parallel, tp)
 
     def models(self) -> None:
         """The file of each tensor-parallel rank."""
@@ -564,12 +614,9 @@ class _Writing:
             pieces = [self._wait(piece) for piece in parts(entry, self.heads, ours, tp)]
             for rank in range(tp):
                 flat[rank][entry.theirs] = pieces[rank % len(pieces)]
-        order = {name: i for i, name in enumerate(self.carried["order"])} if self.carried else {}
-        states = self._states()
-        for rank in range(tp):
-            names = sorted(flat[rank], key=lambda name: order.get(name, len(order)))
-            content = {"module": _nested({name: flat[rank][name] for name in names})} | states[rank]
-            _save(self.path / model_file(rank), content)
+        ways = self.carried["keys"] if self.carried else [_way(name) for name in flat[0]]
+        for rank, state in enumerate(self._states()):
+            _save(self.path / model_file(rank), {"module": _nested(ways, flat[rank])} | state)
 
     def _read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         import torch
@@ -601,10 +648,10 @@ class _Writing:
         if not self.carried:
             return [_state_of(run, source, args, tp)] * tp
         states = [plain_data.decode(state) for state in self.carried["state"]]
-        if self.target == target_of(run):
+        if self.is_same:
             return states
         first = {key: value for key, value in states[0].items() if key not in _RNG} | {"mp_world_size": tp}
-        changed = vars(first.get("args", args)) | self._degrees() | {"padded_vocab_size": self.rows}
+        changed = (_args_of(first) or vars(args)) | self._degrees() | {"padded_vocab_size": self.rows}
         return [first | {"args": Namespace(**changed)}] * tp
 
     def _degrees(self) -> dict[str, Any]:
@@ -629,17 +676,21 @@ def _state_of(run: RunConfig, source: Source, args: Any, tp: int) -> dict[str, A
     }  # fmt: skip
 
 
-def _nested(flat: Mapping[str, Tensor]) -> dict[str, Any]:
+def _way(name: str) -> list[str]:
     """As Megatron nests it: below `encoder` the names stay whole."""
-    language: dict[str, Any] = {}
-    for name, tensor in flat.items():
-        top, _, rest = name.partition(".")
-        inner = language.setdefault(top, {})
-        if top == "embedding":
-            which, _, rest = rest.partition(".")
-            inner = inner.setdefault(which, {})
-        inner[rest] = tensor
-    return {"language_model": language}
+    top, _, rest = name.partition(".")
+    return ["language_model", top, *(rest.split(".", 1) if top == "embedding" else [rest])]
+
+
+def _nested(ways: Sequence[Sequence[str]], flat: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Way: the keys from the top to a tensor."""
+    nested: dict[str, Any] = {}
+    for *above, last in ways:
+        inner = nested
+        for key in above:
+            inner = inner.setdefault(key, {})
+        inner[last] = flat[".".join([*above, last]).removeprefix("language_model.")]
+    return nested
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -2,16 +2,22 @@
 
     {"a": (1, 2)}  ->  {"a": {"~": "tuple", "v": [1, 2]}}  ->  {"a": (1, 2)}
 
-A pickled argparse.Namespace is known by its class alone; any other object is left out, and named.
+Of the objects in files that deepspeed_files.py has opened, a Namespace and an array of numpy's numbers are known by what is inside of them;
+any other one is left out, and named.
 """
 
 from __future__ import annotations
 
 import base64
+import re
 from argparse import Namespace  # as data in the files of others; nothing is parsed here
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
+from megatron_moe.checkpoint.deepspeed_files import Inert
+
+NAMESPACES = {"argparse.Namespace": "namespace", "types.SimpleNamespace": "simple"}
 MARK = "~"
 LARGEST = 1 << 16  # bytes of a tensor: states of generators, no weights
 
@@ -49,8 +55,19 @@ def _encode(value: Any, where: str, left: list[str]) -> Any:
     if isinstance(value, torch.Tensor) and value.nbytes <= LARGEST:
         data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return _marked("tensor", [str(value.dtype).removeprefix("torch."), list(value.shape), base64.b64encode(data).decode()])
-    if getattr(value, "path", None) == "argparse.Namespace" and isinstance(value.state, dict):
-        return _marked("namespace", _encode_dict(value.state, f"{where} args", left))
+    if isinstance(value, Inert):
+        return _encode_inert(value, where, left)
+    raise _LeftOutError
+
+
+def _encode_inert(value: Inert, where: str, left: list[str]) -> Any:
+    if value.path in NAMESPACES and isinstance(value.state, dict):
+        return _marked(NAMESPACES[value.path], _encode_dict(value.state, where, left))
+    if value.path.endswith("multiarray._reconstruct") and isinstance(value.state, tuple) and len(value.state) == 5:
+        _, shape, dtype, _, data = value.state
+        kind = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
+        if isinstance(kind, str) and re.fullmatch(r"[iuf][1248]", kind) and isinstance(data, bytes) and len(data) <= LARGEST:
+            return _marked("array", [f"<{kind}", list(shape), base64.b64encode(data).decode()])
     raise _LeftOutError
 
 
@@ -88,5 +105,12 @@ def decode(value: Any) -> Any:
     return {
         "float": float, "bytes": base64.b64decode, "dtype": lambda name: getattr(torch, name), "tuple": lambda v: tuple(map(decode, v)),
         "set": lambda v: set(map(decode, v)), "dict": lambda v: {decode(a): decode(b) for a, b in v},
-        "namespace": lambda v: Namespace(**decode(v)),
+        "namespace": lambda v: Namespace(**decode(v)), "simple": lambda v: SimpleNamespace(**decode(v)), "array": _array,
     }[kind](inner)  # fmt: skip
+
+
+def _array(inner: list[Any]) -> Any:
+    import numpy as np
+
+    kind, shape, data = inner
+    return np.frombuffer(base64.b64decode(data), dtype=kind).reshape(shape).copy()

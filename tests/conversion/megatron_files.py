@@ -6,8 +6,10 @@ import argparse
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +40,12 @@ class Plan:
     dtype: torch.dtype = torch.float32
     topk: int = 1
     version: float | None = 3.0
+    gate_dtype: torch.dtype | None = None  # DeepSpeed kept it in float32 for a while
+    prefix: str = "language_model.encoder."
+    one_copy: bool = False  # of an expert that several ranks would look for
+    tag: str = "global_step30"
+    without: tuple[str, ...] = ()  # arguments that are not there
+    holder: type = argparse.Namespace
     args: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -81,6 +89,8 @@ def our_weights(plan: Plan) -> dict[str, Tensor]:
         if count == 1:
             continue
         put(f"{here}.moe.gate.weight", count, D)
+        if plan.gate_dtype:
+            out[f"model.{here}.moe.gate.weight"] = torch.randn(count, D).to(plan.gate_dtype)
         for stack, shape in (("w1", (D, F)), ("w2", (F, D)), *([("w_gate", (D, F))] if plan.is_gated else [])):
             put(f"{here}.moe.experts.{stack}", count, *shape)
         if plan.has_bias:
@@ -171,17 +181,19 @@ def expert_files(plan: Plan, w: dict[str, Tensor]) -> dict[str, dict[str, Tensor
                 return stack[e].t() if leaf == "weight" else stack[e]
 
             owner = e // (count // degree)  # rank in the group of experts; world ranks owner, owner + degree, ... have it
-            ranks = range(plan.tp) if plan.etp else sorted({w_ % plan.tp for w_ in range(owner, 64 * degree, degree)})
+            ranks = (
+                range(plan.tp) if plan.etp else [0] if plan.one_copy else sorted({w_ % plan.tp for w_ in range(owner, 64 * degree, degree)})
+            )
             for rank in ranks:
                 share = (rank, plan.tp) if plan.etp else (0, 1)
-                prefix = f"language_model.encoder.layers.{layer - 1}.mlp.deepspeed_moe.experts.deepspeed_experts.{e}."
+                prefix = f"{plan.prefix}layers.{layer - 1}.mlp.deepspeed_moe.experts.deepspeed_experts.{e}."
                 content = {prefix + name: t.clone().contiguous() for name, t in mlp_of_rank(plan, get, *share).items()}
                 files[f"layer_{number}_expert_{e}_mp_rank_{rank:02d}_model_states.pt"] = content
     return files
 
 
-def arguments(plan: Plan) -> argparse.Namespace:
-    return argparse.Namespace(**({
+def arguments(plan: Plan) -> Any:
+    values = {
         "num_layers": len(plan.experts), "hidden_size": plan.hidden, "num_attention_heads": plan.heads, "num_key_value_heads": plan.groups,
         "kv_channels": plan.head, "ffn_hidden_size": plan.width, "max_position_embeddings": 16, "seq_length": 16,
         "num_experts": list(plan.num_experts), "expert_interval": plan.interval, "mlp_type": "residual" if plan.residual else "standard",
@@ -194,7 +206,8 @@ def arguments(plan: Plan) -> argparse.Namespace:
         "params_dtype": plan.dtype, "iteration": 30, "consumed_train_samples": 240, "consumed_train_tokens": 3840, "seed": 5,
         "tokenizer_type": "GPT2BPETokenizer", "vocab_file": "/nowhere/vocab.json", "merge_file": "/nowhere/merges.txt",
         "moe_train_capacity_factor": 1.25, "moe_loss_coeff": 0.01, "data_path": ["1.0", "a"], "betas": (0.9, 0.95),
-    } | plan.args))  # fmt: skip
+    } | plan.args  # fmt: skip
+    return plan.holder(**{name: value for name, value in values.items() if name not in plan.without})
 
 
 def state_of_rank(plan: Plan, rank: int) -> dict[str, Any]:
@@ -206,7 +219,8 @@ def state_of_rank(plan: Plan, rank: int) -> dict[str, Any]:
         "sparse_tensor_module_names": [], "skipped_steps": 1, "global_steps": 30, "global_samples": 240, "dp_world_size": 2,
         "mp_world_size": plan.tp, "ds_config": {"train_batch_size": 8, "fp16": {"enabled": True}}, "ds_version": "0.10.3",
         "num_experts": [n for n in plan.experts if n > 1], "args": arguments(plan), "iteration": 30, "tokens": 3840,
-        "random_rng_state": generator.getstate(), "torch_rng_state": torch.Generator().manual_seed(rank).get_state(),
+        "random_rng_state": generator.getstate(), "np_rng_state": np.random.RandomState(rank).get_state(),
+        "torch_rng_state": torch.Generator().manual_seed(rank).get_state(),
         "rng_tracker_states": {"model-parallel-rng": torch.arange(16, dtype=torch.uint8) + rank},
         "universal_checkpoint_info": {"version": 0.2, "patterns": ["a", "b"]}, "checkpoint_version": plan.version,
     }  # fmt: skip
@@ -217,21 +231,21 @@ def state_of_rank(plan: Plan, rank: int) -> dict[str, Any]:
 
 def write_files(directory: Path, plan: Plan, weights: dict[str, Tensor]) -> Path:
     """DIR/global_step30, latest and Megatron's tracker. Returns the tag's directory."""
-    tag = directory / "global_step30"
+    tag = directory / plan.tag
     tag.mkdir(parents=True)
     for rank in range(plan.tp):
         torch.save({"module": module_of_rank(plan, weights, rank)} | state_of_rank(plan, rank), tag / f"mp_rank_{rank:02d}_model_states.pt")
     for name, content in expert_files(plan, weights).items():
         torch.save(content, tag / name)
-    (directory / "latest").write_text("global_step30")
+    (directory / "latest").write_text(plan.tag)
     (directory / "latest_checkpointed_iteration.txt").write_text("30")
     return tag
 
 
 def same(a: Any, b: Any, where: str = "") -> list[str]:
     """Differences of two contents of files, each with the way to it; dicts in the same order."""
-    if isinstance(a, argparse.Namespace) and isinstance(b, argparse.Namespace):
-        return same(vars(a), vars(b), where + " args")
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return [] if a.dtype == b.dtype and np.array_equal(a, b) else [f"{where}: other numbers"]
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         is_same = (
             a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
@@ -239,6 +253,8 @@ def same(a: Any, b: Any, where: str = "") -> list[str]:
         return [] if is_same else [f"{where}: {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)} or other values"]
     if type(a) is not type(b):
         return [f"{where}: {type(a).__name__} and {type(b).__name__}"]
+    if isinstance(a, (argparse.Namespace, SimpleNamespace)):
+        return same(vars(a), vars(b), where + " args")
     if isinstance(a, dict):
         if sorted(map(str, a)) != sorted(map(str, b)):
             return [f"{where}: keys {sorted(map(str, a.keys() ^ b.keys()))}"]

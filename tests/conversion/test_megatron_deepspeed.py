@@ -6,6 +6,7 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from training import runs
 
 from conversion.megatron_files import Plan, our_weights, same, write_files
 from conversion.small import convert, hashes, native_tensors, save_small
+from megatron_moe.checkpoint.files import other_format, read_manifest
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.conversion import megatron_deepspeed
 from megatron_moe.conversion.megatron_names import mp_ranks_of
@@ -23,11 +25,15 @@ MODERN = {
 }  # fmt: skip
 PLANS = {
     "pyramid_residual": Plan(),
-    "tp2_swiglu_gqa_fp16": Plan(tp=2, dtype=torch.float16, **MODERN),
+    "tp2_swiglu_gqa_fp16": Plan(tp=2, dtype=torch.float16, gate_dtype=torch.float32, **MODERN),
     "tp2_etp_padded": Plan(tp=2, etp=True, rows=128, multiple=64, experts=(1, 4), num_experts=(4,)),
+    "etp_told_by_widths_alone": Plan(
+        tp=2, etp=True, experts=(1, 2), num_experts=(2,), without=("enable_expert_tensor_parallelism",), prefix="encoder", tag="best",
+        holder=SimpleNamespace, rows=128),
+    "one_copy_of_an_expert": Plan(tp=2, ep=1, experts=(1, 2), num_experts=(2,), one_copy=True, holder=dict, prefix="encoder", rows=128),
     "tp4_ep1_copies": Plan(tp=4, ep=1, experts=(1, 2), num_experts=(2,), dtype=torch.bfloat16),
     "version_0": Plan(version=0, experts=(1, 2), num_experts=(2,)),
-}
+}  # fmt: skip
 
 
 def old_order(plan: Plan, weights: dict) -> None:
@@ -52,7 +58,7 @@ def content(path):
     return torch.load(path, weights_only=False)
 
 
-@pytest.mark.parametrize("name", [n if n.startswith(("pyr", "tp2")) else pytest.param(n, marks=pytest.mark.matrix) for n in PLANS])
+@pytest.mark.parametrize("name", [n if n.startswith(("pyr", "tp2", "etp")) else pytest.param(n, marks=pytest.mark.matrix) for n in PLANS])
 def test_there_and_back_is_equal_file_by_file(name, tmp_path, capsys):
     plan = PLANS[name]
     weights = our_weights(plan)
@@ -68,7 +74,7 @@ def test_there_and_back_is_equal_file_by_file(name, tmp_path, capsys):
     files = lambda d: sorted(str(p.relative_to(d)) for p in d.rglob("*") if p.is_file())  # noqa: E731
     assert files(tmp_path / "new") == files(tmp_path / "old")
     for old in sorted(tag.iterdir()):
-        assert same(content(old), content(tmp_path / "new" / "global_step30" / old.name), old.name) == []
+        assert same(content(old), content(tmp_path / "new" / plan.tag / old.name), old.name) == []
     for tracker in ("latest", "latest_checkpointed_iteration.txt"):
         assert (tmp_path / "new" / tracker).read_text() == (tmp_path / "old" / tracker).read_text()
 
@@ -87,6 +93,22 @@ def test_another_layout_is_written_as_megatron_would_have(tmp_path, capsys):
         assert same(made.get("module", made), expected.get("module", expected), wanted.name) == []
     args = content(tmp_path / "two" / "global_step30" / "mp_rank_01_model_states.pt")["args"]
     assert (args.tensor_model_parallel_size, args.moe_expert_parallel_size, args.enable_expert_tensor_parallelism) == (2, 4, True)
+
+
+def test_partial_rotary_positions_are_known_there(tmp_path, capsys):
+    plan = Plan(is_rotary=True, experts=(1, 2), num_experts=(2,), args={"rotary_percent": 0.5, "rope_theta": 500.0})
+    write_files(tmp_path / "old", plan, our_weights(plan))
+    assert to_native(capsys, tmp_path / "old", tmp_path / "run", "--verify")[0] == 0
+    model = read_manifest(tmp_path / "run" / "iter_0000030").meta["config"]["model"]
+    assert (model["rotary_percent"], model["rotary_base"], model["position_embedding_type"]) == (0.5, 500.0, "rope")
+    assert to_theirs(capsys, tmp_path / "run", tmp_path / "two", "--target-tensor-parallel-size", "2", "--verify")[0] == 0
+    args = content(tmp_path / "two" / "global_step30" / MODEL)["args"]
+    assert (args.rotary_percent, args.rope_theta, args.use_rotary_position_embeddings) == (0.5, 500.0, True)
+
+
+def test_a_run_that_is_told_to_load_such_files_says_what_to_do(two_ranks):
+    assert "--from megatron-deepspeed --to native" in other_format(two_ranks)
+    assert "--from megatron-deepspeed --to native" in other_format(two_ranks / "global_step30")
 
 
 def test_names_of_expert_files_are_those_of_the_ranks_that_have_the_expert():
