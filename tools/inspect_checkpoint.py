@@ -36,7 +36,7 @@ from megatron_moe.conversion.source import Source, Tensors, count_of, human_byte
 
 PROG = "tools/inspect_checkpoint.py"
 SHOWN = 20  # tensors of a kind of difference
-NAME = re.compile(r"(model|optimizer\.[a-z_]+)\.(?:(layers\.\d+)\.)?(.+)")
+NAME = re.compile(r"(model|optimizer\.[a-z_]+)\.(?:((?:layers|mtp)\.\d+)\.)?(.+)")
 
 
 @dataclass(frozen=True)

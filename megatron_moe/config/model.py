@@ -23,6 +23,7 @@ _SETTINGS_OF = {
         lambda m: m.rope_scaling_type == "yarn"),
     "--multi-latent-attention": (
         ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"), lambda m: m.multi_latent_attention),
+    "--mtp-num-layers": (("mtp_loss_scaling_factor",), lambda m: m.mtp_num_layers > 0),
 }  # fmt: skip
 
 

@@ -154,6 +154,9 @@ class RunConfig:
             yield "--fp16-master-weights-and-grads has an AdamW of its own, and --adam-kernel apex asks for another; drop one"
         if c.curriculum_learning and t.compile:
             yield "--compile makes graphs of one sequence length and --curriculum-learning has many; leave one of them out"
+        if m.mtp_num_layers >= t.seq_length:
+            yield (f"--mtp-num-layers ({m.mtp_num_layers}) must be less than --seq-length ({t.seq_length}): the last module would have nothing "
+                   "to predict within a sequence; the published models have 1")  # fmt: skip
         yield from pipeline_problems(self.parallel, m, t, self.distillation.is_on)
         yield from self._ring_problems()
         yield from upcycling_problems(self)

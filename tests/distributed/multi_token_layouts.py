@@ -10,8 +10,8 @@ FULL, EVEN, DOCUMENTS = "--recompute-granularity full", parity.DIVISIBLE, parity
 INTERLEAVED = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"  # of four layers
 
 LAYOUTS = [  # model, world size, flags; the first and every eighth always
-    ("ahead", 4, f"--zero-stage 3 {TP2} {SP} {EP4} {FULL} {EVEN}"),
-    ("ahead", 1, "--zero-stage 0"),
+    ("ahead", 2, f"--zero-stage 3 {TP2} {SP} {EP2} {FULL} {EVEN}"),
+    ("ahead", 4, f"--zero-stage 1 {TP2} {SP} {EP4} {EVEN}"),
     ("ahead_untied", 2, f"--zero-stage 2 {EP2} {DOCUMENTS}"),
     ("ahead", 2, f"--zero-stage 1 {TP2} {EP2} --moe-token-dispatcher allgather"),
     ("ahead_student", 2, f"--zero-stage 1 {EP2}"),
@@ -29,6 +29,7 @@ LAYOUTS = [  # model, world size, flags; the first and every eighth always
     ("ahead_deep", 4, f"--zero-stage 0 {INTERLEAVED} {EP2}"),
     ("ahead_deep", 4, f"--zero-stage 1 {INTERLEAVED} {TP2} {EP2} {FULL}"),
     ("ahead", 8, f"--zero-stage 3 {PP2} {CP2} {TP2} {SP} {EP4} {EVEN}"),
+    ("ahead", 1, "--zero-stage 0"),
     ("ahead_latent", 2, f"--zero-stage 3 {TP2} {SP} {EP2} {EVEN}"),
     ("ahead_latent", 4, f"--zero-stage 1 {PP2} {CP2} {EP2} {EVEN}"),
     ("ahead_ring", 4, f"--zero-stage 2 {CP2} --cp-comm-type p2p {EP2} {EVEN}"),

@@ -41,6 +41,7 @@ SCALED = [
     ("deepseek", 2, f"--zero-stage 1 {TP2} {EP2}"),
     ("student", 2, f"--zero-stage 1 {EP2}"),
     ("muon", 2, f"--zero-stage 3 {TP2}"),
+    ("ahead_untied", 2, f"--pipeline-model-parallel-size 2 {parity.DOCUMENTS}"),
 ]
 
 

@@ -120,6 +120,21 @@ def test_generation_has_no_modules_and_the_model_s_own_logits(straight):
     assert len(generate(loaded.model, [[1, 2]], 5, SamplingConfig(greedy=True))[0]) == 5
 
 
+def test_the_tree_of_a_checkpoint_shows_the_modules(straight, capsys):
+    from tools import inspect_checkpoint
+
+    assert inspect_checkpoint.main(["--load", str(straight[1])]) == 0
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert {"mtp.1", "mtp.2", "layers.3", "block.attn.q_proj.weight", "embedding_norm.weight"} <= set(lines)
+
+
+def test_settings_that_cannot_be_meant():
+    parsed = parse_args(f"{runs.SMALL} --mock-data --train-iters 1 --mtp-loss-scaling-factor 0.3".split())
+    assert "--mtp-loss-scaling-factor has no effect: it is a setting of --mtp-num-layers" in " ".join(parsed.warnings)
+    with pytest.raises(ConfigError, match=r"--mtp-num-layers \(16\) must be less than --seq-length \(16\)"):
+        parse_args(f"{runs.SMALL} --mock-data --train-iters 1 --mtp-num-layers 16".split())
+
+
 def test_zero_bubble_is_refused_with_the_reason():
     flags = "--mtp-num-layers 1 --pipeline-model-parallel-size 2 --enable-zbh1-pipeline"
     with pytest.raises(ConfigError, match="does not go with the zero-bubble schedule: torch splits the backward of the last stage"):
