@@ -172,3 +172,15 @@ def test_copy_is_made_once_and_its_memory_used_again():
     assert longer.shape == (5,)
     stager.close()
     assert not stager._buffers
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)),
+    reason="needs an NVIDIA GPU of compute capability 9 or newer",
+)
+def test_copy_of_a_device_is_pinned_and_whole_when_the_next_step_begins():
+    stager, w = Stager(), torch.ones(1 << 24, device="cuda")
+    for value in (1.0, 3.0):
+        copy = stager.stage({"w": w})["w"]
+        w.add_(2)
+        assert copy.is_pinned() and (copy == value).all()

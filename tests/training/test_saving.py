@@ -8,6 +8,7 @@ import shutil
 import threading
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -211,6 +212,23 @@ def test_minutes_are_counted_by_rank_0_from_save_to_save_of_either_kind(tmp_path
     due = run_distributed(_saves_by_the_clock, 2, tmp_path / "a", [slow, fast])
     assert due == [[3, 6, 9, 10]] * 2  # 1.5 minutes are three steps; the one of --save-interval starts the count anew
     assert run_distributed(_saves_by_the_clock, 2, tmp_path / "b", [fast, slow]) == [list(range(1, 13))] * 2
+
+
+def _end_at_different_steps(directory: Path) -> list[int]:
+    """Rank r is done with its part of a save after step 2 + r; the steps after which its end is heard of."""
+    config = CheckpointConfig(save=str(directory), async_save=True)
+    saver, heard = Saver(config, CheckpointManager(directory), Tracker(), Ranks()), []
+    stopper = Stopper(TrainingConfig(exit_signal_handler=False), dist.group.WORLD, saver.asks)
+    part = saver._under_way = SimpleNamespace(iteration=1, best=None, seconds=1.0, waited_seconds=0.0, is_over=False)
+    for step in range(1, 6):
+        part.is_over, part.conclude = step >= 2 + dist.get_rank(), lambda step=step: heard.append(step)
+        assert stopper.reason(step) is None
+        saver.after_step(step, stopper.answers)
+    return heard
+
+
+def test_end_of_a_save_is_heard_of_by_all_ranks_at_the_same_step(tmp_path):
+    assert run_distributed(_end_at_different_steps, 2, tmp_path) == [[3], [3]]
 
 
 def test_run_saves_by_minutes(tmp_path):

@@ -90,6 +90,7 @@ class Killer:
 @pytest.mark.timeout(900)
 @pytest.mark.matrix
 def test_twenty_kills_lose_nothing_and_leave_the_curve_of_the_undisturbed_run(tmp_path):
+    """The run that is killed saves in the background; the undisturbed one waits for its saves."""
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     for scratch in (calm, killed):
         scratch.mkdir()
@@ -100,7 +101,7 @@ def test_twenty_kills_lose_nothing_and_leave_the_curve_of_the_undisturbed_run(tm
         launches.clear(process)
     assert code == 0, text
     process = launches.start(
-        f"{RUN} --save {killed}/run --load {killed}/run", ranks=2, scratch=killed, torchrun=f"--max-restarts {KILLS + 2}"
+        f"{RUN} --save {killed}/run --load {killed}/run --async-save", ranks=2, scratch=killed, torchrun=f"--max-restarts {KILLS + 2}"
     )
     try:
         killer = Killer(process, killed / "run", killed, seed=0)
@@ -169,8 +170,10 @@ def end_of_faulty_run(fault: str, flags: str, scratch: Path) -> str:
     return text
 
 
-def test_exception_on_one_rank_ends_all_and_is_named_in_the_summary(tmp_path):
-    text = end_of_faulty_run("raises", "", tmp_path)
+@pytest.mark.parametrize("how", ["", pytest.param("--async-save", marks=pytest.mark.matrix)])
+def test_exception_on_one_rank_ends_all_and_is_named_in_the_summary(tmp_path, how):
+    """What is saved in the background at that moment is finished before the rank leaves."""
+    text = end_of_faulty_run("raises", how, tmp_path)
     summary = text[text.rindex("Root Cause") :]
     assert "rank      : 1" in summary and "OSError: [Errno 5] Input/output error: '/data/shard_7.bin'" in summary, text
     assert "rank 0 lost the connection to another rank" in text or "SIGTERM" in text, text
