@@ -34,6 +34,7 @@ from megatron_moe.config.sampling import SamplingConfig
 from megatron_moe.inference.generate import Prompts, prompt_problems, start, stream
 from megatron_moe.inference.layout import ONE_PROCESS, Layout
 from megatron_moe.inference.load import Loaded, load_for_inference
+from megatron_moe.inference.scoring import Row, Score, row_problems, score_rows
 from megatron_moe.inference.text import TextStream, TokenIds
 
 Finish = Literal["end of document", "stop string", "length", "cancelled"]
@@ -144,6 +145,14 @@ class Engine:
                 answers[piece.row].add(piece)
         return answers
 
+    def score(self, rows: Sequence[Row]) -> list[Score]:
+        """How likely the model finds these, in one forward. ValueError, before anything runs, for rows that cannot be scored."""
+        if problems := row_problems(self.model, rows):
+            raise ValueError("\n".join(problems))
+        rows = [Row([int(token) for token in row.tokens], row.first) for row in rows]
+        with self._call("score", rows):
+            return score_rows(self.model, rows)
+
     def _pieces(self, steps: Iterator[list[int | None]], requests: Sequence[Request], prompts: Prompts, finished: set[int],
                 cancelled: Callable[[int], bool]) -> Iterator[list[Piece]]:  # fmt: skip
         texts = [TextStream(self.tokenizer, prompt, request.stop) for prompt, request in zip(prompts, requests)]
@@ -167,7 +176,7 @@ class Engine:
 
     def follow(self) -> None:
         """Ranks other than 0: do what rank 0 does, until it closes the engine."""
-        work = {"stream": self._follow_stream}
+        work = {"stream": self._follow_stream, "score": lambda rows: score_rows(self.model, rows)}
         while (call := self._told(None)) is not None:
             name, *arguments = call
             work[name](*arguments)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -132,12 +132,19 @@ def start(prompt: list[int], eod: int | None) -> list[int]:
     return prompt or [eod]
 
 
+def fixed_problem(model: GPT) -> str | None:
+    """Why this model cannot answer at all."""
+    if model.locate is not all_are_here:
+        return "one token cannot be cut over ranks: build the model without --context-parallel-size and without --sequence-parallel"
+    if model.moe_config.moe_token_dropping and model.moe_config.has_experts:
+        return "token dropping lets a token's fate depend on its neighbours; build the model with moe_token_dropping=False"
+    return None
+
+
 def prompt_problems(model: GPT, prompts: Prompts, max_new_tokens: int | Sequence[int]) -> list[str]:
     """What keeps these prompts from being continued, one sentence each. `max_new_tokens`: of all, or of each."""
-    if model.locate is not all_are_here:
-        return ["one token cannot be cut over ranks: build the model without --context-parallel-size and without --sequence-parallel"]
-    if model.moe_config.moe_token_dropping and model.moe_config.has_experts:
-        return ["token dropping lets a token's fate depend on its neighbours; build the model with moe_token_dropping=False"]
+    if problem := fixed_problem(model):
+        return [problem]
     config = model.config
     problems = [] if prompts else ["there is no prompt to continue"]
     most_new = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
@@ -168,9 +175,16 @@ def padded(prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor]:
 def logits_at(model: GPT, tokens_BS: Tensor, positions_BS: Tensor, index_B: Tensor) -> Tensor:
     """Logits [B, V] of one token per row. Those of a whole prompt, [B, S, V], would be the largest tensor of all."""
     project, row_B = model.project, torch.arange(len(index_B), device=index_B.device)
-    model.project = lambda h_BSD, weight_VD: project(h_BSD[row_B, index_B], weight_VD)
-    try:
+    with projecting(model, lambda h_BSD, weight_VD: project(h_BSD[row_B, index_B], weight_VD)):
         return model(tokens_BS, positions_BS)
+
+
+@contextmanager
+def projecting(model: GPT, work: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Inside, `work(hidden, weight)` takes the place of the model's projection, and the model returns what it returns."""
+    project, model.project = model.project, work
+    try:
+        yield
     finally:
         model.project = project
 
