@@ -77,6 +77,8 @@ MORE_COMPILED = [  # with --full
     ("noisy", 2, f"--context-parallel-size 2 --zero-stage 3 {parity.DIVISIBLE} {parity.DOCUMENTS}"),
     ("pyramid", 4, "--tensor-model-parallel-size 4 --zero-stage 3"),  # heads that are shared
     ("noisy", 2, "--pipeline-model-parallel-size 2 --recompute-granularity full"),
+    ("latent_heads", 2, f"{TP} {EP} --recompute-granularity full"),
+    ("qk_hidden", 2, f"{TP} --sequence-parallel {parity.DIVISIBLE}"),
     ("modern", 4, f"--pipeline-model-parallel-size 2 {EP} --zero-stage 3"),
     ("ahead", 2, f"{TP} {EP} --sequence-parallel --recompute-granularity full --cross-entropy-loss-chunk-size 24 {parity.DIVISIBLE}"),
     ("ahead_untied", 2, f"--pipeline-model-parallel-size 2 {parity.DOCUMENTS}"),
