@@ -68,14 +68,20 @@ def leftovers_in(directory: Path) -> list[Path]:
     return sorted(entry for entry in directory.iterdir() if pattern.fullmatch(entry.name))
 
 
-def run_directory(directory: str | Path, step: int | None) -> tuple[Path, int | None]:
-    """runs/a/iter_0000100 -> (runs/a, 100), and runs/a/best -> the same when that is the best; ValueError for a contradiction."""
+def best_directory(directory: str | Path) -> Path:
+    """runs/a/best -> runs/a/iter_0000100 when that is the best one; every other path as it is. ValueError for a note that is damaged."""
     path = Path(directory)
-    if path.name == "best" and not path.exists() and (path.parent / BEST).exists():
-        try:
-            path = path.with_name(iteration_name(read_best(path.parent).iteration))
-        except CheckpointError as error:
-            raise ValueError(str(error)) from None
+    if path.name != "best" or path.exists() or not (path.parent / BEST).exists():
+        return path
+    try:
+        return path.with_name(iteration_name(read_best(path.parent).iteration))
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+
+
+def run_directory(directory: str | Path, step: int | None) -> tuple[Path, int | None]:
+    """runs/a/iter_0000100 -> (runs/a, 100), and runs/a/best likewise; ValueError for a contradiction."""
+    path = best_directory(directory)
     match = re.fullmatch(r"iter_(\d{7,})", path.name)
     if match is None:
         return path, step

@@ -240,6 +240,8 @@ class RunConfig:
         yield from pipeline_warnings(self.parallel)
         yield from self.checkpoint.warnings()
         t = self.training
+        if self.checkpoint.save_best and not t.eval_iters:
+            yield "--save-best has no effect with --eval-iters 0: nothing is evaluated"
         if t.check_replicas_interval and t.train_iters and t.check_replicas_interval > t.train_iters:
             yield (f"--check-replicas-interval ({t.check_replicas_interval}) is longer than the run ({t.train_iters} steps): replicas are "
                    "never compared")  # fmt: skip

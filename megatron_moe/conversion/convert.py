@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_moe.checkpoint.files import CheckpointError, sync_directory
+from megatron_moe.checkpoint.files import CheckpointError, best_directory, sync_directory
 from megatron_moe.checkpoint.lock import DirectoryLock
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.conversion import flat, hf, megatron_deepspeed, native
@@ -30,11 +30,21 @@ class ConversionError(RuntimeError):
 
 def format_of(directory: Path) -> str | None:
     """The name of the format a directory looks like."""
+    directory = named(directory)
     return next((name for name, module in FORMATS.items() if module.looks_like(directory)), None)
+
+
+def named(directory: Path) -> Path:
+    """With `best` for the checkpoint that it stands for."""
+    try:
+        return best_directory(directory)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
 
 
 def open_source(format_name: str, directory: Path, iteration: int | None, **options: Any) -> Source:
     """ConfigError when there is nothing of this format; says so when it is of another. `options`: of the format's SOURCE_OPTIONS."""
+    directory = named(directory)
     if not directory.is_dir():
         raise ConfigError([f"{directory}: there is no such directory"])
     found = format_of(directory)

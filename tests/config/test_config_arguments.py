@@ -307,8 +307,9 @@ def test_settings_that_have_no_effect_or_are_probably_not_meant_warn():
     assert "falls with depth (128 64 32 16)" in warnings[1]
     warnings = parse_args(["--async-save", "--save-interval-minutes", "2.5", "--keep-every", "100"]).warnings
     assert [w.partition(" has no effect")[0] for w in warnings] == ["--save-interval-minutes (2.5)", "--async-save", "--keep-every (100)"]
-    assert parse_args(["--save", "runs/a", "--keep-every", "100"]).warnings == [
-        "--keep-every (100) has no effect without --keep-last: every checkpoint is kept"
+    assert parse_args(["--save", "runs/a", "--keep-every", "100", "--save-best", "--eval-iters", "0"]).warnings == [
+        "--keep-every (100) has no effect without --keep-last: every checkpoint is kept",
+        "--save-best has no effect with --eval-iters 0: nothing is evaluated",
     ]
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from distributed_pool import run_distributed
 from small_models import ROPE_GQA_SWIGLU, VOCAB, all_logits, random_tokens, small_model, small_run
 
-from megatron_moe.checkpoint.files import CheckpointError
+from megatron_moe.checkpoint.files import Best, CheckpointError, write_best
 from megatron_moe.checkpoint.manager import CheckpointManager
 from megatron_moe.checkpoint.state import model_state, optimizer_state
 from megatron_moe.config.data import TokenizerConfig
@@ -64,6 +64,8 @@ def test_newest_step_and_single_directory_are_found(tmp_path):
     assert load_for_inference(tmp_path).path.name == "iter_0000020"
     assert load_for_inference(tmp_path, step=10).path.name == "iter_0000010"
     assert load_for_inference(tmp_path / "iter_0000010").path.name == "iter_0000010"
+    write_best(tmp_path, Best(10, 2.5))
+    assert load_for_inference(tmp_path / "best").path.name == "iter_0000010"
     with pytest.raises(CheckpointError, match="iteration 15"):
         load_for_inference(tmp_path, step=15)
     with pytest.raises(ValueError, match="iteration 10, not of 20"):

@@ -1,6 +1,7 @@
 """Looking inside a checkpoint: what is shown is what is there, and no tensor is read for it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from conversion.megatron_files import Plan, our_weights, write_files
 from conversion.small import convert, native_tensors, save_small, to_safetensors
 
-from megatron_moe.checkpoint.files import read_manifest
+from megatron_moe.checkpoint.files import Best, read_manifest, write_best
 from megatron_moe.checkpoint.manager import CheckpointManager
 from megatron_moe.conversion.convert import FORMATS
 from tools import inspect_checkpoint
@@ -67,6 +68,15 @@ def test_json_has_every_tensor_of_the_iteration_that_was_asked_for(run, capsys):
     assert figures["parameters"] == sum(t.numel() for name, t in tensors.items() if name.startswith("model."))
     assert figures["architecture"]["experts_per_layer"] == [1, 4]
     assert figures["files"]["verified"] == "size"
+
+
+def test_best_is_the_checkpoint_that_the_note_names(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    write_best(copy, Best(5, 2.5))
+    assert as_json(capsys, "--load", copy / "best")["iteration"] == 5
+    (copy / "best_checkpoint.json").write_text("{")
+    code, _, err = inspect(capsys, "--load", copy / "best")
+    assert code == 2 and "cannot be understood" in err
 
 
 def test_safetensors_show_the_same_model(run, tmp_path, capsys):
