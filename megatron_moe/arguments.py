@@ -1,6 +1,6 @@
 """Command line (and --config FILE.yaml, --deepspeed-config FILE.json, --preset NAME) -> RunConfig.
 
-Precedence, lowest first: defaults, preset, YAML file, command line. A DeepSpeed JSON overrides defaults and preset, and must agree
+Precedence, lowest first: defaults, preset, folder of --load-hf (which the following must not contradict), YAML file, command line. A DeepSpeed JSON overrides defaults and preset, and must agree
 with the file and the command line. Nothing here imports torch, so `--help` and every
 mistake are answered at once. Mistakes are collected and reported together, exit code 2.
 """
@@ -12,6 +12,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_moe.config.command import CommandConfig
@@ -122,6 +123,8 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "pretrain_gpt_moe.
         from_file = {}
     from_flags = convert_all(classes, given, problems)
     stated = _overridden(from_file, from_flags)
+    if folder := stated.get("load_hf"):
+        values = _overridden(values, _read_folder(folder, stated, from_flags, config_file, problems))
     deepspeed = _read_deepspeed(given.get("deepspeed_config"), problems, missing)
     if deepspeed is not None:
         problems += [*deepspeed.problems, *_contradictions(deepspeed, stated, from_flags, config_file)]
@@ -131,6 +134,11 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "pretrain_gpt_moe.
         run = RunConfig.from_values(values)
     except ConfigError as error:
         problems += _with_origins(error.problems, deepspeed)
+    else:
+        if folder and not problems:
+            from megatron_moe.conversion.hf.start import other_model
+
+            problems += other_model(Path(folder), run)
     if problems:
         raise ConfigError([*problems, *([] if command.dry_run else map(str, missing))])
     warnings, not_yet = notes_on(others)
@@ -172,6 +180,20 @@ def _read_deepspeed(path: Any, problems: list[str], missing: list[MissingFile]) 
     except FileNotFoundError:
         missing.append(MissingFile("--deepspeed-config", str(path)))
         return None
+
+
+def _read_folder(folder: str, stated: dict[str, Any], from_flags: dict[str, Any], yaml: str | None, problems: list[str]) -> dict[str, Any]:
+    """What the folder of --load-hf says of a run. Nothing of it gives way: a model of other sizes would not hold its weights."""
+    from megatron_moe.conversion.hf.start import contradictions, starting_values
+
+    try:
+        values = starting_values(Path(folder), stated)
+    except ConfigError as error:
+        problems += error.problems
+        return {}
+    where = lambda name: "on the command line" if name in from_flags else f"in {yaml}"  # noqa: E731
+    problems += map(Disagreement, contradictions(Path(folder), values, stated, where))
+    return values
 
 
 def _contradictions(deepspeed: DeepSpeedJson, stated: dict[str, Any], from_flags: dict[str, Any], yaml: str | None) -> Iterator[str]:

@@ -50,6 +50,8 @@ def iterations_in(directory: Path) -> list[int]:
 def other_format(directory: Path) -> str | None:
     """What to do with a directory that holds weights, but no checkpoint of ours."""
     if any((directory / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        if not (directory / "checksums.json").exists():
+            return "it holds safetensors; a folder of transformers is given to --load-hf, or tools/convert_checkpoint.py makes a run directory of it"
         return "it holds safetensors; tools/convert_checkpoint.py --from safetensors --to native makes a run directory of them"
     if any(directory.glob("mp_rank_*_model_states.pt")) or any(directory.glob("*/mp_rank_*_model_states.pt")):
         return "it holds DeepSpeed's files; tools/convert_checkpoint.py --from megatron-deepspeed --to native makes a run directory of them"

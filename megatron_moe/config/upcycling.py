@@ -114,6 +114,9 @@ def upcycling_problems(run: RunConfig) -> Iterator[str]:
         return
     if not c.load:
         yield "--moe-use-upcycling needs --load DIR, the run directory (--save) of the dense model's training"
+    if c.load_hf:
+        yield (f"--moe-use-upcycling starts from a run directory, and --load-hf ({c.load_hf}) is another start; make one of the folder with "
+               "tools/convert_checkpoint.py --from hf --to native, and give it to --load")  # fmt: skip
     if not m.has_experts:
         yield "--moe-use-upcycling makes experts of a dense model's MLPs, and there are none here; give --num-experts"
     if c.reset_iteration:

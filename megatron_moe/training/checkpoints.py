@@ -14,10 +14,12 @@ import megatron_moe
 from megatron_moe.checkpoint.files import iterations_in, run_directory
 from megatron_moe.checkpoint.find import find_checkpoint
 from megatron_moe.checkpoint.load import load_tensors
+from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.checkpoint.state import MTP, model_state, optimizer_state
 from megatron_moe.config.data import split_shares
 from megatron_moe.config.pace import Consumed
 from megatron_moe.config.run import RunConfig
+from megatron_moe.conversion.hf.start import fill, open_start
 from megatron_moe.model.gpt import GPT
 from megatron_moe.optimizer.loss_scale import LossScale
 from megatron_moe.training.distributed import World
@@ -101,6 +103,13 @@ def _mtp_notes(run: RunConfig, meta: dict[str, Any]) -> Iterator[str]:
     if then != now:
         what = f"{now - then} of them start from initial weights" if now > then else f"{then - now} of the checkpoint's are left out"
         yield f"--mtp-num-layers is {now} and was {then} when the checkpoint was saved: {what}"
+
+
+def start_from_folder(prepared: Prepared, model: GPT, world: World) -> list[str]:
+    """Fill the model from the folder of --load-hf, in any layout; each rank reads what it holds. Collective. Returns notes."""
+    source, ranks = open_start(prepared.run), Ranks(world.cpu_group)
+    ranks.all(f"reading {source.path}", lambda: fill(model, source))
+    return list(source.notes)
 
 
 def _data_notes(prepared: Prepared, meta: dict[str, Any], world: World) -> Iterator[str]:

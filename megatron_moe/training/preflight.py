@@ -14,6 +14,7 @@ from megatron_moe.checkpoint.preflight import checkpoint_problems, dense_problem
 from megatron_moe.config.data import MOCK_VOCAB_SIZE
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.run import RunConfig
+from megatron_moe.conversion.hf.start import open_start
 from megatron_moe.data.loader import data_problems
 from megatron_moe.optimizer.apex_adam import apex_problems
 from megatron_moe.optimizer.schedule import build_schedule
@@ -52,6 +53,7 @@ def prepare(run: RunConfig, world_size: int) -> Prepared:
     described = dataclasses.asdict(run.tokenizer) | {"fingerprint": fingerprint}
     prepared = Prepared(run, vocab_size, tokenizer.eod if tokenizer else -1, described)
     problems += checkpoint_problems(run, prepared.architecture)
+    problems += start_problems(run)
     if run.upcycling.moe_use_upcycling:
         problems += dense_problems(run, run.dense().architecture(vocab_size), fingerprint)
     if run.distillation.is_on and run.distillation.load_teacher:
@@ -64,6 +66,17 @@ def prepare(run: RunConfig, world_size: int) -> Prepared:
     if problems:
         raise ConfigError(problems)
     return prepared
+
+
+def start_problems(run: RunConfig) -> list[str]:
+    """What is wrong with the folder of --load-hf."""
+    if not run.checkpoint.load_hf:
+        return []
+    try:
+        open_start(run)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def vocab_size_of(run: RunConfig, tokenizer: Tokenizer | None) -> int:

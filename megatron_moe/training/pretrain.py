@@ -38,7 +38,7 @@ from megatron_moe.optimizer.schedule import LearningRateSchedule, WeightDecaySch
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
 from megatron_moe.parallel.offload import offload_warnings
 from megatron_moe.parallel.pipeline import PipelinedGPT
-from megatron_moe.training.checkpoints import Progress, contents, describe, resume
+from megatron_moe.training.checkpoints import Progress, contents, describe, resume, start_from_folder
 from megatron_moe.training.distillation import Distillation, build_teacher, load_teacher
 from megatron_moe.training.distributed import World, end_distributed, explain_lost_rank, in_turn, init_distributed
 from megatron_moe.training.evaluate import evaluate
@@ -163,6 +163,12 @@ def set_up(
         tracker.event("load", iteration=progress.iteration, path=path)
         total = config.train_iterations(world.size, progress.consumed)
         tracker.set_length(total)
+        if config.checkpoint.load_hf:
+            tell_notes(tracker, [f"--load-hf {config.checkpoint.load_hf} is for a first start: the run goes on from {path}"])
+    elif config.checkpoint.load_hf:
+        for note in start_from_folder(prepared, model, world):
+            logger.info(note)
+        tracker.event("load", path=config.checkpoint.load_hf)  # no iteration: it is none of this run
     if saver:
         saver.go_on_from(progress.iteration)
     distillation = set_up_distillation(prepared, mesh, world, progress, tracker)

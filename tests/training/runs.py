@@ -34,9 +34,9 @@ def write_text(prefix: Path, documents: int = 40, vocab_size: int = 64) -> Path:
     return prefix
 
 
-def train_here(flags: str) -> dict:
+def train_here(flags: str, small: str = SMALL) -> dict:
     """Run to its end on the ranks of this pool; returns its progress and every tensor as a whole."""
-    parsed = parse_args(f"{SMALL} {flags}".split())
+    parsed = parse_args(f"{small} {flags}".split())
     check_to_train(parsed, dist.get_world_size())
     prepared = prepare(parsed.run, dist.get_world_size())
     world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), dist.group.WORLD)

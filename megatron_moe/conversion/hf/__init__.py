@@ -7,6 +7,7 @@
     source.py      reading
     folder.py      writing
     tokenizer.py   the tokenizer's files
+    start.py       training from a folder
 
 A new architecture is a name map in names.py and a pair of functions in families.py.
 """

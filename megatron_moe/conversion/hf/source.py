@@ -79,6 +79,16 @@ class HFSource:
             self._compare_copy(name, out[: places.vocab])
         return out
 
+    def read_part(self, name: str, where: tuple[slice, ...]) -> Tensor:
+        """A part of a tensor; of a stack only its experts are read."""
+        import torch
+
+        places = self._map[name]
+        if not places.is_stack:
+            return self._read(name)[where]
+        mine = places.of[where[0]]
+        return torch.stack([cut(whole, place)[where[1:]] for whole, place in zip(self._whole(mine), mine)])
+
     def _whole(self, places: Sequence[Place]) -> Iterator[Tensor]:
         return read_tensors(self.path, [self._stored[place.name] for place in places])
 

@@ -30,7 +30,7 @@ class FoundTokenizer:
 
 def find_tokenizer(directory: Path, vocab_size: int) -> FoundTokenizer:
     """Of a folder. ConfigError when it has more tokens than the model has rows."""
-    config = _config_of(directory.resolve())
+    config = tokenizer_config(directory)
     if config.kind is None:
         return FoundTokenizer(config, None, None, [f"{directory} holds no tokenizer"])
     try:
@@ -45,7 +45,9 @@ def find_tokenizer(directory: Path, vocab_size: int) -> FoundTokenizer:
     return FoundTokenizer(config, tokenizer.fingerprint, tokenizer.eod, [])
 
 
-def _config_of(directory: Path) -> TokenizerConfig:
+def tokenizer_config(directory: Path) -> TokenizerConfig:
+    """How to build the tokenizer of a folder; without a kind when there is none."""
+    directory = directory.resolve()
     if (directory / "tokenizer.json").is_file():
         return TokenizerConfig(tokenizer_type="HFTokenizer", tokenizer_model=str(directory / "tokenizer.json"))
     if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
