@@ -12,9 +12,7 @@ from torch import Tensor
 
 from megatron_moe.checkpoint.files import CheckpointError, read_manifest, run_directory
 from megatron_moe.checkpoint.find import find_checkpoint
-from megatron_moe.checkpoint.load import load_tensors
 from megatron_moe.checkpoint.ranks import Ranks
-from megatron_moe.checkpoint.state import model_state
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.upcycling import inexact_because
 from megatron_moe.conversion.native import NativeSource
@@ -68,12 +66,8 @@ def compare_with_dense(
 
     For that long the dense model is there too: less than what the optimizer will take. A pipeline gives losses instead of logits.
     """
-    dense = build_sharded_model(prepared.run.dense(), prepared.vocab_size, mesh)
-    dense.to_empty(device=world.device)
-    load_tensors(upcycled.source.path, model_state(dense), ["model."], world.cpu_group)
     batch = part_of(batch.to(world.device), None, mesh)[0]
-    expected = answers(dense, batch)
-    del dense
+    expected = answers(load_dense(prepared, upcycled, mesh, world), batch)
     with dropless(model):
         found = answers(model, batch)
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
@@ -82,6 +76,15 @@ def compare_with_dense(
     dist.all_reduce(sums, dist.ReduceOp.MAX)
     tokens = batch.tokens.numel() * mesh.size("dp") * mesh.size("cp")
     return Difference(*sums.tolist(), tokens, "losses of tokens" if isinstance(model, PipelinedGPT) else "logits")
+
+
+def load_dense(prepared: Prepared, upcycled: Upcycled, mesh: ParallelMesh, world: World) -> GPT | PipelinedGPT:
+    """The dense model in the layout of the run. Collective."""
+    run = prepared.run.dense()
+    model = build_sharded_model(run, prepared.vocab_size, mesh)
+    model.to_empty(device=world.device)
+    Ranks(world.cpu_group).all("loading the dense model", lambda: fill(model, upcycled.source, run))
+    return model
 
 
 def answers(model: GPT | PipelinedGPT, batch: Batch) -> Tensor | None:

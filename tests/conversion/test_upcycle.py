@@ -107,6 +107,9 @@ EXACT = {
                         "moe_router_group_topk": 2},
     "parts, residual": {"num_experts": (4, 4, 8), "moe_upcycling_granularity": 2, "moe_ffn_hidden_size": 16, "mlp_type": "residual"},
     "dense layers between": {"expert_interval": 2, "num_layers": 4},
+    "norms of q and k, sinks, windows": {"qk_layernorm": True, "softmax_type": "learnable", "window_size": 4, **SWIGLU},
+    "latent attention, first layer dense": {"multi_latent_attention": True, "kv_lora_rank": 8, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4,
+                                            "v_head_dim": 8, "moe_first_k_dense_replace": 1, "position_embedding_type": "rope", **SWIGLU},
     "tied, learned positions": {"position_embedding_type": "learned_absolute", "untie_embeddings_and_output_weights": False},
 }  # fmt: skip
 

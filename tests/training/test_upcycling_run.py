@@ -103,6 +103,35 @@ def test_every_layout_starts_with_the_model_of_one_process(world, kind, layout, 
         assert there["difference"] > 1e-3
 
 
+MIXTRAL = "--swiglu --disable-bias-linear --normalization RMSNorm"
+
+
+@pytest.fixture(scope="module")
+def dense_mixtral(tmp_path_factory):
+    save = tmp_path_factory.mktemp("dense") / "run"
+    run_distributed(start_here, 1, f"{SIZES} {MIXTRAL} --train-iters 2 --save {save}", True)
+    return save
+
+
+@pytest.mark.parametrize(
+    ("world", "flags", "at_most"),
+    [
+        (1, "--moe-upcycling-router-std 0", 0),
+        (2, "--moe-upcycling-router-std 0 --bf16 --moe-expert-parallel-size 2", 0),
+        (1, "", 1e-6),
+        (1, "--fp16 --fp16-master-weights-and-grads", 1e-2),
+    ],
+)
+def test_experts_like_mixtrals_begin_with_the_logits_of_the_dense_model(world, flags, at_most, dense_mixtral, tmp_path):
+    """Bit for bit where all scores are equal, in float32 and bfloat16; the capacity of 1 token that drops most does not count here."""
+    experts = (
+        "--moe-use-upcycling --num-experts 8 --topk 2 --moe-router-normalize chosen --moe-eval-capacity-factor 0.1 --moe-min-capacity 1"
+    )
+    flags = f"{SIZES} {MIXTRAL} {experts} --load {dense_mixtral} --save {tmp_path} --train-iters 1 {flags}"
+    run_distributed(start_here, world, flags)
+    assert reported(tmp_path)["difference"] <= at_most
+
+
 def test_it_trains_from_there_with_a_fresh_optimizer_and_goes_on_as_any_run(dense, tmp_path):
     flags = f"{EXPERTS} --moe-expert-parallel-size 2"
     start(2, f"{flags} --load {dense} --save {tmp_path / 'a'} --train-iters 2", trains=True)
