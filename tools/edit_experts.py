@@ -363,7 +363,7 @@ def prepare(action: str, config: EditConfig, own: Any) -> Work:
         raise ConfigError(problems)
     tensors_to_write(source, has_optimizer(source))  # does it hold what it says?
     run = run_of(source)
-    before = {i: n for i, n in enumerate(run.moe.experts_per_layer(run.model.num_layers), start=1) if n > 1}
+    before = {i: n for i, n in enumerate(run.experts_of_blocks(), start=1) if n > 1}
     if not before:
         raise ConfigError([f"{source.path}: is a dense model, without experts; --moe-use-upcycling of pretrain_gpt_moe.py makes some"])
     tokens, text = tokens_to_read(config, source, run)
@@ -400,6 +400,9 @@ def plan(action: str, own: Any, before: dict[int, int], loads: Loads | None, of:
         if loads is None:
             raise ConfigError([f"the load of the experts is not known: {of}; give --text FILE or --data-prefix PREFIX to measure it"
                                + (", or --equal-weights" if action == "merge" else "")])  # fmt: skip
+        if ahead := sorted(before.keys() - loads.keys()):
+            raise ConfigError([f"layer {_numbers(ahead)}, of multi-token prediction, does not run on a text, so its load is not known; leave "
+                               "--text and --data-prefix out where the run has logged it, or name experts by --experts or --pairs"])  # fmt: skip
         return loads
 
     if action == "prune":

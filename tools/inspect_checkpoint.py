@@ -187,7 +187,7 @@ def tree_rows(tensors: Tensors, whole: bool) -> Iterator[tuple[str, ...]]:
         yield total_row(section, members)
         if section.startswith("optimizer.") and not whole:
             continue
-        for layer in sorted(layers, key=lambda name: [int(part) if part.isdigit() else -1 for part in name.split(".")]):
+        for layer in sorted(layers, key=lambda name: [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]):
             if layer:
                 yield total_row(f"  {layer}", list(layers[layer].values()))
             indent = "    " if layer else "  "

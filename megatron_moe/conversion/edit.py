@@ -40,7 +40,9 @@ from megatron_moe.utils.random import named_generator
 
 MEANS = ("exp_avg", "momentum_buffer")  # of gradients: a new expert has none so far
 SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
-_PER_EXPERT = re.compile(r"(?:model|optimizer\.(\w+))\.(layers\.(\d+)\.moe\.(?:experts\.\w+|gate\.weight|gate\.expert_bias))")
+_PER_EXPERT = re.compile(
+    r"(?:model|optimizer\.(\w+))\.((?:layers\.(\d+)|mtp\.(\d+)\.block)\.moe\.(?:experts\.\w+|gate\.weight|gate\.expert_bias))"
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Expert:
         return "+".join(str(old) for old, _ in self.parts) or "new"
 
 
-Edits = dict[int, tuple[Expert, ...]]  # layer -> all of its experts afterwards; other layers stay
+# Layer -> all of its experts afterwards; other layers stay. The block of module n of multi-token prediction is layer --num-layers + n.
+Edits = dict[int, tuple[Expert, ...]]
 
 
 def kept(experts: Sequence[int]) -> tuple[Expert, ...]:
@@ -110,7 +113,9 @@ def closest(similar: Tensor, keep: int) -> list[list[int]]:
 
 def similarities(source: Source, layer: int) -> Tensor:
     """[E, E] cosines of the experts' matrices, one stack in memory at a time. Neurons are compared by their place."""
-    names = [n for n in source.tensors if re.fullmatch(rf"model\.layers\.{layer}\.moe\.experts\.w\w*", n)]
+    last = source.meta["config"]["model"]["num_layers"]
+    block = f"layers.{layer}" if layer <= last else f"mtp.{layer - last}.block"
+    names = [n for n in source.tensors if re.fullmatch(rf"model\.{re.escape(block)}\.moe\.experts\.w\w*", n)]
     products: Tensor | float = 0.0
     for _, stack in source.read(names):
         flat = stack.flatten(1).double()
@@ -133,6 +138,12 @@ def edited_run(run: RunConfig, edits: Edits, topk: int | None = None) -> tuple[R
     if small := [f"{layer} ({n})" for layer, n in after.items() if n < 2]:
         raise ConfigError([f"a layer with experts has at least two, and of these fewer would be left: layer {', '.join(small)}"])
     counts = [after.get(layer, n) for layer, n in enumerate(before, start=1)]
+    for layer in range(len(before) + 1, len(before) + run.model.mtp_num_layers + 1):
+        if (here := after.get(layer, before[-1])) != counts[-1]:
+            raise ConfigError([
+                f"layer {layer} is a block of multi-token prediction, which has as many experts as the last layer, and would have {here} "
+                f"where layer {len(before)} has {counts[-1]}; edit both alike, as --keep, --count and all:... do"
+            ])  # fmt: skip
     probe = MoEConfig(
         num_experts=(2,), topk=1, expert_interval=run.moe.expert_interval, moe_first_k_dense_replace=run.moe.moe_first_k_dense_replace
     )
@@ -200,9 +211,10 @@ class EditedSource:
     def _place(self, name: str) -> tuple[str, str, int] | None:
         """(slot of the optimizer or "", parameter, layer) of what has a row per expert in an edited layer."""
         match = _PER_EXPERT.fullmatch(name)
-        if match is None or int(match[3]) not in self.edits or not self.source.tensors[name]["shape"]:
+        if match is None or not self.source.tensors[name]["shape"]:
             return None  # the number of steps is one for all
-        return match[1] or "", match[2], int(match[3])
+        layer = int(match[3]) if match[3] else self.run.model.num_layers + int(match[4])
+        return (match[1] or "", match[2], layer) if layer in self.edits else None
 
     def _entry(self, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         place = self._place(name)

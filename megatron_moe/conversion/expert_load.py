@@ -35,8 +35,8 @@ def recorded(metrics: Path, iteration: int, experts: dict[int, int]) -> tuple[Lo
 
 
 def measured(model: GPT) -> Loads:
-    """Of all that the model has been asked since it was made."""
-    return {moe.layer: (moe.stats.counts_E / moe.stats.counts_E.sum()).tolist() for moe in moe_layers(model)}
+    """Of all that the model has been asked since it was made; without the blocks of multi-token prediction, which answer nothing."""
+    return {moe.layer: (moe.stats.counts_E / moe.stats.counts_E.sum()).tolist() for moe in moe_layers(model) if moe.stats.sums is not None}
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conversion.small import save_small
+from conversion.small import native_tensors, save_small
 from distributed_pool import run_distributed
 from training import runs
 
@@ -132,6 +132,30 @@ def test_a_changed_byte_of_the_source_is_named(capsys, small, tmp_path):
     shard.write_bytes(content)
     code, _, err = edit(capsys, "prune", "--keep", 3, "--load", small, "--save", tmp_path / "new")
     assert code == 2 and "CRC-32 mismatch" in err and not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------- multi-token prediction
+
+
+def test_blocks_of_multi_token_prediction_keep_step_with_the_last_layer(capsys, tmp_path):
+    run = save_small(tmp_path / "run", num_experts=(4,), topk=1, mtp_num_layers=1)  # layer 3 is the module's
+    log_loads(run, [0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4], [0.3, 0.1, 0.2, 0.4])
+    code, out, err = edit(capsys, "prune", "--load", run, "--save", tmp_path / "new", "--keep", "2")
+    assert code == 0, err
+    before, after = (native_tensors(next(d.glob("iter_*"))) for d in (run, tmp_path / "new"))
+    for slot in ("model", "optimizer.exp_avg"):
+        for name in ("moe.gate.weight", "moe.experts.w1", "moe.experts.b2"):
+            for layer, rows in (("layers.1", [0, 1]), ("layers.2", [2, 3]), ("mtp.1.block", [0, 3])):
+                assert torch.equal(after[f"{slot}.{layer}.{name}"], before[f"{slot}.{layer}.{name}"][rows]), (slot, layer, name)
+    assert torch.equal(after["model.mtp.1.proj.weight"], before["model.mtp.1.proj.weight"])
+    code, _, err = edit(capsys, "prune", "--load", run, "--save", tmp_path / "other", "--experts", "2:0")
+    assert code == 2 and "layer 3 is a block of multi-token prediction" in err and "would have 4 where layer 2 has 3" in err
+    assert edit(capsys, "prune", "--load", run, "--save", tmp_path / "both", "--experts", "2:0", "3:1")[0] == 0
+    assert edit(capsys, "merge", "--load", run, "--save", tmp_path / "merged", "--keep", "3")[0] == 0
+    (tmp_path / "text").write_text("of which a module says nothing " * 20)
+    code, _, err = edit(capsys, "prune", "--load", run, "--save", tmp_path / "third", "--keep", "2", "--text", tmp_path / "text")
+    assert code == 2 and "layer 3, of multi-token prediction, does not run on a text" in err
+    assert len(generate(load_for_inference(tmp_path / "new").model, [[1, 2]], 3, SamplingConfig(greedy=True))[0]) == 3
 
 
 # ---------------------------------------------------------------- what comes after
