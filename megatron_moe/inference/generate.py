@@ -157,7 +157,9 @@ def prompt_problems(model: GPT, prompts: Prompts, max_new_tokens: int | Sequence
             problems.append(f"prompt {number} has the token {wrong[0]}, and the vocabulary goes from 0 to {model.vocab_size - 1}")
         if limit is not None and len(prompt) + new > limit:
             room = limit - len(prompt)
-            remedy = f"ask for {room} or fewer" if room > 0 else f"shorten the prompt to {max(limit - new, 0)} tokens or fewer"
+            remedy = f"ask for {room} or fewer" if room > 0 else f"shorten the prompt to {limit - new} tokens or fewer"
+            if room <= 0 and new >= limit:
+                remedy = f"shorten the prompt, and ask for {limit - 1} new tokens or fewer"
             problems.append(
                 f"prompt {number} has {len(prompt)} tokens; with {new} new ones that exceeds the {limit} learned positions "
                 f"of the model (max_position_embeddings); {remedy}"

@@ -69,6 +69,8 @@ def test_rotary_positions_go_beyond_what_was_trained_and_learned_ones_end():
         generate(small_model(**LEARNED), [[1], prompt], 5, GREEDY)
     with pytest.raises(ValueError, match="shorten the prompt to 19 tokens or fewer"):
         generate(small_model(**LEARNED), [[1] * 30], 5, GREEDY)
+    with pytest.raises(ValueError, match="shorten the prompt, and ask for 23 new tokens or fewer"):
+        generate(small_model(**LEARNED), [[1] * 30], 24, GREEDY)
 
 
 def test_what_cannot_be_continued_is_refused_before_the_model_runs():
