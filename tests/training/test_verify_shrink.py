@@ -134,6 +134,18 @@ def test_rows_that_travel_in_two_stages_still_do():
     assert small.run.expert_degrees() == [4] and small.run.node_size(4) == 2 and small.run.moe.moe_token_dispatcher == "hierarchical"
 
 
+def test_windows_and_full_layers_dense_and_sparse_ones_are_all_there():
+    flags = "--window-size 512 --window-attn-skip-freq 4 --moe-first-k-dense-replace 5 --expert-interval 1"
+    (small,) = fold(run_of(f"{BASE} --num-experts 8 --moe-expert-parallel-size 4 {flags}"), 8)
+    model, layers = small.run.model, range(1, small.run.model.num_layers + 1)
+    assert {model.window_of(layer) for layer in layers} == {5, None}
+    assert [n > 1 for n in small.run.moe.experts_per_layer(model.num_layers)] == [False, *[True] * (model.num_layers - 1)]
+    (small,) = fold(
+        run_of(f"{BASE} --num-experts 8 --moe-expert-parallel-size 4 --expert-interval 1 --window-size 512 --window-attn-skip-freq 2"), 8
+    )
+    assert [small.run.model.window_of(layer) for layer in (1, 2)] == [5, None] and small.run.model.num_layers == 2
+
+
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_every_upstream_command_has_a_small_model(name):
     run = parse_args(

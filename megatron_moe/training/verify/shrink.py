@@ -440,7 +440,8 @@ def _layers(run: RunConfig, student: RunConfig, interval: int, sizes: dict[int, 
     if all(n == 1 for n in slots):
         return (1,), _near(2, interval * stages)
     first = int(bool(dense))  # the first of the places for experts is dense
-    count = _near(len(slots) + first, stages)
+    has_both_windows = len({run.model.window_of(layer) for layer in range(1, len(experts) + 1)}) > 1
+    count = _near(max(len(slots) + first, 1 + has_both_windows), stages)
     has_tail = len(experts) % old and interval == 2 and pp == 1
     return tuple(slots[i % len(slots)] for i in range(count - first)), interval * count + bool(has_tail)
 
