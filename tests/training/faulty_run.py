@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -88,8 +89,15 @@ def slow_background_save():
     return mock.patch.object(CheckpointManager, "_written", look_slowly)
 
 
+@contextmanager
+def raises_during_a_save():
+    with slow_background_save(), on_rank_1_at_step_3(broken):
+        yield
+
+
 FAULTS = {
     "raises": lambda: on_rank_1_at_step_3(broken),
+    "raises during a save": raises_during_a_save,
     "hangs": lambda: on_rank_1_at_step_3(hanging),
     "stopped": lambda: on_rank_1_at_step_3(stopped),
     "killed": lambda: on_rank_1_at_step_3(killed),

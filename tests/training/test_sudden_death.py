@@ -158,7 +158,7 @@ def end_of_faulty_run(fault: str, flags: str, scratch: Path) -> str:
     """Two ranks under torchrun, one with a fault: that they end, and not with success, is asserted; returns the output."""
     process = launches.start(
         f"{launches.TINY} --train-iters 100 --save {scratch}/run --save-interval 1 {flags}",
-        ranks=2, scratch=scratch, program=launches.FAULTY, FAULT=fault,
+        ranks=2, scratch=scratch, program=launches.FAULTY, FAULT=fault, REACHED=f"{scratch}/reached",
     )  # fmt: skip
     try:
         code, text = launches.end(process, scratch)
@@ -170,10 +170,10 @@ def end_of_faulty_run(fault: str, flags: str, scratch: Path) -> str:
     return text
 
 
-@pytest.mark.parametrize("how", ["", pytest.param("--async-save", marks=pytest.mark.matrix)])
-def test_exception_on_one_rank_ends_all_and_is_named_in_the_summary(tmp_path, how):
+@pytest.mark.parametrize("fault, how", [("raises", ""), pytest.param("raises during a save", "--async-save", marks=pytest.mark.matrix)])
+def test_exception_on_one_rank_ends_all_and_is_named_in_the_summary(tmp_path, fault, how):
     """What is saved in the background at that moment is finished before the rank leaves."""
-    text = end_of_faulty_run("raises", how, tmp_path)
+    text = end_of_faulty_run(fault, how, tmp_path)
     summary = text[text.rindex("Root Cause") :]
     assert "rank      : 1" in summary and "OSError: [Errno 5] Input/output error: '/data/shard_7.bin'" in summary, text
     assert "rank 0 lost the connection to another rank" in text or "SIGTERM" in text, text
