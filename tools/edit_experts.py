@@ -54,6 +54,7 @@ class EditConfig:
     metrics: str | None = flag(None, "the log of the run, where its loads are; metrics.jsonl of --load when not given", metavar="FILE")
     topk: int | None = flag(None, "experts per token afterwards; as before when not given", names=("moe-router-topk",), minimum=1)
     seed: int = flag(1234, "of noise and new experts")
+    report: bool = flag(True, "compare logits and loss before and after, which takes memory for the model; off: tensor by tensor alone")
     verify: bool = flag(False, "read everything again and compare it bit by bit before the new directory gets its name")
     dry_run: bool = flag(False, "print the report and write nothing")
 
@@ -67,6 +68,8 @@ class EditConfig:
             yield "--save DIR is missing: a new directory; or give --dry-run"
         if self.text and self.data_prefix:
             yield "give either --text or --data-prefix, not both"
+        if not self.report and (self.text or self.data_prefix):
+            yield "--no-report reads no text; drop --text and --data-prefix, or have the report"
         if self.text and not Path(self.text).is_file():
             yield f"--text {self.text}: there is no such file"
 
@@ -353,10 +356,8 @@ def prepare(action: str, config: EditConfig, own: Any) -> Work:
     """Everything but writing; ConfigError with what is wrong."""
     from megatron_moe.conversion.convert import open_source, target_problems
     from megatron_moe.conversion.edit import EditedSource, edited_run
-    from megatron_moe.conversion.expert_load import measured, read_text
     from megatron_moe.conversion.fit import run_of, tensors_to_write
     from megatron_moe.conversion.source import total_size
-    from megatron_moe.model.plain import build_plain
 
     source = open_source("native", Path(config.load), config.iteration)
     if problems := source.file_problems("crc"):
@@ -366,29 +367,47 @@ def prepare(action: str, config: EditConfig, own: Any) -> Work:
     before = {i: n for i, n in enumerate(run.experts_of_blocks(), start=1) if n > 1}
     if not before:
         raise ConfigError([f"{source.path}: is a dense model, without experts; --moe-use-upcycling of pretrain_gpt_moe.py makes some"])
-    tokens, text = tokens_to_read(config, source, run)
-    model = build_plain(run, source.meta["vocab_size"]).to_empty(device="cpu").eval()
-    old_logits, old_loss = read_text(model, source, tokens)
-    if config.text or config.data_prefix:
-        loads, of = measured(model), f"measured on {tokens.numel()} tokens of {text}"
+    reading = Reading.of_source(config, source, run) if config.report else None
+    if reading is not None and (config.text or config.data_prefix):
+        loads, of = reading.loads, f"measured on {reading.tokens.numel()} tokens of {reading.text}"
     else:
         loads, of = recorded_loads(config, source, before)
-    del model
     edits = plan(action, own, before, loads, of, source)
     after, notes = edited_run(run, edits, config.topk)
     edited = EditedSource(source, after, edits, config.seed, action)
     if config.save and (problems := target_problems(Path(config.save), total_size(tensors_to_write(edited, has_optimizer(source))))):
         raise ConfigError(problems)
-    model = build_plain(after, source.meta["vocab_size"]).to_empty(device="cpu").eval()
-    new_logits, new_loss = read_text(model, edited, tokens)
-    difference = (new_logits - old_logits).abs().nan_to_num(float("inf")).max().item()
-    lines = [
-        f"load: {of}",
-        f"logits of {old_logits.shape[0] * old_logits.shape[1]} tokens of {text}: up to {difference:.3g} apart",
-        f"loss on {tokens.numel()} tokens of it: {old_loss:.4f} before, {new_loss:.4f} after, in nats per token",
-        *(f"note: {note}" for note in notes),
-    ]
+    lines = [f"load: {of}", *(reading.compared_with(edited, after) if reading else ()), *(f"note: {note}" for note in notes)]
     return Work(source, edited, before, loads, lines)
+
+
+class Reading(NamedTuple):
+    """What the model made of the text before it was edited."""
+
+    tokens: Tensor
+    text: str
+    logits: Tensor  # of the first rows
+    loss: float
+    loads: Loads
+
+    @classmethod
+    def of_source(cls, config: EditConfig, source: Source, run: RunConfig) -> Reading:
+        tokens, text = tokens_to_read(config, source, run)
+        return cls(tokens, text, *read_with(source, run, tokens))
+
+    def compared_with(self, edited: Source, run: RunConfig) -> Iterator[str]:
+        logits, loss, _ = read_with(edited, run, self.tokens)
+        difference = (logits - self.logits).abs().nan_to_num(float("inf")).max().item()
+        yield f"logits of {logits.shape[0] * logits.shape[1]} tokens of {self.text}: up to {difference:.3g} apart"
+        yield f"loss on {self.tokens.numel()} tokens of it: {self.loss:.4f} before, {loss:.4f} after, in nats per token"
+
+
+def read_with(source: Source, run: RunConfig, tokens: Tensor) -> tuple[Tensor, float, Loads]:
+    from megatron_moe.conversion.expert_load import measured, read_text
+    from megatron_moe.model.plain import build_plain
+
+    model = build_plain(run, source.meta["vocab_size"]).to_empty(device="cpu").eval()
+    return *read_text(model, source, tokens), measured(model)
 
 
 def has_optimizer(source: Source) -> bool:

@@ -104,10 +104,15 @@ def closest(similar: Tensor, keep: int) -> list[list[int]]:
     similar: [E, E], larger is more alike. Of equal ones the lowest numbers.
     """
     clusters = [[i] for i in range(len(similar))]
-    while len(clusters) > keep:
-        pairs = [(a, b) for a in range(len(clusters)) for b in range(a + 1, len(clusters))]
-        a, b = max(pairs, key=lambda pair: float(similar[clusters[pair[0]]][:, clusters[pair[1]]].mean()))
-        clusters[a] = clusters[a] + clusters.pop(b)
+    mean = similar.double().clone()  # between clusters; -inf: the same one, or gone into another
+    mean.fill_diagonal_(float("-inf"))
+    for _ in range(len(similar) - keep):
+        a, b = sorted(divmod(int(mean.argmax()), len(similar)))
+        share = len(clusters[a]) / (len(clusters[a]) + len(clusters[b]))
+        row = share * mean[a] + (1 - share) * mean[b]
+        mean[a], mean[:, a] = row, row
+        mean[b], mean[:, b], mean[a, a] = float("-inf"), float("-inf"), float("-inf")
+        clusters[a], clusters[b] = clusters[a] + clusters[b], []
     return [cluster for cluster in clusters if len(cluster) > 1]
 
 
@@ -118,8 +123,9 @@ def similarities(source: Source, layer: int) -> Tensor:
     names = [n for n in source.tensors if re.fullmatch(rf"model\.{re.escape(block)}\.moe\.experts\.w\w*", n)]
     products: Tensor | float = 0.0
     for _, stack in source.read(names):
-        flat = stack.flatten(1).double()
-        products = products + flat @ flat.t()
+        flat = stack.flatten(1)
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        products = products + (flat @ flat.t()).double()
     lengths = products.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     return products / lengths[:, None] / lengths
 

@@ -102,6 +102,9 @@ def test_the_most_similar_become_one():
     assert closest(similar, 3) == [[0, 2]]
     assert closest(similar, 2) == [[0, 2], [1, 3]]
     assert closest(similar, 4) == []
+    assert closest(similar, 1) == [[0, 2, 1, 3]]
+    # 1 and 2 first; then 0 is 0.5 from them on the mean, and 3 is 0.6
+    assert closest(torch.tensor([[1, 0.9, 0.1, 0.5], [0.9, 1, 0.95, 0.6], [0.1, 0.95, 1, 0.6], [0.5, 0.6, 0.6, 1]]), 2) == [[1, 2, 3]]
 
 
 def test_similarity_is_the_cosine_of_all_matrices(saved):

@@ -92,6 +92,13 @@ def test_every_action_says_what_it_did(capsys, small, tmp_path):
     assert [experts_of(tmp_path / str(i)) for i in range(3)] == [[4, 3], [5, 4], [4, 6]]
 
 
+def test_without_a_report_no_model_is_built(capsys, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(edit_experts, "read_with", lambda *_: pytest.fail("a model was built"))
+    code, out, _ = edit(capsys, "prune", "--load", small, "--save", tmp_path / "new", "--keep", 3, "--no-report")
+    assert code == 0 and "load: the mean of 1 logged steps" in out and "logits" not in out
+    assert "--no-report reads no text" in edit(capsys, "prune", "--load", small, "--keep", 3, "--no-report", "--data-prefix", "x")[2]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
