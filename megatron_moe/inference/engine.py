@@ -34,6 +34,7 @@ from megatron_moe.config.sampling import SamplingConfig
 from megatron_moe.inference.generate import Prompts, prompt_problems, start, stream
 from megatron_moe.inference.layout import ONE_PROCESS, Layout
 from megatron_moe.inference.load import Loaded, load_for_inference
+from megatron_moe.inference.sampling import Sampling
 from megatron_moe.inference.scoring import Row, Score, row_problems, score_rows
 from megatron_moe.inference.text import TextStream, TokenIds
 
@@ -115,13 +116,14 @@ class Engine:
     def stream(
         self,
         requests: Sequence[Request],
-        sampling: SamplingConfig,
+        sampling: Sampling,
         generator: torch.Generator | None = None,
         cancelled: Callable[[int], bool] = lambda row: False,
     ) -> Iterator[list[Piece]]:
         """Answers, a step at a time: the pieces of all requests that are not finished.
 
-        `generator`: of the draws; without it one with the seed of `sampling`. `cancelled(row)` is asked before every step, and
+        `generator`: of the draws; without it one with the seed of `sampling`. With a list in `sampling`, one per request, each
+        request draws from its own seed, whatever the others do. `cancelled(row)` is asked before every step, and
         closing the iterator cancels all. ValueError, before anything runs, for requests that `problems` names.
         """
         if problems := self.problems(requests):
@@ -129,15 +131,17 @@ class Engine:
         prompts = [self.encode(request.prompt) for request in requests]
         finished: set[int] = set()
         limits = [request.max_new_tokens for request in requests]
-        generator = generator or self.generator(sampling.seed)
+        generators = generator or (
+            self.generator(sampling.seed) if isinstance(sampling, SamplingConfig) else [self.generator(own.seed) for own in sampling]
+        )
         with self._call("stream", prompts, limits):
-            steps = stream(self.model, prompts, limits, sampling, self.loaded.eod, generator, finished)
+            steps = stream(self.model, prompts, limits, sampling, self.loaded.eod, generators, finished)
             try:
                 yield from self._pieces(steps, requests, prompts, finished, cancelled)
             finally:
                 steps.close()
 
-    def complete(self, requests: Sequence[Request], sampling: SamplingConfig, generator: torch.Generator | None = None) -> list[Answer]:
+    def complete(self, requests: Sequence[Request], sampling: Sampling, generator: torch.Generator | None = None) -> list[Answer]:
         """The whole answers."""
         answers = [Answer(self.encode(request.prompt)) for request in requests]
         for pieces in self.stream(requests, sampling, generator):

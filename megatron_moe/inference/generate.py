@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from megatron_moe.config.sampling import SamplingConfig
 from megatron_moe.inference.kv_cache import cached_attention
-from megatron_moe.inference.sampling import sample
+from megatron_moe.inference.sampling import Generators, Sampling, sample
 from megatron_moe.model.core import all_are_here
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.loss import mask_padding
@@ -51,15 +51,15 @@ def stream(
     model: GPT,
     prompts: Prompts,
     max_new_tokens: int | Sequence[int],
-    sampling: SamplingConfig,
+    sampling: Sampling,
     eod: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     finished: set[int] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yields the next token of every prompt, None where the text has ended; stops when all have. `max_new_tokens`: of all, or of each.
 
     An empty prompt starts from `eod`. Greedy tokens of a prompt do not depend on the others; draws do, as all come from one
-    `generator` (on the model's device). Between two steps the model belongs to this stream.
+    `generator` (on the model's device), unless each prompt has a config and a generator of its own. Between two steps the model belongs to this stream.
     The caller may add numbers of prompts (from 0) to `finished` between two steps: these end there.
 
     A model in a layout: every rank calls it with the same prompts. The draws of rank 0 count, what rank 0 has finished, and when
@@ -115,7 +115,7 @@ def agree_on_ended(model: GPT, ended_B: Tensor) -> Tensor:
     return flags_B.bool()
 
 
-def next_tokens_of(model: GPT, logits_Bv: Tensor, sampling: SamplingConfig, generator: torch.Generator | None) -> Tensor:
+def next_tokens_of(model: GPT, logits_Bv: Tensor, sampling: Sampling, generator: Generators) -> Tensor:
     """[B]. Under tensor parallelism a rank has some columns of the logits: they are put together."""
     if isinstance(model.project, VocabParallelProjection):
         logits_Bv = model.project.gather(logits_Bv)

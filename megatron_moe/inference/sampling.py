@@ -3,14 +3,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from megatron_moe.config.sampling import SamplingConfig
 
+Sampling = SamplingConfig | Sequence[SamplingConfig]  # of all rows, or of each
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
-def sample(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator | None = None) -> Tensor:
-    """Next tokens [B]. Columns of tokens that do not exist are -inf already (model.loss.mask_padding)."""
+
+def sample(logits_BV: Tensor, config: Sampling, generator: Generators = None) -> Tensor:
+    """Next tokens [B]. Columns of tokens that do not exist are -inf already (model.loss.mask_padding).
+
+    One config and one generator per row: what a row draws does not depend on the rows beside it.
+    """
+    if not isinstance(config, SamplingConfig):
+        rows = zip(logits_BV.split(1), config, generator, strict=True)
+        return torch.cat([sample(logits_1V, own, draws) for logits_1V, own, draws in rows])
     if config.greedy:
         return logits_BV.argmax(-1)
     return torch.multinomial(filtered(logits_BV, config).softmax(-1), 1, generator=generator).squeeze(1)

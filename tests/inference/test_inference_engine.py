@@ -105,3 +105,13 @@ def test_draws_repeat_with_the_seed():
     assert engine.complete([Request([7], 12)], warm, engine.generator(4))[0].tokens != first
     assert max(first) < VOCAB
     assert torch.is_grad_enabled()
+
+
+def test_with_a_seed_of_its_own_a_request_draws_the_same_whatever_is_beside_it():
+    engine, warm = engine_of(), SamplingConfig(temperature=2.0, seed=3)
+    alone = engine.complete([Request([7], 12)], [warm])[0].tokens
+    beside = [SamplingConfig(seed=4), warm, GREEDY, warm]
+    answers = engine.complete([Request([1, 2], 15), Request([7], 12), Request([7], 12), Request([7], 12)], beside)
+    assert [answers[1].tokens, answers[3].tokens] == [alone, alone]
+    assert answers[2].tokens == generate(engine.model, [[7]], 12, GREEDY)[0]
+    assert alone == engine.complete([Request([7], 12)], warm)[0].tokens

@@ -1,0 +1,1 @@
+"""Answers over HTTP: `protocol` (JSON <-> requests) <- `scheduler` (whose turn it is) <- `service` (what an endpoint does) <- `server` (sockets)."""
