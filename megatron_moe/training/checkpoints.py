@@ -109,7 +109,11 @@ def start_from_folder(prepared: Prepared, model: GPT, world: World) -> list[str]
     """Fill the model from the folder of --load-hf, in any layout; each rank reads what it holds. Collective. Returns notes."""
     source, ranks = open_start(prepared.run), Ranks(world.cpu_group)
     ranks.all(f"reading {source.path}", lambda: fill(model, source))
-    return list(source.notes)
+    modules = prepared.run.model.mtp_num_layers
+    return [
+        *source.notes,
+        *([f"--mtp-num-layers {modules}: the folder has no such modules, they start from initial weights"] if modules else []),
+    ]
 
 
 def _data_notes(prepared: Prepared, meta: dict[str, Any], world: World) -> Iterator[str]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from test_gpt_model import MODERN, batch, build, config, experts
 
+from megatron_moe.arguments import parse_args
 from megatron_moe.data.batch import Batch, look_ahead
 from megatron_moe.model.attention import Context
 from megatron_moe.model.flops import flops_per_token, layer_flops, logit_flops, parameter_counts
@@ -202,3 +203,13 @@ def test_nothing_of_the_last_places_reaches_a_counted_loss():
         before, after = ((gpt(b.tokens, b.position_ids, labels) * b.loss_mask) for labels in (b.labels, changed))
     assert torch.equal(before, after)
     assert F.pad(torch.ones(2, 10), (0, 2)).equal(b.loss_mask[:, 2])
+
+
+def test_the_module_of_deepseek_v3_has_the_published_size():
+    """Its folder is said to hold 685B: 671B of the model and 14B of the module, token vectors and head in it once more."""
+    run = parse_args(
+        ["--preset", "deepseek-v3", "--mtp-num-layers", "1", "--mock-data", "--train-iters", "1", "--vocab-size", "129280"]
+    ).run
+    counts = parameter_counts(run.model, run.moe, 129280)
+    assert counts.total - counts.mtp == pytest.approx(671e9, abs=0.5e9)
+    assert counts.total + 2 * counts.head == pytest.approx(685e9, abs=0.6e9)

@@ -66,6 +66,16 @@ def test_training_starts_with_the_weights_of_the_folder_in_any_layout(world, fla
 
 
 @pytest.mark.distributed
+def test_modules_of_multi_token_prediction_start_from_initial_weights(folder, text, tmp_path, capsys):
+    assert convert(capsys, "hf", "native", folder, tmp_path / "native")[0] == 0
+    expected = native_tensors(tmp_path / "native" / "iter_0000000")
+    tensors, _ = start(1, folder, tmp_path / "run", text, "--mtp-num-layers 1")
+    assert {name for name in tensors if ".mtp." not in name} == expected.keys()
+    assert all(torch.equal(tensors[name], t) for name, t in expected.items())
+    assert 0 < float(tensors["model.mtp.1.proj.weight"].std()) < 1 and bool((tensors["model.mtp.1.norm.weight"] == 1).all())
+
+
+@pytest.mark.distributed
 def test_the_run_goes_on_from_its_own_checkpoint_and_says_so(folder, text, tmp_path):
     flags = f"--load-hf {folder} --data-path {text} --save {tmp_path / 'run'} --load {tmp_path / 'run'} {TRAINING}"
     first = run_distributed(runs.train_here, 1, flags.replace("--lr 1e-30", "--lr 1e-2"), "")[0]

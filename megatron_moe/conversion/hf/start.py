@@ -20,6 +20,7 @@ FREE = {
     "hidden_dropout", "attention_dropout", "init_method_std", "moe_loss_coeff", "moe_token_dropping", "moe_top2_2nd_expert_sampling", "bf16",
     "seq_length",
 }  # fmt: skip
+_BESIDE = ("--moe-token-dropping", "--mtp-num-layers")  # what a folder does not say, or modules that training adds to its model
 _TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
 
 
@@ -55,7 +56,7 @@ def other_model(directory: Path, run: RunConfig) -> list[str]:
     return [
         f"{option} is {here.get(option)} in this command, and {there.get(option)} in {directory / 'config.json'}; drop what changes it"
         for option in {**here, **there}
-        if here.get(option) != there.get(option) and option != "--moe-token-dropping"
+        if here.get(option) != there.get(option) and option not in _BESIDE
     ]
 
 
@@ -68,16 +69,17 @@ def open_start(run: RunConfig) -> HFSource:
 
 
 def fill(model: nn.Module, source: HFSource) -> int:
-    """Every parameter and buffer of what is here of the model, sharded or not; returns how many. Not collective.
+    """Every parameter and buffer of what is here of the model, sharded or not; returns how many. Not collective. Modules of multi-token
+    prediction, for which such a folder has no names, stay as they are.
 
     One tensor after the other, and of a stack only the experts that are here: memory is the largest of them, beside what is filled.
     """
     import torch
 
-    from megatron_moe.checkpoint.state import model_state
+    from megatron_moe.checkpoint.state import MTP, model_state
     from megatron_moe.utils.dtensor import local_part
 
-    targets = model_state(model)
+    targets = {name: tensor for name, tensor in model_state(model).items() if not name.startswith(MTP)}
     with torch.no_grad():
         for name, tensor in targets.items():
             local, where = local_part(tensor)
