@@ -11,6 +11,7 @@ Dashes and underscores are the same in flag names. Nothing here imports torch.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import functools
@@ -227,6 +228,33 @@ def int_list(words: list[str]) -> tuple[int, ...]:
     if not numbers:
         raise ValueError("wants at least one number")
     return numbers
+
+
+def layer_pattern(words: list[str]) -> tuple[int, ...]:
+    """What `int_list` reads, and Megatron's expressions: `([1]*3+[0])*2` -> (1, 1, 1, 0, 1, 1, 1, 0)."""
+    text = " ".join(words).strip()
+    if "*" not in text and "+" not in text:
+        return int_list(words)
+    try:
+        return tuple(_repeated(ast.parse(text, mode="eval").body))
+    except (SyntaxError, ValueError, RecursionError):
+        raise ValueError(
+            f"wants whole numbers such as 4 or 1 1 0, or lists that are repeated and joined such as ([1]*3+[0])*2, not {text!r}"
+        ) from None
+
+
+def _repeated(node: ast.expr) -> list[int]:
+    """The value of an expression of lists, + and *; nothing else is evaluated."""
+    match node:
+        case ast.List(elts=elements) if all(isinstance(e, ast.Constant) and type(e.value) is int for e in elements):
+            return [e.value for e in elements]
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _repeated(left) + _repeated(right)
+        case ast.BinOp(left=left, op=ast.Mult(), right=ast.Constant(value=int(times))) if times <= 10_000:  # layers, not bytes
+            numbers = _repeated(left) * times
+            if len(numbers) <= 10_000:
+                return numbers
+    raise ValueError
 
 
 _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf$|-nan$", re.IGNORECASE)

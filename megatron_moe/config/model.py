@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_moe.config.flags import checked, fields_of, flag, int_list
+from megatron_moe.config.flags import checked, fields_of, flag, layer_pattern
 
 # Settings that do something only beside another one: the switch, and whether it is on.
 _SETTINGS_OF = {
@@ -83,7 +83,7 @@ class ModelConfig:
         "--window-size L,0 is L + 1 here)", minimum=1)  # fmt: skip
     window_attn_skip_freq: tuple[int, ...] | None = flag(
         None, "layers without the window: one number N makes every N-th layer full, a list has 1 for each layer with the window and 0 for "
-        "each without; none when not given", parse=int_list, metavar="N")  # fmt: skip
+        "each without, also as ([1]*3+[0])*2; none when not given", parse=layer_pattern, metavar="N")  # fmt: skip
     softmax_type: Literal["vanilla", "learnable"] = flag(
         "vanilla", "learnable: a logit per head takes part in the softmax of attention and has no value (attention sinks, gpt-oss)"
     )

@@ -49,6 +49,23 @@ def test_a_setting_without_its_switch_is_warned_about(flags, said):
     assert any(said in warning for warning in parsed(flags).warnings)
 
 
+@pytest.mark.parametrize(
+    ("given", "pattern"),
+    [("4", (4,)), ("1 0 1 1", (1, 0, 1, 1)), ("[1,0,1,1]", (1, 0, 1, 1)), ("[1]*3+[0]", (1, 1, 1, 0)), ("([0]+[1])*2", (0, 1, 0, 1))],
+)
+def test_a_pattern_of_layers_is_read_as_megatron_writes_it(given, pattern):
+    run = parse_args([*TINY.split(), "--window-size", "8", "--window-attn-skip-freq", *given.split()]).run
+    assert run.model.window_attn_skip_freq == pattern
+
+
+@pytest.mark.parametrize(
+    "given", ["[1]*(3", "[1]*3+x", "__import__('os')*2", "[1]*100000000", "([1]*9999)*9999", "3*4", "[1.5]*4", "[1]*-1+[0"]
+)
+def test_what_is_no_pattern_is_refused(given):
+    with pytest.raises(ConfigError, match=r"--window-attn-skip-freq: .*such as \(\[1\]\*3\+\[0\]\)\*2"):
+        parse_args([*TINY.split(), "--window-size", "8", "--window-attn-skip-freq", given])
+
+
 def test_all_mistakes_are_said_at_once():
     with pytest.raises(ConfigError) as refused:
         parsed(

@@ -96,3 +96,22 @@ def test_six_flops_per_parameter_and_token_is_close_for_a_large_model():
     model = ModelConfig(num_layers=24, hidden_size=2048, num_attention_heads=16, max_position_embeddings=2048)
     counts = parameter_counts(model, MoEConfig(), 50257)
     assert flops_per_token(model, MoEConfig(), 2048, 50257) == pytest.approx(6 * counts.total, rel=0.1)
+
+
+def test_a_window_leaves_the_flops_of_what_it_shows():
+    """Four tokens that see 1, 2, 2, 2 with a window of 2: the formula is the area of a triangle without its corner, 2 * 4 - 2 of 16."""
+    plain, windowed = (flops_per_token(small(**w), MoEConfig(), 4, 10) for w in ({}, {"window_size": 2}))
+    width = 2 * (4 + 4)  # heads x channels of keys and values
+    assert plain - windowed == pytest.approx(3 * 2 * 2 * width * (4 / 2 - (2 - 2 * 2 / 8)))
+    every_other = flops_per_token(small(window_size=2, window_attn_skip_freq=(2,)), MoEConfig(), 4, 10)
+    assert every_other == pytest.approx((plain + windowed) / 2)
+    assert flops_per_token(small(window_size=9), MoEConfig(), 4, 10) == plain
+
+
+def test_latent_attention_matches_the_sum_by_hand():
+    model = small(multi_latent_attention=True, q_lora_rank=3, kv_lora_rank=5, qk_head_dim=4, qk_pos_emb_head_dim=2, v_head_dim=7)
+    matrices = 8 * 3 + 3 * 2 * 6 + 8 * (5 + 2) + 5 * 2 * (4 + 7) + 2 * 7 * 8
+    layer = parameter_counts(model, MoEConfig(), 10).per_layer[0]
+    assert layer.attention == matrices + (3 + 12 + 7 + 22 + 8) + 2 * (3 + 5)  # biases; norms of the narrow vectors
+    forward = 2 * matrices + 2 * 2 * (6 + 7) * 6 / 2 + 2 * (8 * 32 + 32 * 8)
+    assert flops_per_token(model, MoEConfig(), 6, 10) == pytest.approx(3 * (2 * forward + 2 * 8 * 16))

@@ -123,6 +123,23 @@ def test_parameter_counts_equal_those_of_the_built_model(heads, kv_channels, lay
         assert layer.total == sum(p.numel() for p in block.parameters())
 
 
+@pytest.mark.parametrize("normalization", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"qk_layernorm": True, "num_key_value_heads": 2}, {"qk_layernorm": True, "qk_layernorm_scope": "hidden", "num_key_value_heads": 2},
+        {"add_qkv_bias": True, "num_key_value_heads": 1}, {"softmax_type": "learnable", "window_size": 3},
+        *({"multi_latent_attention": True, "q_lora_rank": narrow, "kv_lora_rank": 7, "qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head_dim": 5,
+           "position_embedding_type": "rope"} for narrow in (None, 9)),
+    ],
+)  # fmt: skip
+def test_parameter_counts_of_kinds_of_attention_equal_those_of_the_built_model(kind, has_bias, normalization):
+    model = ModelConfig(num_layers=2, hidden_size=24, num_attention_heads=4, normalization=normalization, add_bias_linear=has_bias, **kind)
+    gpt = build_on_meta(lambda: GPT(model, MoEConfig(), 30), torch.float32)
+    assert parameter_counts(model, MoEConfig(), 30).total == sum(p.numel() for p in gpt.parameters())
+
+
 def test_every_expert_interval_th_layer_is_moe_and_pyramids_grow():
     gpt = build(config(num_layers=6), experts((2, 4, 8)))
     assert {n: b.moe.num_experts for n, b in gpt.layers.items() if b.moe is not None} == {"2": 2, "4": 4, "6": 8}
