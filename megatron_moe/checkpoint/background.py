@@ -141,7 +141,8 @@ class _Writer(FileSystemWriter):
     """Learns where to write in the background: the making of a directory can take its time, too."""
 
     def __init__(self, begin: Callable[[], Place | None]):
-        super().__init__("to be told", **WRITER_OPTIONS)
+        # no copy ahead: with one, a thread that has set no device waits for streams of the first one, and takes memory there, on every rank
+        super().__init__("to be told", per_thread_copy_ahead=0, **WRITER_OPTIONS)
         self._begin, self.place = begin, None
 
     def reset(self, checkpoint_id: Any = None) -> None:

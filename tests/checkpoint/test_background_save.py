@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_pool import run_distributed
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter, filesystem
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from megatron_moe.checkpoint import files
@@ -158,6 +158,18 @@ def test_iteration_that_is_there_is_kept_and_never_replaced_by_another(tmp_path)
 
 
 # ---------------------------------------------------------------- the copy
+
+
+def _save_beside_a_device(directory) -> None:
+    """As torch does it where there is a GPU, without one."""
+    stream = mock.Mock(side_effect=AssertionError("what is written lies on the host: no stream is asked for"))
+    with mock.patch.object(torch.cuda, "is_available", return_value=True), mock.patch.object(filesystem, "_OverlappingCpuLoader", stream):
+        BackgroundSave(CheckpointManager(directory, group_of_saves()), Stager(), 10, {"model.w": torch.ones(8)}, {}).conclude()
+
+
+def test_nothing_is_asked_of_a_device_in_the_background(tmp_path):
+    run_distributed(_save_beside_a_device, 1, tmp_path)
+    assert find_checkpoint(tmp_path).iteration == 10
 
 
 def test_copy_is_made_once_and_its_memory_used_again():
