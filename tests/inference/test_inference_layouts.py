@@ -64,6 +64,11 @@ def _in_layout(directory, tp, ep, tokens):
         (2, 2, {}),
         pytest.param(1, 4, ROPE_GQA_SWIGLU, marks=pytest.mark.matrix),
         pytest.param(4, 2, {}, marks=pytest.mark.matrix),
+        # a cache of a window, sinks that tensor-parallel ranks share out, norms of q and k
+        pytest.param(2, 2, ROPE_GQA_SWIGLU | {"window_size": 3, "softmax_type": "learnable", "qk_layernorm": True}, marks=pytest.mark.matrix),
+        pytest.param(2, 2, {"position_embedding_type": "rope", "multi_latent_attention": True, "kv_lora_rank": 12, "qk_head_dim": 8,
+                            "qk_pos_emb_head_dim": 4, "v_head_dim": 6, "normalization": "RMSNorm", "add_bias_linear": False},
+                     marks=pytest.mark.matrix),
         pytest.param(2, 4, {"mlp_type": "standard", "moe_shared_expert_intermediate_size": 12, "moe_shared_expert_gate": True,
                             "moe_latent_size": 10}, marks=pytest.mark.matrix),
     ],
