@@ -31,7 +31,7 @@ _UNKNOWN = {
     "retro_add_retriever": "a retriever",
     "mem_efficient_ln": None,  # of kernels, not of the model
 }
-_TANH_GELU = ("bias_gelu_fusion", "openai_gelu", "onnx_safe")
+_TANH_GELU = ("bias_gelu_fusion", "openai_gelu")  # its kernel that adds the bias too is the approximation by tanh
 
 
 def plain_items(namespace: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def run_of_args(args: Mapping[str, Any], where: str, vocab_size: int, rows: int)
         problems.append(f"{where}: the model has no position embeddings at all (--no-position-embedding); rotary or learned ones are known")
     raw["position_embedding_type"] = "rope" if is_rotary else "learned_absolute"
     raw.pop("activation_func", None)
-    raw["activation_func"] = next((name for name in ("swiglu", "squared_relu") if args.get(name)), "gelu")
+    raw["activation_func"] = _activation(args)
     raw.setdefault("num_experts", [1])
     if args.get("tokenizer_type") not in {None, *FIELDS["tokenizer_type"].choices}:
         for name in ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model"):
@@ -92,10 +92,9 @@ def padding_multiple(args: Mapping[str, Any], vocab_size: int, rows: int) -> int
                        f"give --true-vocab-size, the vocabulary before padding"])  # fmt: skip
 
 
-def activation_notes(args: Mapping[str, Any]) -> Iterator[str]:
-    if not args.get("swiglu") and not args.get("squared_relu") and any(args.get(name) for name in _TANH_GELU):
-        yield (f"trained with the tanh approximation of GELU ({', '.join(n for n in _TANH_GELU if args.get(n))}), which is the exact one here: "
-               f"an activation differs by 5e-4 at most")  # fmt: skip
+def _activation(args: Mapping[str, Any]) -> str:
+    named = next((name for name in ("swiglu", "squared_relu") if args.get(name)), None)
+    return named or ("gelu_tanh" if any(args.get(name) for name in _TANH_GELU) else "gelu")
 
 
 # ---------------------------------------------------------------- the other way
@@ -124,14 +123,12 @@ def losses(run: RunConfig, vocab_size: int, **_: int | None) -> list[str]:
     """What a model of Megatron-DeepSpeed does not have, a sentence each."""
     lines = []
     if run.model.activation == "relu":
-        lines.append("--activation-func relu: its MLP has gelu, swiglu or squared_relu")
+        lines.append("--activation-func relu: its MLP has gelu, gelu_tanh, swiglu or squared_relu")
     wide = run.moe.moe_ffn_hidden_size
     if run.moe.has_experts and wide not in (None, run.model.ffn_size):
         lines.append(f"--moe-ffn-hidden-size {wide}: its experts are as wide as the MLP ({run.model.ffn_size})")
-    if run.moe.has_experts and run.moe.moe_router_normalize != "auto" and run.moe.normalize != _deepspeed_normalize(run.moe):
-        lines.append(
-            f"--moe-router-normalize {run.moe.moe_router_normalize}: its gate weights are those of {_deepspeed_normalize(run.moe)}"
-        )
+    if run.moe.has_experts and run.moe.normalize not in _deepspeed_normalize(run.moe):
+        lines.append(f"gate weights renormalised over {run.moe.normalize}: its are so over {' or '.join(_deepspeed_normalize(run.moe))}")
     for group, known in EXPRESSIBLE.items():
         if group is MoEConfig and not run.moe.has_experts:
             continue
@@ -139,13 +136,19 @@ def losses(run: RunConfig, vocab_size: int, **_: int | None) -> list[str]:
         lines += [
             f"{spec.option} {getattr(config, spec.name)}: it has nothing like it"
             for spec in fields_of(group)
-            if spec.name not in known | {"moe_ffn_hidden_size", "moe_router_normalize"} and getattr(config, spec.name) != spec.default
+            if spec.name not in known | _LOOKED_AT and getattr(config, spec.name) != spec.default
         ]
     return lines
 
 
-def _deepspeed_normalize(moe: MoEConfig) -> str:
-    return "none" if moe.topk == 1 else "survivors"
+_LOOKED_AT = {"moe_ffn_hidden_size", "moe_router_normalize", "moe_router_pre_softmax"}  # by lines of their own
+
+
+def _deepspeed_normalize(moe: MoEConfig) -> list[str]:
+    """Over what its gate renormalises. Where nothing is dropped, all that were chosen survive."""
+    if moe.topk == 1:
+        return ["none"]
+    return ["survivors"] if moe.moe_token_dropping else ["survivors", "chosen"]
 
 
 def args_of_run(
@@ -159,7 +162,8 @@ def args_of_run(
         "ffn_hidden_size": m.ffn_size, "vocab_size": vocab_size, "padded_vocab_size": rows, "swiglu": m.activation == "swiglu",
         "squared_relu": m.activation == "squared_relu", "normalization": m.normalization.lower(),
         "use_rotary_position_embeddings": m.position_embedding_type == "rope",
-        "add_position_embedding": m.position_embedding_type == "learned_absolute", "bias_gelu_fusion": False,
+        "add_position_embedding": m.position_embedding_type == "learned_absolute", "bias_gelu_fusion": m.activation == "gelu_tanh" and m.add_bias_linear,
+        "openai_gelu": m.activation == "gelu_tanh" and not m.add_bias_linear,
         "iteration": progress.get("iteration", 0), "consumed_train_samples": progress.get("consumed_samples", 0),
         "consumed_train_tokens": progress.get("consumed_tokens", 0), "consumed_valid_samples": 0, "pipeline_model_parallel_size": 1,
     } | degrees  # fmt: skip

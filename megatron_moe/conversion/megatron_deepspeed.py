@@ -35,7 +35,7 @@ from megatron_moe.checkpoint.files import TRACKER, CheckpointError, sync_directo
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.conversion import plain_data
-from megatron_moe.conversion.megatron_args import OWN_MULTIPLE, activation_notes, args_of_run, losses, plain_items, run_of_args
+from megatron_moe.conversion.megatron_args import OWN_MULTIPLE, args_of_run, losses, plain_items, run_of_args
 from megatron_moe.conversion.megatron_names import EXPERTS, Entry, Heads, entries, fit_rows, mp_ranks_of, parts, whole
 from megatron_moe.conversion.plain_data import Namespace
 from megatron_moe.conversion.source import ITEM_SIZE, Selection, Source, Tensors
@@ -202,7 +202,6 @@ def _opened(path: Path, true_vocab_size: int | None, model_args: Mapping[str, An
     version = float(first.get("checkpoint_version") or 0) if "checkpoint_version" in first else None
     if version is None:
         notes.append(f"{model_file(0)} names no checkpoint_version: heads are taken to be ordered as in version 3.0")
-    notes += activation_notes(args)
     heads = Heads(run.model.num_attention_heads, run.model.key_value_heads, run.model.head_dim, 3.0 if version is None else version)
     is_cut = run.parallel.enable_expert_tensor_parallelism and degree > 1
     layout = Layout(ranks, models, list(entries(run, is_cut)), heads, run.model.padded_vocab_size(vocab_size), is_cut)
@@ -621,7 +620,8 @@ class _Writing:
     def _read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         import torch
 
-        for name, tensor in self.selection.read(names):
+        for name in names:  # one at a time: a source may read together what it is asked for together
+            ((_, tensor),) = self.selection.read([name])
             before, after = self.selection.source.tensors[name]["dtype"], self.selection.tensors[name]["dtype"]
             if before != after and after == "float16" and torch.isinf(tensor).any():
                 raise ValueError(f"{name}: has numbers that float16 cannot hold (beyond 65504); choose --dtype bfloat16 or float32")
@@ -634,7 +634,10 @@ class _Writing:
         if not tensor.numel():
             return tensor.clone()
         self.kept += 1
-        place = torch.from_file(str(self.waiting / str(self.kept)), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        file = self.waiting / str(self.kept)
+        with open(file, "wb") as made:
+            os.posix_fallocate(made.fileno(), 0, tensor.nbytes)  # a full disk is an error here; in a mapped page it would be a signal
+        place = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype)
         return place.view(tensor.shape).copy_(tensor)
 
     def _forget(self) -> None:

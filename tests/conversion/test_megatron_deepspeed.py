@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import zipfile
@@ -21,7 +22,7 @@ from megatron_moe.conversion.megatron_names import mp_ranks_of
 
 MODERN = {
     "is_gated": True, "is_tied": False, "is_rotary": True, "has_bias": False, "norm": "rmsnorm", "groups": 2, "residual": False,
-    "topk": 2, "experts": (4, 4), "num_experts": (4,), "interval": 1,
+    "topk": 2, "experts": (1, 4), "num_experts": (4,),
 }  # fmt: skip
 PLANS = {
     "pyramid_residual": Plan(),
@@ -104,6 +105,28 @@ def test_partial_rotary_positions_are_known_there(tmp_path, capsys):
     assert to_theirs(capsys, tmp_path / "run", tmp_path / "two", "--target-tensor-parallel-size", "2", "--verify")[0] == 0
     args = content(tmp_path / "two" / "global_step30" / MODEL)["args"]
     assert (args.rotary_percent, args.rope_theta, args.use_rotary_position_embeddings) == (0.5, 500.0, True)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [({"bias_gelu_fusion": True}, "gelu_tanh"), ({"openai_gelu": True}, "gelu_tanh"), ({"onnx_safe": True}, "gelu"),
+     ({"squared_relu": True, "bias_gelu_fusion": True}, "squared_relu")],
+)  # fmt: skip
+def test_the_activation_is_that_of_their_kernels(theirs, ours, tmp_path, capsys):
+    """The kernel that adds the bias before GELU is the approximation by tanh."""
+    plan = Plan(experts=(1, 2), num_experts=(2,), args=theirs)
+    write_files(tmp_path / "old", plan, our_weights(plan))
+    assert to_native(capsys, tmp_path / "old", tmp_path / "run")[0] == 0
+    assert read_manifest(tmp_path / "run" / "iter_0000030").meta["config"]["model"]["activation_func"] == ours
+
+
+def test_an_activation_of_ours_is_found_again(tmp_path, capsys):
+    for name, has_bias in (("gelu_tanh", True), ("gelu_tanh", False), ("gelu", True)):
+        values = {"activation_func": name, "add_bias_linear": has_bias, "with_optimizer": False}
+        run = save_small(tmp_path / f"{name}_{has_bias}" / "run", **values)
+        assert to_theirs(capsys, run, run.parent / "there", "--verify")[0] == 0  # the logits: both by their own configuration
+        args = content(run.parent / "there" / "global_step10" / MODEL)["args"]
+        assert (args.bias_gelu_fusion, args.openai_gelu) == (name == "gelu_tanh" and has_bias, name == "gelu_tanh" and not has_bias)
 
 
 def test_a_run_that_is_told_to_load_such_files_says_what_to_do(two_ranks):
@@ -339,6 +362,20 @@ def test_numbers_too_large_for_float16_are_named(tmp_path, capsys):
     code, _, err = to_theirs(capsys, tmp_path / "run", tmp_path / "there", "--dtype", "float16")
     assert code == 2
     assert "model.layers.2.moe.experts.w2: has numbers that float16 cannot hold" in err
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
+    run = save_small(tmp_path / "run", with_optimizer=False)
+    rooms = iter(range(5))
+
+    def full_after_five(*_):
+        if next(rooms, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full_after_five)
+    code, _, err = to_theirs(capsys, run, tmp_path / "there")
+    assert (code, "No space left on device" in err) == (2, True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
 def test_a_degree_that_does_not_divide_is_refused(tmp_path, capsys):
