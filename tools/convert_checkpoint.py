@@ -101,10 +101,10 @@ class ConvertConfig:
     target_expert_tensor_parallel_size: int | None = flag(
         None, "to megatron-deepspeed: 1, or the tensor-parallel degree for --enable-expert-tensor-parallelism; as the run when not given",
         minimum=1)  # fmt: skip
-    hf_model_type: (
-        Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"]
-        | None
-    ) = flag(None, "hf: the architecture to write, by its model_type; the first that can say the whole model when not given")
+    hf_model_type: Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2",
+                           "deepseek_v3", "megatron_moe_gpt"] | None = flag(
+        None, "hf: the architecture to write, by its model_type; the first that can say the whole model when not given. megatron_moe_gpt "
+        "brings its own modelling file (trust_remote_code), for what transformers has no architecture for: residual layers, pyramids")  # fmt: skip
     make_vocab_size_divisible_by: int | None = flag(
         None, "from hf: pad the vocabulary to a multiple of this, with zeros (default: 128, as in training)", minimum=1
     )
@@ -347,7 +347,10 @@ def next_command(config: ConvertConfig) -> str:
             resume = f"--load {config.save} --finetune"
         return f"Next: python tools/generate_text.py --load {config.save} --prompt ...; or train on with {resume}"
     if config.to == "hf":
-        return f"Next: transformers.AutoModelForCausalLM.from_pretrained({config.save!r}), or vllm serve {config.save}"
+        load = "Next: transformers.AutoModelForCausalLM.from_pretrained"
+        if any(Path(config.save).glob("modeling_*.py")):
+            return f"transformers has no architecture for this model: the folder brings a modelling file.\n{load}({config.save!r}, trust_remote_code=True)"
+        return f"{load}({config.save!r}), or vllm serve {config.save}"
     return f"Next: python tools/inspect_checkpoint.py --load {config.save}"
 
 

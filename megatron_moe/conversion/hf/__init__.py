@@ -8,6 +8,7 @@
     folder.py      writing
     tokenizer.py   the tokenizer's files
     start.py       training from a folder
+    standalone/    configuration and model that an export brings along when transformers has no such architecture
 
 A new architecture is a name map in names.py and a pair of functions in families.py.
 """

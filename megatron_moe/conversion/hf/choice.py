@@ -15,7 +15,7 @@ from megatron_moe.config.flags import ConfigError, fields_of
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.run import RunConfig
-from megatron_moe.conversion.hf.families import FAMILIES, Family
+from megatron_moe.conversion.hf.families import FAMILIES, Family, scores_of
 from megatron_moe.conversion.hf.reader import Settings
 
 # Of a model: what only training, or the layout, looks at, and what `_DERIVED` says better.
@@ -43,6 +43,7 @@ def forward_settings(run: RunConfig) -> dict[str, Any]:
         out |= {s.option: getattr(moe, s.name) for s in fields_of(MoEConfig) if s.name not in _NOT_THE_FORWARD_PASS}
         policy = moe.moe_router_policy
         out["--moe-router-policy"] = "topk" if policy in _AS_TOP_K else policy
+        out["--moe-router-score-function"] = scores_of(run)
         out["--moe-router-normalize"] = "none" if moe.normalize == "none" else "chosen"
         out["--moe-ffn-hidden-size"] = moe.expert_ffn_size(m.ffn_size)
         out["--mlp-type"] = moe.mlp_type if moe.residual is None else f"{moe.mlp_type}, {moe.residual}"
@@ -151,14 +152,20 @@ def attempt(family: Family, run: RunConfig) -> Choice:
 
 
 def choose(run: RunConfig, vocab_size: int, model_type: str | None = None) -> Choice:
-    """The family that says the whole model, or `model_type`. ConfigError when there is none, or it cannot."""
+    """The first family that says the whole model, or `model_type`. ConfigError when there is none, or it cannot.
+
+    The last family is the one whose modelling file we write ourselves: for what transformers has no architecture for.
+    """
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=vocab_size))
     families = [FAMILIES[model_type]] if model_type else list(FAMILIES.values())
     attempts = [attempt(family, run) for family in families]
-    best = min(attempts, key=lambda a: (len(a.obstacles), len(a.losses)))  # the first of equals
-    if best.obstacles:
-        head = f"--to hf: this model cannot be a {best.family.model_type}" + (
-            "" if model_type else ", the nearest of transformers' architectures"
+    possible = [a for a in attempts if not a.obstacles]
+    if not possible:
+        which = (
+            f"this model cannot be a {model_type}"
+            if model_type
+            else "neither an architecture of transformers nor a folder of our own says this model"
         )
-        raise ConfigError([f"{head}: {obstacle}" for obstacle in best.obstacles])
+        raise ConfigError([f"--to hf: {which}: {obstacle}" for obstacle in attempts[-1].obstacles])
+    best = min(possible, key=lambda a: len(a.losses))  # the first of equals
     return best

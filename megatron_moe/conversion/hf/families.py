@@ -13,14 +13,15 @@ from typing import Any
 from megatron_moe.config.run import RunConfig
 from megatron_moe.conversion.hf import names
 from megatron_moe.conversion.hf.names import Names
-from megatron_moe.conversion.hf.reader import Settings
+from megatron_moe.conversion.hf.reader import MOST, Settings
 
 Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Family:
-    """`fused`: the map of files whose experts are one tensor per matrix (save_original_format=False); None: there are none."""
+    """`fused`: the map of files whose experts are one tensor per matrix (save_original_format=False); None: there are none.
+    `brings`: folder of this package whose files of Python go along, because transformers has none of this family."""
 
     model_type: str
     architecture: str
@@ -28,6 +29,7 @@ class Family:
     read: Callable[[Settings], Values]
     write: Callable[[RunConfig], Values]
     fused: Names | None = None
+    brings: str | None = None
 
 
 # ---------------------------------------------------------------- what most have in common
@@ -138,6 +140,13 @@ def write_experts(run: RunConfig) -> Values:
         "num_experts_per_tok": run.moe.topk, "router_aux_loss_coef": run.moe.moe_loss_coeff,
         "output_router_logits": False,
     }  # fmt: skip
+
+
+def scores_of(run: RunConfig) -> str:
+    """How logits become gate weights: a policy may have a way of its own (moe/policies/sinkhorn.py)."""
+    if run.moe.moe_router_policy == "sinkhorn":
+        return "sigmoid" if run.moe.topk == 1 else "softmax"
+    return run.moe.moe_router_score_function
 
 
 def most_experts(run: RunConfig) -> int:
@@ -385,6 +394,65 @@ def write_deepseek_v3(run: RunConfig) -> Values:
     }  # fmt: skip
 
 
+# ---------------------------------------------------------------- what transformers lacks: standalone/
+
+
+def read_standalone(c: Settings) -> Values:
+    """Everything that standalone/modeling_megatron_moe.py builds."""
+    layers, experts = c.count("num_hidden_layers"), c.wholes("experts_per_layer")
+    if len(experts) != layers or not all(1 <= n <= MOST for n in experts):
+        c.problem("experts_per_layer", f"has {len(experts)} numbers, not one from 1 to {MOST} for each of {layers} layers")
+        experts = [1] * layers
+    residual, norm, scores = c.text("residual", None), c.text("qk_norm", None), c.text("score_function", "softmax")
+    c.must_be("residual", "coefficient", "sum")
+    c.must_be("qk_norm", "head", "hidden")
+    c.must_be("score_function", "softmax", "sigmoid")
+    c.must_be("normalization", "LayerNorm", "RMSNorm")
+    c.must_be("activation", "gelu", "gelu_tanh", "relu", "squared_relu", "swiglu")
+    c.must_be("position_embedding_type", "learned_absolute", "rope")
+    values = {
+        "num_layers": layers, "hidden_size": c.whole("hidden_size"), "num_attention_heads": c.whole("num_attention_heads"),
+        "num_key_value_heads": c.whole("num_key_value_heads"), "kv_channels": c.whole("head_dim"), "ffn_hidden_size": c.whole("intermediate_size"),
+        "max_position_embeddings": c.whole("max_position_embeddings"), "vocab_size": c.whole("vocab_size"),
+        "position_embedding_type": c.text("position_embedding_type"), "rotary_base": c.number("rotary_base", 10000.0),
+        "normalization": c.text("normalization"), "layernorm_epsilon": c.number("norm_eps"), "activation_func": c.text("activation"),
+        "add_bias_linear": c.truth("use_bias"), "add_qkv_bias": c.truth("qkv_bias", False), "hidden_dropout": 0.0, "attention_dropout": 0.0,
+        "untie_embeddings_and_output_weights": not c.truth("tie_word_embeddings", True), "init_method_std": c.number("initializer_range", 0.02),
+        "qk_layernorm": norm is not None, "qk_layernorm_scope": norm or "head", "moe_token_dropping": False,
+    }  # fmt: skip
+    if max(experts) == 1:
+        return values
+    return values | {
+        "num_experts": tuple(experts), "expert_interval": 1, "topk": c.count("num_experts_per_tok"), "moe_top2_2nd_expert_sampling": False,
+        "moe_ffn_hidden_size": c.whole("moe_intermediate_size"), "mlp_type": "standard" if residual is None else "residual",
+        "moe_residual_combine": residual or "coefficient", "moe_latent_size": c.whole("latent_size", None),
+        "moe_shared_expert_intermediate_size": c.whole("shared_expert_intermediate_size", None),
+        "moe_shared_expert_gate": c.truth("shared_expert_gate", False), "moe_router_score_function": scores,
+        "moe_router_normalize": "chosen" if c.truth("norm_topk_prob") else "none",
+        "moe_router_topk_scaling_factor": c.number("routed_scaling_factor", 1.0), "moe_router_num_groups": c.count("n_group", None),
+        "moe_router_group_topk": c.count("topk_group", None), "moe_router_enable_expert_bias": c.truth("expert_bias", False),
+    }  # fmt: skip
+
+
+def write_standalone(run: RunConfig) -> Values:
+    m, moe = run.model, run.moe
+    return {
+        "auto_map": {"AutoConfig": "configuration_megatron_moe.MegatronMoEConfig", "AutoModelForCausalLM": "modeling_megatron_moe.MegatronMoEForCausalLM"},
+        "num_hidden_layers": m.num_layers, "hidden_size": m.hidden_size, "num_attention_heads": m.num_attention_heads,
+        "num_key_value_heads": m.key_value_heads, "head_dim": m.head_dim, "intermediate_size": m.ffn_size, "vocab_size": m.vocab_size,
+        "max_position_embeddings": m.max_position_embeddings, "position_embedding_type": m.position_embedding_type,
+        "rotary_base": m.rotary_base, "normalization": m.normalization, "norm_eps": m.layernorm_epsilon, "activation": m.activation,
+        "use_bias": m.add_bias_linear, "qkv_bias": m.add_qkv_bias, "qk_norm": m.qk_layernorm_scope if m.qk_layernorm else None,
+        "tie_word_embeddings": m.is_tied, "initializer_range": m.init_method_std,
+        "experts_per_layer": list(moe.experts_per_layer(m.num_layers)), "num_experts_per_tok": moe.topk,
+        "moe_intermediate_size": moe.expert_ffn_size(m.ffn_size), "residual": moe.residual, "latent_size": moe.moe_latent_size,
+        "shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size, "shared_expert_gate": moe.moe_shared_expert_gate,
+        "score_function": scores_of(run), "norm_topk_prob": moe.normalize != "none",
+        "routed_scaling_factor": moe.moe_router_topk_scaling_factor, "n_group": moe.moe_router_num_groups,
+        "topk_group": moe.moe_router_group_topk, "expert_bias": moe.moe_router_enable_expert_bias,
+    }  # fmt: skip
+
+
 FAMILIES: Mapping[str, Family] = {
     f.model_type: f
     for f in (
@@ -399,5 +467,6 @@ FAMILIES: Mapping[str, Family] = {
         Family("olmoe", "OlmoeForCausalLM", names.QWEN_MOE, read_olmoe, write_olmoe, names.QWEN_MOE),
         Family("deepseek_v2", "DeepseekV2ForCausalLM", names.DEEPSEEK, read_deepseek_v2, write_deepseek_v2, names.DEEPSEEK),
         Family("deepseek_v3", "DeepseekV3ForCausalLM", names.DEEPSEEK, read_deepseek_v3, write_deepseek_v3, names.DEEPSEEK),
+        Family("megatron_moe_gpt", "MegatronMoEForCausalLM", names.STANDALONE, read_standalone, write_standalone, brings="standalone"),
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,9 @@ def write(selection: Selection, directory: Path, journal: Journal | None = None,
     write_checksums(directory, journal.entries if journal else None)
     dtype = next(iter(theirs.values()))["dtype"]
     write_through(directory / "config.json", json.dumps(configuration(choice, source.meta, dtype), indent=2) + "\n")
+    if choice.family.brings:
+        for path in sorted((Path(__file__).parent / choice.family.brings).glob("*_megatron_moe.py")):
+            shutil.copyfile(path, directory / path.name)
     end = source.meta["eod"]
     if end >= 0:
         write_through(directory / "generation_config.json", json.dumps({"eos_token_id": end, "pad_token_id": end}, indent=2) + "\n")

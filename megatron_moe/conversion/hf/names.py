@@ -83,6 +83,16 @@ class Names:
         return Places(tuple(Place(layer + self.experts[key].format(e), True) for e in range(experts)), is_stack=True)
 
 
+@dataclass(frozen=True)
+class OwnNames(Names):
+    """Of the modelling file that we write ourselves (standalone/): our names and stacks, the head where transformers has it."""
+
+    def places(self, ours: str, entry: dict, vocab: int, is_fused: bool = False) -> Places | None:
+        if ours == "head.weight":
+            return Places((Place("lm_head.weight"),), vocab=vocab)
+        return Places((Place(f"model.{ours}"),), vocab=vocab if ours == "embedding.weight" else None)
+
+
 def theirs_shape(place: Place, places: Places, shape: list[int]) -> list[int]:
     """Of the whole tensor there, where ours is `shape`."""
     shape = list(shape[1:]) if places.is_stack else list(shape)
@@ -159,3 +169,4 @@ GPT2 = Names(
     thirds={f"attn.{x}_proj": ("attn.c_attn", i) for i, x in enumerate("qkv")}, is_conv1d=True,
     ignored=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
 )  # fmt: skip
+STANDALONE = OwnNames({}, "model.layers.{}.", {})
