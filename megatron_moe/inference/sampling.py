@@ -30,7 +30,9 @@ def sample(logits_BV: Tensor, config: Sampling, generator: Generators = None) ->
 def filtered(logits_BV: Tensor, config: SamplingConfig) -> Tensor:
     """Temperature, then top-k, then top-p of what top-k has left; float32 or wider."""
     logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
-    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / config.temperature  # largest 0: no overflow, however cold
+    # largest 0: no overflow, however cold; but what float32 rounds to 0 would make it 0 / 0
+    temperature = max(config.temperature, torch.finfo(torch.float32).tiny)
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature
     if 0 < config.top_k < logits_BV.shape[-1]:
         logits_BV = keep_top_k(logits_BV, config.top_k)
     if config.top_p < 1:
@@ -52,6 +54,7 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
     sorted_BV, ids_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
     probs_BV = sorted_BV.softmax(-1)
     before_BV = probs_BV.cumsum(-1) - probs_BV
-    before_BV[:, 0] = 0  # exactly: the likeliest token always stays
-    kept_BV = sorted_BV.masked_fill(before_BV >= p, float("-inf"))
+    is_out_BV = before_BV >= p
+    is_out_BV[:, 0] = False  # the likeliest token always stays, also when p is a 0 in float32
+    kept_BV = sorted_BV.masked_fill(is_out_BV, float("-inf"))
     return torch.empty_like(logits_BV).scatter(-1, ids_BV, kept_BV)

@@ -57,8 +57,9 @@ def test_temperature_comes_before_top_p():
     assert kept(filtered(LOGITS, SamplingConfig(temperature=0.5, top_p=0.7))) == [[1]]
 
 
-def test_a_tiny_temperature_is_greedy_and_finite():
-    probs = filtered(LOGITS, SamplingConfig(temperature=1e-30)).softmax(-1)
+@pytest.mark.parametrize("values", [{"temperature": 1e-30}, {"temperature": 1e-300}, {"top_p": 1e-30}, {"top_p": 1e-300}])
+def test_a_tiny_temperature_or_top_p_is_greedy_and_finite(values):
+    probs = filtered(LOGITS, SamplingConfig(**values)).softmax(-1)
     assert probs.tolist() == [[0, 1, 0, 0]]
 
 

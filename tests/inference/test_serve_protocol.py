@@ -86,7 +86,7 @@ def test_all_that_is_wrong_is_named_at_once():
         ("stop", 5, "wants a text or a list"), ("stop", ["x"] * 17, "has 17 texts; at most 16"), ("stream_options", {"x": 1}, "nothing else"),
         ("stream_options", {"include_usage": 1}, "include_usage wants true or false"), ("logprobs", 0, "does not support"),
         ("\u00e9\n", 1, r"\u00e9\n: unknown field; there are echo, max_tokens"), ("suffix", "x", "does not support"),
-        ("presence_penalty", 0.5, "does not support"),
+        ("presence_penalty", 0.5, "does not support"), ("stream_options", {"include_usage": True}, 'add "stream": true'),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named(field, value, message):

@@ -189,6 +189,13 @@ def test_a_seed_gives_its_text_whatever_else_runs(client):
     assert len({client.complete(**draws)["choices"][0]["text"] for _ in range(3)}) == 3  # no seed: another text each time
 
 
+def test_only_a_call_with_a_seed_has_a_batch_to_itself(client):
+    asked = [client.server.service.ask_completion(json.dumps(OK | seed).encode()) for seed in ({}, {"seed": 0})]
+    assert [one.job.runs_alone for one in asked] == [False, True]
+    for one in asked:
+        client.scheduler.cancel(one.job)
+
+
 def test_a_stream_is_the_same_text_in_pieces(client):
     whole = client.complete(["ab", "q"])
     chunks = client.chunks(prompt=["ab", "q"], stream_options={"include_usage": True})

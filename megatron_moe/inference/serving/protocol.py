@@ -231,6 +231,8 @@ def problems_of(payload: dict[str, Any], checks: dict[str, Check], needed: str) 
             yield name, f"{shown(name)[1:-1]}: unknown field; {hint}", "unknown_parameter"
         elif problem := checks[name](value):
             yield name, f"{name}: {problem}", "invalid_value"
+    if payload.get("stream_options") is not None and not payload.get("stream"):
+        yield "stream_options", 'stream_options: is about a stream; add "stream": true, or leave it out', "invalid_value"
 
 
 def refuse_problems(problems: Sequence[tuple[str, str, str]]) -> None:
