@@ -172,15 +172,14 @@ class RunConfig:
             yield f"{what} has no dropout of attention, and --attention-dropout is {self.model.attention_dropout:g}; set it to 0, {instead}"
         if self.data.reset_attention_mask:
             yield f"{what} has no masks of documents, which --reset-attention-mask asks for; leave one of them out"
-        if self.model.qk_width % 8:
-            yield f"{what} wants heads whose width is a multiple of 8, not {self.model.qk_width}; change --num-attention-heads, {instead}"
+        if (width := max(self.model.qk_width, self.model.v_width)) % 8:
+            cure = "--qk-head-dim" if self.model.multi_latent_attention else "--num-attention-heads"
+            yield f"{what} wants heads whose width is a multiple of 8, not {width}; change {cure}, {instead}"
         if self.model.window_size is not None:
             yield (f"{what} has kernels without a window, and --window-size is {self.model.window_size}: every rank's keys would pass by, in the "
                    f"window or not; drop the window, {instead}")  # fmt: skip
         if self.model.softmax_type == "learnable":
             yield f"{what} merges partial softmaxes that know of no sinks, which --softmax-type learnable asks for; drop them, {instead}"
-        if self.model.multi_latent_attention:
-            yield (f"{what} has kernels for keys and values of one width, and --multi-latent-attention has two; drop one of them, {instead}")  # fmt: skip
         if self.training.compile:
             yield f"{what} is a loop that --compile does not trace; leave one of them out"
 

@@ -1,10 +1,10 @@
 """Context parallelism by a ring: keys and values travel past the queries, and no rank holds all of them (Liu et al., arXiv 2310.01889).
 
 The loop over the ranks is torch's own. It wants the chunks r and 2P-1-r of a sequence on rank r, which is how `context.py` cuts them, and
-merges partial softmaxes by their log-sums. Its kernels take a causal mask and nothing else: no documents, no dropout.
+merges partial softmaxes by their log-sums. Its kernels take a causal mask and nothing else: no documents, no dropout, no window, no sinks.
 Heads of keys and values that several queries share travel once, and are repeated where they are looked at.
 """
-# B batch, S tokens here, H query heads, G key/value heads, h head width
+# B batch, S tokens here, H query heads, G key/value heads, h head width of q and k, w of v
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_moe.model.core import CausalCore, Context, repeat_heads
@@ -29,10 +30,14 @@ class RingCore(CausalCore):
         super().__init__(0.0, scale)
         self.group = group
 
-    def __call__(self, q_BHSh: Tensor, k_BGSh: Tensor, v_BGSh: Tensor, context: Context) -> Tensor:
-        if self.scale is not None:  # the kernels below scale by 1/sqrt(h)
-            q_BHSh = q_BHSh * (self.scale * q_BHSh.shape[-1] ** 0.5)
-        return _Ring.apply(q_BHSh, k_BGSh, v_BGSh, self.group)
+    def __call__(self, q_BHSh: Tensor, k_BGSh: Tensor, v_BGSw: Tensor, context: Context) -> Tensor:
+        width, v_width = max(q_BHSh.shape[-1], v_BGSw.shape[-1]), v_BGSw.shape[-1]
+        if self.scale is not None or v_width != q_BHSh.shape[-1]:  # the kernels below scale by 1/sqrt(width)
+            scale = q_BHSh.shape[-1] ** -0.5 if self.scale is None else self.scale
+            q_BHSh = q_BHSh * (scale * width**0.5)
+        # zeros make widths equal (latent attention): they add nothing to a score, and their columns of the answer are left out
+        q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q_BHSh, k_BGSh, v_BGSw))
+        return _Ring.apply(q, k, v, self.group)[..., :v_width]
 
 
 class _Ring(torch.autograd.Function):

@@ -20,7 +20,7 @@ def parsed(flags: str):
     [
         ("--window-size 16", "kernels without a window, and --window-size is 16"),
         ("--softmax-type learnable", "know of no sinks"),
-        (MLA, "--multi-latent-attention has two"),
+        (f"{MLA} --qk-head-dim 12", "a multiple of 8, not 20; change --qk-head-dim"),
     ],
 )
 def test_a_ring_of_keys_refuses_what_its_kernels_cannot_do(flags, said):

@@ -7,7 +7,7 @@ from distributed import parity
 TP2, TP4 = "--tensor-model-parallel-size 2", "--tensor-model-parallel-size 4"
 EP2, CP2, PP2 = "--moe-expert-parallel-size 2", "--context-parallel-size 2", "--pipeline-model-parallel-size 2"
 SP, FULL, SELECTIVE = "--sequence-parallel", "--recompute-granularity full", "--recompute-granularity selective"
-EVEN, DOCUMENTS = parity.DIVISIBLE, parity.DOCUMENTS
+EVEN, DOCUMENTS, RING = parity.DIVISIBLE, parity.DOCUMENTS, "--cp-comm-type p2p"
 
 QUICK = [  # model, world size, flags
     ("qk_heads", 2, f"--zero-stage 1 {TP2} {SP} {EVEN}"),
@@ -19,7 +19,7 @@ QUICK = [  # model, world size, flags
 MATRIX = [
     ("qk_heads", 2, f"--zero-stage 3 {TP2} {FULL}"),
     ("qk_heads", 4, f"--zero-stage 1 {TP4} {SP} {EVEN}"),  # two key heads for four ranks
-    ("qk_heads", 2, f"--zero-stage 1 {CP2} --cp-comm-type p2p {EVEN}"),
+    ("qk_heads", 2, f"--zero-stage 1 {CP2} {RING} {EVEN}"),
     ("qk_hidden", 2, f"--zero-stage 0 {TP2}"),
     ("qk_hidden", 4, f"--zero-stage 3 {TP4} {SP} {EP2} {SELECTIVE} {EVEN}"),  # two key heads for four ranks
     ("qk_hidden_mean", 4, f"--zero-stage 2 {TP4}"),
@@ -32,4 +32,6 @@ MATRIX = [
     ("windows", 2, f"--zero-stage 3 {CP2} {EVEN} {DOCUMENTS} {FULL}"),
     ("windows", 2, f"--zero-stage 0 {PP2}"),
     ("windows", 4, f"--zero-stage 1 --context-parallel-size 4 {EVEN}"),
+    ("latent_ring", 2, f"--zero-stage 1 {CP2} {RING} {FULL} {EVEN}"),
+    ("latent_wide", 4, f"--zero-stage 2 {TP2} {CP2} {RING} {EVEN}"),
 ]

@@ -116,6 +116,10 @@ MODELS = {
     "--disable-moe-token-dropping",
     "latent_direct": "--num-experts 1 2 4 --topk 2 --multi-latent-attention --kv-lora-rank 12 --qk-head-dim 6 --qk-pos-emb-head-dim 4 "
     "--v-head-dim 4 --position-embedding-type rope --attention-dropout 0.2 --disable-moe-token-dropping",
+    "latent_ring": "--num-experts 1 2 4 --topk 2 --multi-latent-attention --kv-lora-rank 12 --qk-head-dim 12 --qk-pos-emb-head-dim 4 --v-head-dim 8 "
+    "--position-embedding-type rope --rope-scaling-type yarn --rope-scaling-factor 4 --rope-mscale-all-dim 1.3 --disable-moe-token-dropping",
+    "latent_wide": "--num-experts 1 2 4 --topk 2 --multi-latent-attention --kv-lora-rank 12 --qk-head-dim 4 --qk-pos-emb-head-dim 4 --v-head-dim 16 "
+    "--position-embedding-type rope --disable-moe-token-dropping",
     # a window on two layers of three, sinks, dropout
     "windows": "--num-experts 1 2 4 --topk 2 --num-key-value-heads 2 --window-size 5 --window-attn-skip-freq 1 0 1 --softmax-type learnable "
     "--attention-dropout 0.2 --position-embedding-type rope --rope-scaling-type llama3 --rope-scaling-factor 4 "

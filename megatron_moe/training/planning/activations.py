@@ -112,7 +112,8 @@ def attend(x: Shapes) -> Kept:
     kept = norm(x).dense + x.T * D * x.a  # what q, k and v are made from (gathered, under sequence parallelism)
     kept += x.T * heads * q_width * x.a  # q
     if x.run.parallel.cp_comm_type == "p2p" and x.layout.cp > 1:
-        kept += x.T * max(m.key_value_heads // tp, 1) * (q_width + v_width) * x.a  # k and v of this rank: those of others are let go
+        # k and v of this rank, filled up to one width: those of others are let go
+        kept += x.T * max(m.key_value_heads // tp, 1) * 2 * max(q_width, v_width) * x.a
     else:
         kept += keys * heads * (q_width + v_width) * x.a  # k and v, a copy for every query head
     if m.position_embedding_type == "rope":
