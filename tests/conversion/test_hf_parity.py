@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conversion import hf_models
 from conversion.hf_models import LENGTH, MODELS, VOCAB, read_all
 from conversion.small import convert
+from conversion.test_hf import mixtral_tensors, write_folder, write_tokenizer
 from megatron_moe.config.sampling import SamplingConfig
 from megatron_moe.conversion.hf.folder import Cutter
 from megatron_moe.conversion.hf.source import places_of, read_configuration
@@ -100,3 +101,16 @@ def under_their_names(folder, tensors):
     cutter = Cutter(Gradients, map_)
     names = list(dict.fromkeys(place.name for places in map_.values() for place in places.of))
     return dict(zip(names, cutter.read(names)))
+
+
+def test_the_tokenizer_of_an_export_is_found_by_transformers(tmp_path, capsys):
+    folder = write_folder(tmp_path / "hf", mixtral_tensors())
+    write_tokenizer(folder)
+    assert convert(capsys, "hf", "native", folder, tmp_path / "native")[0] == 0
+    assert convert(capsys, "native", "hf", tmp_path / "native", tmp_path / "out")[0] == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = f"{chr(0x4E05)} {chr(0x4E09)}"
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == [5, 9]
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("</s>", 1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (model.dtype, model.generation_config.eos_token_id) == (torch.bfloat16, 1)
