@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_moe.tokenizers.base import Tokenizer, fingerprint_of, foreign, library, read_file
 
-EOD_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+EOD_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")  # the last is DeepSeek's
 
 
 class _LibraryTokenizer(Tokenizer):
