@@ -256,11 +256,11 @@ def _branch_problems(config: CheckpointConfig, is_upcycled: bool) -> Iterator[st
     present = iterations_in(Path(config.save))
     goes_on = _is_same(config.load or "", config.save) and not (config.finetune or config.reset_iteration or is_upcycled)
     goes_on = goes_on and config.ckpt_step in (None, *present[-1:])
+    without = (", --moe-use-upcycling" + (", --load-hf" if config.load_hf else "")) if is_upcycled else ""
     if present and not goes_on:
         yield (
             f"--save {config.save} already holds {_known(present)}, and this run does not go on from the newest ({present[-1]}): "
-            f"add --load {config.save} (without --ckpt-step, --finetune{', --moe-use-upcycling' if is_upcycled else ''} and "
-            f"--reset-iteration) to go on, or choose another --save"
+            f"add --load {config.save} (without --ckpt-step, --finetune{without} and --reset-iteration) to go on, or choose another --save"
         )
 
 

@@ -34,7 +34,8 @@ class CheckpointConfig:
     load: str | None = flag(None, "run directory to go on from; may be the one of --save, which is then allowed to be empty", metavar="DIR")
     load_hf: str | None = flag(
         None, "folder of Hugging Face transformers to start from: its config.json says what the model is, its weights and tokenizer are taken, "
-        "in any layout; with --load too, it is for the first start, without a checkpoint", metavar="DIR")  # fmt: skip
+        "in any layout; with --load too, it is for the first start, without a checkpoint; with --moe-use-upcycling it is the dense model",
+        metavar="DIR")  # fmt: skip
     ckpt_step: int | None = flag(None, "load this iteration and no other; the newest that verifies when not given",
                                  names=("load-iteration",), minimum=0)  # fmt: skip
     ckpt_verify: Literal["crc", "size", "off"] = flag("crc", "how a checkpoint is checked before it is loaded")

@@ -24,8 +24,9 @@ class UpcyclingConfig:
     """Sparse upcycling."""
 
     moe_use_upcycling: bool = flag(
-        False, "--load is the run of a dense model, and this run starts from it at iteration 0 with a fresh optimizer: experts are copies of "
-        "its MLPs. The log says how far the first logits are from the dense ones (docs/upcycling.md)")  # fmt: skip
+        False, "--load is the run of a dense model, or --load-hf a dense folder of transformers, and this run starts from it at iteration 0 "
+        "with a fresh optimizer: experts are copies of its MLPs. The log says how far the first logits are from the dense ones "
+        "(docs/upcycling.md)")  # fmt: skip
     moe_upcycling_granularity: int = flag(
         1, "cut each MLP into this many narrow experts; a token's k are the parts of whole MLPs (arXiv 2410.07524). Wants "
         "--moe-ffn-hidden-size of that part of the MLP's width, and k and the experts to be multiples", minimum=1)  # fmt: skip
@@ -112,11 +113,12 @@ def upcycling_problems(run: RunConfig) -> Iterator[str]:
     u, m, c = run.upcycling, run.moe, run.checkpoint
     if not u.moe_use_upcycling:
         return
-    if not c.load:
-        yield "--moe-use-upcycling needs --load DIR, the run directory (--save) of the dense model's training"
-    if c.load_hf:
-        yield (f"--moe-use-upcycling starts from a run directory, and --load-hf ({c.load_hf}) is another start; make one of the folder with "
-               "tools/convert_checkpoint.py --from hf --to native, and give it to --load")  # fmt: skip
+    if not c.load and not c.load_hf:
+        yield ("--moe-use-upcycling needs a dense model: --load DIR, the run directory (--save) of its training, or --load-hf DIR, its folder "
+               "of transformers")  # fmt: skip
+    if c.load and c.load_hf:
+        yield (f"--moe-use-upcycling starts from one dense model, and --load ({c.load}) and --load-hf ({c.load_hf}) are two; drop one. To go "
+               "on with a run that was upcycled, give its --load alone, without --moe-use-upcycling")  # fmt: skip
     if not m.has_experts:
         yield "--moe-use-upcycling makes experts of a dense model's MLPs, and there are none here; give --num-experts"
     if c.reset_iteration:

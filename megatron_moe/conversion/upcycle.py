@@ -146,6 +146,11 @@ class Upcycling:
         return torch.randn(like.shape, generator=named_generator(self.run.training.seed, key)).to(like.dtype)
 
 
+def _widened(dense: Tensor) -> Tensor:
+    """At least float32: factors, noise and what is drawn anew are rounded once, when they are copied to where they stay."""
+    return dense.to(torch.promote_types(dense.dtype, torch.float32))
+
+
 def _copy(name: str, local: Tensor, part: Tensor) -> None:
     """copy_ alone would broadcast."""
     if part.shape != local.shape:
@@ -188,7 +193,8 @@ def fill(model: nn.Module, source: Source, run: RunConfig, on_bytes: Callable[[i
     write(by_origin.pop(None, ()), None)
     origins = [f"model.{name}" for name in by_origin]
     for name, dense in source.read(origins):
-        write(by_origin[name.removeprefix("model.")], dense)
+        names = by_origin[name.removeprefix("model.")]
+        write(names, dense if names == [name.removeprefix("model.")] else _widened(dense))
         on_bytes(dense.numel() * dense.element_size())
     assert sorted(written) == sorted(targets), f"{len(written)} of {len(targets)} tensors written"
     return len(written)

@@ -27,7 +27,7 @@ Keys of the plan, which stay as they are. Unknown is null; --dry-run prints one 
     teacher                 of distillation, null without: layers (their experts), parameters (total, active), flops_per_token (forward
                             alone), stop_iters, stop_tokens, per_rank: fullest and emptiest: rank, dense_parameters,
                             expert_parameters, bytes (parameters, gathered). It comes on top of per_rank
-    upcycling               of a dense model, null without: dense (its run directory), parts (experts that an MLP is cut into), router_std
+    upcycling               of a dense model, null without: dense (its directory), parts (experts that an MLP is cut into), router_std
                             (spread of the new routers), inexact_because (why the first logits are not the dense ones; empty: they are)
     groups                  tp dp pp cp etp: number, size, stride, ranks; ep and edp the same for each degree. With hybrid
                             sharding shard and replicate, and for each degree expert_shard and expert_replicate. Above 128 ranks
@@ -79,7 +79,7 @@ from megatron_moe.parallel.apply import build_parallel_mesh, build_sharded_model
 from megatron_moe.parallel.expert import capacity_factor_of
 from megatron_moe.parallel.footprint import Footprint, footprint
 from megatron_moe.tokenizers import Tokenizer, build_tokenizer
-from megatron_moe.training.preflight import schedule_problems, tokenizer_problems, vocab_size_of
+from megatron_moe.training.preflight import schedule_problems, start_problems, tokenizer_problems, vocab_size_of
 from megatron_moe.training.stages import idle_of, schedule_name, stages_of
 from megatron_moe.training.verify.shrink import fold
 from megatron_moe.utils.compat import fake_process_group
@@ -194,6 +194,7 @@ def plan_problems(run: RunConfig, world_size: int, here: Here) -> Iterator[str]:
             yield from dense_problems(run, run.dense().architecture(here.vocab_size), fingerprint)
         else:
             yield from load_problems(run, run.architecture(here.vocab_size))
+    yield from start_problems(run, here.vocab_size, verify="off")
     if run.distillation.is_on and teacher and teacher not in absent and here.vocabulary_is_known:
         yield from teacher_problems(run, run.teacher().architecture(here.vocab_size), fingerprint)
     if world_size % run.parallel.model_parallel_size:
@@ -348,7 +349,7 @@ def rank_footprint(run: RunConfig, world_size: int, vocab_size: int, rank: int) 
 
 def _upcycling(run: RunConfig) -> dict[str, Any]:
     return {
-        "dense": run.checkpoint.load, "parts": run.upcycling.moe_upcycling_granularity, "router_std": router_std(run),
+        "dense": run.checkpoint.load or run.checkpoint.load_hf, "parts": run.upcycling.moe_upcycling_granularity, "router_std": router_std(run),
         "inexact_because": inexact_because(run),
     }  # fmt: skip
 

@@ -15,6 +15,7 @@ from megatron_moe.config.data import MOCK_VOCAB_SIZE
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.conversion.hf.start import open_start
+from megatron_moe.conversion.upcycle import fit_problems
 from megatron_moe.data.loader import data_problems
 from megatron_moe.optimizer.apex_adam import apex_problems
 from megatron_moe.optimizer.schedule import build_schedule
@@ -53,8 +54,8 @@ def prepare(run: RunConfig, world_size: int) -> Prepared:
     described = dataclasses.asdict(run.tokenizer) | {"fingerprint": fingerprint}
     prepared = Prepared(run, vocab_size, tokenizer.eod if tokenizer else -1, described)
     problems += checkpoint_problems(run, prepared.architecture)
-    problems += start_problems(run)
-    if run.upcycling.moe_use_upcycling:
+    problems += start_problems(run, vocab_size)
+    if run.upcycling.moe_use_upcycling and run.checkpoint.load:
         problems += dense_problems(run, run.dense().architecture(vocab_size), fingerprint)
     if run.distillation.is_on and run.distillation.load_teacher:
         problems += teacher_problems(run, run.teacher().architecture(vocab_size), fingerprint)
@@ -68,15 +69,15 @@ def prepare(run: RunConfig, world_size: int) -> Prepared:
     return prepared
 
 
-def start_problems(run: RunConfig) -> list[str]:
-    """What is wrong with the folder of --load-hf."""
+def start_problems(run: RunConfig, vocab_size: int, verify: str | None = None) -> list[str]:
+    """What is wrong with the folder of --load-hf, or keeps this model from being made of it. `verify`: --ckpt-verify when not given."""
     if not run.checkpoint.load_hf:
         return []
     try:
-        open_start(run)
+        source = open_start(run, verify)
     except ConfigError as error:
         return error.problems
-    return []
+    return fit_problems(run, vocab_size, source)[:10] if run.upcycling.moe_use_upcycling else []
 
 
 def vocab_size_of(run: RunConfig, tokenizer: Tokenizer | None) -> int:

@@ -15,7 +15,9 @@ from megatron_moe.checkpoint.find import find_checkpoint
 from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.upcycling import inexact_because
+from megatron_moe.conversion.hf.start import open_start
 from megatron_moe.conversion.native import NativeSource
+from megatron_moe.conversion.source import Source
 from megatron_moe.conversion.upcycle import fill, fit_problems
 from megatron_moe.data.batch import Batch
 from megatron_moe.model.gpt import GPT
@@ -27,25 +29,37 @@ from megatron_moe.parallel.pipeline import PipelinedGPT
 from megatron_moe.parallel.zero import reshard
 from megatron_moe.training.distributed import World
 from megatron_moe.training.preflight import Prepared
+from megatron_moe.utils.logging import logger
 
 
 @dataclass(frozen=True)
 class Upcycled:
-    """Which dense checkpoint it was, and what a person should know about how it was chosen."""
+    """Which dense model it was, and what a person should know about how it was chosen."""
 
-    source: NativeSource
+    source: Source
     notes: tuple[str, ...]
 
 
 def upcycle(prepared: Prepared, model: GPT | PipelinedGPT, world: World) -> Upcycled:
-    """Fill the model from the dense checkpoint of --load, whatever layout wrote it. Collective; each rank reads what it needs."""
-    c = prepared.run.checkpoint
-    found = find_checkpoint(*run_directory(c.load, c.ckpt_step), c.ckpt_verify, world.cpu_group)
-    source, ranks = NativeSource(found.path, read_manifest(found.path)), Ranks(world.cpu_group)
+    """Fill the model from the dense one of --load, whatever layout wrote it, or of --load-hf. Collective; each rank reads what it needs."""
+    upcycled, ranks = _open_dense(prepared.run, world), Ranks(world.cpu_group)
+    source = upcycled.source
     if problems := ranks.first("comparing with the dense model", lambda: fit_problems(prepared.run, prepared.vocab_size, source)):
-        raise CheckpointError("\n  ".join([f"{found.path.name} does not fit, nothing was loaded:", *problems[:10]]))
-    ranks.all(f"upcycling {found.path.name}", lambda: fill(model, source, prepared.run))
-    return Upcycled(source, found.notes)
+        raise CheckpointError("\n  ".join([f"{source.path.name} does not fit, nothing was loaded:", *problems[:10]]))
+    ranks.all(f"upcycling {source.path.name}", lambda: fill(model, source, prepared.run))
+    return upcycled
+
+
+def _open_dense(run: RunConfig, world: World) -> Upcycled:
+    """Collective."""
+    c = run.checkpoint
+    if c.load_hf:
+        folder = open_start(run)
+        for note in folder.notes:
+            logger.info(note)
+        return Upcycled(folder, ())
+    found = find_checkpoint(*run_directory(c.load, c.ckpt_step), c.ckpt_verify, world.cpu_group)
+    return Upcycled(NativeSource(found.path, read_manifest(found.path)), found.notes)
 
 
 @dataclass(frozen=True)

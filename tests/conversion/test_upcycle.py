@@ -247,7 +247,7 @@ def test_names_of_the_target_lead_to_dense_ones():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"load": None}, "needs --load DIR"),
+        ({"load": None}, "needs a dense model: --load DIR"),
         ({"num_experts": (1,), "topk": 1}, "give --num-experts"),
         ({"moe_ffn_hidden_size": 16}, "give --moe-ffn-hidden-size 32 or --moe-upcycling-granularity 2"),
         ({"moe_upcycling_granularity": 3}, "must divide the width of the dense MLP (32)"),

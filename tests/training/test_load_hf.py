@@ -110,7 +110,10 @@ def test_the_folder_says_what_the_model_is_and_training_stays_free(folder):
         ("--activation-func relu", "the activation is asked to be relu and swiglu"),
         ("--moe-router-score-function sigmoid", "--moe-router-score-function is sigmoid in this command, and softmax in {}/config.json"),
         ("--qk-layernorm", "--qk-layernorm is True in this command, and False in {}/config.json; drop what changes it"),
-        ("--moe-use-upcycling --load x", "tools/convert_checkpoint.py --from hf --to native, and give it to --load"),
+        (
+            "--moe-use-upcycling",
+            "--load-hf {} has experts already (4, says config.json), and --moe-use-upcycling starts from a dense model",
+        ),
     ],
 )
 def test_a_flag_that_contradicts_the_folder_is_named_with_what_it_says(flags, message, folder):

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_moe.config.flags import ConfigError, words_of
+from megatron_moe.config.flags import ConfigError, fields_of, words_of
+from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.run import FIELDS, RunConfig
 from megatron_moe.conversion.hf.choice import forward_settings
 from megatron_moe.conversion.hf.source import HFSource, open_source, read_values
@@ -21,6 +22,7 @@ FREE = {
     "seq_length",
 }  # fmt: skip
 _BESIDE = ("--moe-token-dropping", "--mtp-num-layers")  # what a folder does not say, or modules that training adds to its model
+_OF_EXPERTS = {s.name for s in fields_of(MoEConfig)}
 _TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
 
 
@@ -39,31 +41,53 @@ def starting_values(directory: Path, stated: Mapping[str, Any]) -> dict[str, Any
 
 
 def contradictions(directory: Path, values: Mapping[str, Any], stated: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
-    """What is stated and differs from the folder; `where` says in which place a setting was stated."""
+    """What is stated and differs from the folder; `where` says in which place a setting was stated.
+
+    With --moe-use-upcycling the folder has to be dense, and what is stated of experts is what to make of it.
+    """
+    is_upcycled = bool(stated.get("moe_use_upcycling"))
+    has_experts = is_upcycled and any(n > 1 for n in values.get("num_experts", ()))
     return [
-        f"{' '.join(words_of(FIELDS[name], stated[name]))} {where(name)} contradicts {directory / 'config.json'}, which makes it "
-        f"{' '.join(words_of(FIELDS[name], value)) if value is not None else 'not given'}; drop it"
-        for name, value in values.items()
-        if name in stated and stated[name] != value and name not in FREE and not (name == "kv_channels" and value is None)
+        *([_experts_already(directory, values["num_experts"])] if has_experts else []),
+        *(
+            f"{' '.join(words_of(FIELDS[name], stated[name]))} {where(name)} contradicts {directory / 'config.json'}, which makes it "
+            f"{' '.join(words_of(FIELDS[name], value)) if value is not None else 'not given'}; drop it"
+            for name, value in values.items()
+            if name in stated and stated[name] != value and name not in FREE and not (name == "kv_channels" and value is None)
+            if not (is_upcycled and name in _OF_EXPERTS)
+        ),
     ]
 
 
+def _experts_already(directory: Path, num_experts: tuple[int, ...]) -> str:
+    return (
+        f"--load-hf {directory} has experts already ({' '.join(map(str, num_experts))}, says config.json), and --moe-use-upcycling starts from a "
+        "dense model; drop the flag to train these experts, or make a run directory of the folder with tools/convert_checkpoint.py --from hf "
+        "--to native and change their number with tools/edit_experts.py"
+    )
+
+
 def other_model(directory: Path, run: RunConfig) -> list[str]:
-    """How the model of `run` is another one than the folder's, by whatever flag."""
+    """How the model of `run`, or the dense one that it is upcycled from, is another one than the folder's, by whatever flag."""
     values = read_values(directory)[1]
-    there = forward_settings(RunConfig.from_values(values | {"seq_length": 1}))
-    here = forward_settings(run)
+    folder = RunConfig.from_values(values | {"seq_length": 1})
+    there = forward_settings(folder)
+    here = forward_settings(run.dense() if run.upcycling.moe_use_upcycling else run)
+    makes_experts = run.moe.has_experts and not folder.moe.has_experts
+    hints = {"--num-experts": ", or add --moe-use-upcycling to make experts of the dense MLPs"} if makes_experts else {}
     return [
         f"{option} is {here.get(option)} in this command, and {there.get(option)} in {directory / 'config.json'}; drop what changes it"
+        f"{hints.get(option, '')}"
         for option in {**here, **there}
         if here.get(option) != there.get(option) and option not in _BESIDE
     ]
 
 
-def open_start(run: RunConfig) -> HFSource:
-    """The folder of --load-hf, padded as the run is; ConfigError with all that is wrong with it."""
+def open_start(run: RunConfig, verify: str | None = None) -> HFSource:
+    """The folder of --load-hf, padded as the run is; ConfigError with all that is wrong with it. `verify`: --ckpt-verify when not given."""
     source = open_source(Path(run.checkpoint.load_hf), make_vocab_size_divisible_by=run.model.make_vocab_size_divisible_by)
-    if run.checkpoint.ckpt_verify != "off" and (problems := source.file_problems(run.checkpoint.ckpt_verify)):
+    verify = verify or run.checkpoint.ckpt_verify
+    if verify != "off" and (problems := source.file_problems(verify)):
         raise ConfigError(problems)
     return source
 
