@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_moe.checkpoint.files import (
@@ -55,8 +55,6 @@ from megatron_moe.checkpoint.load import describe, explain
 from megatron_moe.checkpoint.ranks import Ranks
 
 log = logging.getLogger(__name__)
-
-Fetch = Callable[[str], Tensor]  # name -> the tensor
 
 # thread_count=1: with more, a write that failed in a thread is reported as a success.
 WRITER_OPTIONS = {"sync_files": True, "thread_count": 1}
@@ -99,12 +97,8 @@ class CheckpointManager:
         """Delete what killed saves have left behind; returns it."""
         return self.ranks.first("sweeping unfinished saves", self._sweep)
 
-    def save(
-        self, iteration: int, tensors: Mapping[str, Tensor], meta: dict[str, Any], fetch: Fetch | None = None, best: Best | None = None
-    ) -> Path:
+    def save(self, iteration: int, tensors: Mapping[str, Tensor], meta: dict[str, Any], best: Best | None = None) -> Path:
         """Write one checkpoint; returns its directory, or raises the same CheckpointError on every rank.
-
-        With `fetch`, `tensors` only say shapes and dtypes (device meta); each is fetched by name when its turn comes.
 
         `tensors` is this rank's flat dict of Tensor and DTensor. Names equal on two ranks are the same tensor.
         An intact checkpoint of this iteration with the same tensors is kept as it is: resuming and stopping at once
@@ -112,7 +106,7 @@ class CheckpointManager:
         """
         place = self.begin(iteration, tensors, meta, best)
         if place is not None:
-            self.complete(place, lambda: self._write(place.building, tensors, place.size, fetch))
+            self.complete(place, lambda: self._write(place.building, tensors, place.size))
         return self.directory / iteration_name(iteration)
 
     def begin(self, iteration: int, tensors: Mapping[str, Tensor], meta: dict[str, Any], best: Best | None = None) -> Place | None:
@@ -199,17 +193,14 @@ class CheckpointManager:
         building.mkdir()
         return building
 
-    def _write(self, building: Path, tensors: Mapping[str, Tensor], size: int, fetch: Fetch | None) -> None:
+    def _write(self, building: Path, tensors: Mapping[str, Tensor], size: int) -> None:
         """Every rank: write the shards."""
-        # A file for each fetched tensor: torch keeps the tensors of a file in memory until it closes the file.
-        writer = FileSystemWriter(building, single_file_per_rank=fetch is None, **WRITER_OPTIONS)
-        planner = FetchingPlanner(fetch) if fetch else None
+        writer = FileSystemWriter(building, **WRITER_OPTIONS)
         with warnings.catch_warnings(), self.explained(size):
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save(
                 dict(tensors),
                 storage_writer=writer,
-                planner=planner,
                 process_group=self.ranks.group,
                 no_dist=not self.ranks.is_distributed,
             )
@@ -259,17 +250,6 @@ class CheckpointManager:
                 remove_directory(path)
             except OSError as error:  # the new checkpoint is safe; a full disk will be noticed at the next save
                 log.warning("cannot delete %s: %s", path, error)
-
-
-class FetchingPlanner(DefaultSavePlanner):
-    """Plans with tensors of the meta device, and asks for the numbers of one when it is written."""
-
-    def __init__(self, fetch: Fetch):
-        super().__init__()
-        self.fetch = fetch
-
-    def lookup_object(self, index: Any) -> Tensor:
-        return self.fetch(index.fqn)
 
 
 # ---------------------------------------------------------------- helpers

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -32,14 +32,15 @@ from megatron_moe.checkpoint.files import (
     write_tracker,
 )
 from megatron_moe.checkpoint.load import explain
-from megatron_moe.checkpoint.manager import FetchingPlanner, disk_message, is_disk_error, tensors_size
+from megatron_moe.checkpoint.manager import disk_message, is_disk_error, tensors_size
 
+Fetch = Callable[[str], Tensor]  # name -> the tensor
 Finished = Mapping[str, tuple[str, dict[str, int]]]  # file -> its tensor, its size and CRC-32
 OnFile = Callable[[str, str, dict[str, int]], Any]  # file, tensor, size and CRC-32
 
 
 def save_one_by_one(
-    directory: Path, iteration: int, content: dict[str, dict[str, Any]], meta: dict[str, Any], fetch: Callable[[str], Tensor],
+    directory: Path, iteration: int, content: dict[str, dict[str, Any]], meta: dict[str, Any], fetch: Fetch,
     finished: Finished, on_file: OnFile,
 ) -> None:  # fmt: skip
     """The run directory `directory` gets the checkpoint of `iteration`; content: name -> {"shape", "dtype"}, as in the manifest.
@@ -64,6 +65,17 @@ def save_one_by_one(
     write_manifest(path, Manifest(iteration, 1, content, files, meta))
     sync_directory(path)
     write_tracker(directory, iteration)
+
+
+class FetchingPlanner(DefaultSavePlanner):
+    """Plans with tensors of the meta device, and asks for the numbers of one when it is written."""
+
+    def __init__(self, fetch: Fetch):
+        super().__init__()
+        self.fetch = fetch
+
+    def lookup_object(self, index: Any) -> Tensor:
+        return self.fetch(index.fqn)
 
 
 class _OneByOne(FileSystemWriter):

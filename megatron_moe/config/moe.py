@@ -14,7 +14,9 @@ from typing import Literal
 from megatron_moe.config.flags import checked, fields_of, flag, int_list
 from megatron_moe.config.model import divisors
 
-_TOKEN_CHOICE = ("moe_router_num_groups", "moe_router_group_topk", "moe_router_enable_expert_bias", "moe_router_bias_update_rate")
+_TOKEN_CHOICE = (
+    "moe_router_num_groups", "moe_router_group_topk", "moe_router_group_best", "moe_router_enable_expert_bias", "moe_router_bias_update_rate",
+)  # fmt: skip
 # What has no effect with a policy. Giving it is refused; the weight of the balance loss, whose default is not zero, is warned about.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "topk": (),
@@ -99,6 +101,9 @@ class MoEConfig:
         None, "experts in this many groups (nodes), of which a token picks --moe-router-group-topk before it picks experts", minimum=1
     )
     moe_router_group_topk: int | None = flag(None, "groups that a token may send to", minimum=1)
+    moe_router_group_best: int | None = flag(
+        None, "a group counts as much as this many of its best experts together: k / --moe-router-group-topk when not given (DeepSeek-V3: 2); "
+        "1 in DeepSeek-V2", minimum=1)  # fmt: skip
     moe_router_enable_expert_bias: bool = flag(
         False, "balance without a loss: a bias per expert is added to the scores when experts are chosen, not to the gate weights; after "
         "each step it rises for experts with fewer tokens than the mean and falls for the others (arXiv 2408.15664)",
@@ -163,7 +168,7 @@ class MoEConfig:
             yield f"--moe-noisy-gate-policy {noise} has no effect with --moe-router-policy {policy}; use {cure}"
 
     def _router_problems(self) -> Iterator[str]:
-        k, groups, group_k = self.topk, self.moe_router_num_groups, self.moe_router_group_topk
+        k, groups, group_k, best = self.topk, self.moe_router_num_groups, self.moe_router_group_topk, self.moe_router_group_best
         if self.moe_noisy_gate_policy == "RSample" and k != 1:
             yield f"--moe-noisy-gate-policy RSample is defined for --topk 1 only, not {k}; use Jitter or None"
         if self.moe_router_pre_softmax and self.moe_router_normalize not in ("auto", "none"):
@@ -173,14 +178,19 @@ class MoEConfig:
                    "--moe-router-normalize none or --topk 2")  # fmt: skip
         if (groups is None) != (group_k is None):
             yield "--moe-router-num-groups and --moe-router-group-topk belong together; give both or neither"
+        elif groups is None and best is not None:
+            yield "--moe-router-group-best is about groups of experts; give --moe-router-num-groups and --moe-router-group-topk too"
         elif groups is not None and group_k is not None:
             for n in sorted({n for n in self.num_experts if n > 1}):
                 if n % groups:
                     yield f"--moe-router-num-groups ({groups}) must divide the experts of a layer ({n}); use {_any_of(divisors(n))}"
-                elif group_k > groups or group_k * (n // groups) < k or k % group_k:
+                elif group_k > groups or group_k * (n // groups) < k or (best is None and k % group_k):
                     legal = [g for g in divisors(k) if g <= groups and g * (n // groups) >= k]
-                    yield (f"--moe-router-group-topk ({group_k}) must divide --topk ({k}), not exceed the {groups} groups and leave {k} experts "
-                           f"to choose from ({n // groups} per group); use {_any_of(legal) if legal else 'another number of groups'}")  # fmt: skip
+                    yield (f"--moe-router-group-topk ({group_k}) must divide --topk ({k}) unless --moe-router-group-best is given, not exceed the "
+                           f"{groups} groups and leave {k} experts to choose from ({n // groups} per group); use "
+                           f"{_any_of(legal) if legal else 'another number of groups'}")  # fmt: skip
+                elif best is not None and best > n // groups:
+                    yield f"--moe-router-group-best ({best}) must not exceed the experts of a group ({n} / {groups} = {n // groups})"
         if self.draws_choices and (groups is not None or self.moe_router_enable_expert_bias):
             name = "--moe-noisy-gate-policy RSample" if k == 1 else "the sampling of the second expert"
             cure = "drop it" if k == 1 else "add --disable-moe-top2-2nd-expert-sampling"
@@ -215,6 +225,13 @@ class MoEConfig:
     def expert_ffn_size(self, dense: int) -> int:
         """Inner width of an expert, where that of the dense MLP is `dense`."""
         return self.moe_ffn_hidden_size or dense
+
+    @property
+    def group_best(self) -> int | None:
+        """Experts whose scores together are a group's; None without groups."""
+        if self.moe_router_group_topk is None:
+            return None
+        return self.moe_router_group_best or self.topk // self.moe_router_group_topk
 
     @property
     def residual(self) -> str | None:

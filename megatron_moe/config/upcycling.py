@@ -154,7 +154,7 @@ def _part_problems(m: MoEConfig, parts: int) -> Iterator[str]:
     groups = m.moe_router_num_groups
     for n in sorted({n for n in m.num_experts if groups and n > 1 and n % groups == 0 and n // groups % parts}):
         yield f"{name} must divide the experts of a group ({n} / {groups} = {n // groups}), so that the parts of an MLP are in one"
-    if m.moe_router_group_topk and m.topk % (m.moe_router_group_topk * parts):
+    if m.moe_router_group_topk and not m.moe_router_group_best and m.topk % (m.moe_router_group_topk * parts):
         yield f"{name} times --moe-router-group-topk ({m.moe_router_group_topk}) must divide --topk ({m.topk})"
 
 

@@ -99,6 +99,11 @@ def test_the_assignment_of_words_and_the_bias_belong_to_the_architecture():
         ("--topk 2 --moe-router-num-groups 2", ["belong together"]),
         ("--topk 3 --moe-router-num-groups 2 --moe-router-group-topk 2", ["--moe-router-group-topk (2)", "--topk (3)"]),
         ("--topk 3 --moe-router-num-groups 4 --moe-router-group-topk 1", ["leave 3 experts", "use 3"]),
+        (
+            "--topk 2 --moe-router-num-groups 2 --moe-router-group-topk 1 --moe-router-group-best 3",
+            ["--moe-router-group-best (3)", "4 / 2 = 2"],
+        ),
+        ("--topk 2 --moe-router-group-best 1", ["--moe-router-group-best", "--moe-router-num-groups"]),
         ("--topk 2 --moe-router-enable-expert-bias", ["--disable-moe-top2-2nd-expert-sampling"]),
         ("--topk 1 --moe-noisy-gate-policy RSample --moe-router-enable-expert-bias", ["RSample", "expert bias"]),
         ("--topk 2 --moe-noisy-gate-policy RSample", ["RSample is defined for --topk 1"]),

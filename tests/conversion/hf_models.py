@@ -50,6 +50,9 @@ MODELS: dict[str, tuple[str, dict]] = {
     "qwen3_moe": ("Qwen3MoeConfig", moe(num_experts=8, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True, num_experts_per_tok=3)),
     "olmoe": ("OlmoeConfig", moe(num_experts=8, num_experts_per_tok=3, norm_topk_prob=False)),
     "deepseek_v2": ("DeepseekV2Config", deepseek(q_lora_rank=None, n_shared_experts=2, num_experts_per_tok=3, topk_method="greedy")),
+    "deepseek_v2 with groups": ("DeepseekV2Config", deepseek(
+        q_lora_rank=12, n_shared_experts=1, num_experts_per_tok=3, topk_method="group_limited_greedy", n_group=4, topk_group=2,
+        routed_scaling_factor=16.0)),
     "deepseek_v3": ("DeepseekV3Config", deepseek(
         q_lora_rank=12, n_shared_experts=1, num_experts_per_tok=4, n_group=4, topk_group=2, routed_scaling_factor=2.5,
         rope_parameters={"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.0,

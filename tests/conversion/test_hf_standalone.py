@@ -17,7 +17,7 @@ KINDS = {
     "pyramid, residual": {},
     "residual sum, rope, swiglu, groups of scores": {
         "moe_residual_combine": "sum", "position_embedding_type": "rope", "swiglu": True, "normalization": "RMSNorm", "topk": 2,
-        "num_experts": (1, 4, 4), "moe_router_num_groups": 2, "moe_router_group_topk": 1, "moe_router_score_function": "sigmoid",
+        "num_experts": (1, 4, 4), "moe_router_num_groups": 2, "moe_router_group_topk": 1, "moe_router_group_best": 1, "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True, "moe_top2_2nd_expert_sampling": False, "untie_embeddings_and_output_weights": True,
         "num_key_value_heads": 1, "qk_layernorm": True, "moe_router_topk_scaling_factor": 1.5},
     "latent, shared, gated": {

@@ -38,7 +38,7 @@ def topk(layer, rows, scores, tokens):
     for t, row in enumerate(rows):
         ranks = [s + b for s, b in zip(scores[t], bias)]
         if c.moe_router_num_groups is not None:
-            size, per_group = E // c.moe_router_num_groups, c.topk // c.moe_router_group_topk
+            size, per_group = E // c.moe_router_num_groups, c.moe_router_group_best or c.topk // c.moe_router_group_topk
             groups = [ranks[g * size : (g + 1) * size] for g in range(c.moe_router_num_groups)]
             open_groups = largest([sum(sorted(g)[-per_group:]) for g in groups], c.moe_router_group_topk)
             ranks = [r if e // size in open_groups else -math.inf for e, r in enumerate(ranks)]

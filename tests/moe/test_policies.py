@@ -44,6 +44,7 @@ VARIANTS = {
     "sigmoid top-2": {"topk": 2, "moe_router_score_function": "sigmoid", "moe_top2_2nd_expert_sampling": False},
     "softmax bias": {"topk": 3, "moe_router_enable_expert_bias": True},
     "softmax groups": {"topk": 2, "moe_router_num_groups": 2, "moe_router_group_topk": 1, "moe_top2_2nd_expert_sampling": False},
+    "groups by their best expert": {"topk": 3, "moe_router_num_groups": 4, "moe_router_group_topk": 2, "moe_router_group_best": 1},
     "deepseek": DEEPSEEK,
     "expert choice": {"topk": 2, "moe_router_policy": "expert_choice"},
     "expert choice, sigmoid": {"topk": 1, "moe_router_policy": "expert_choice", "moe_router_score_function": "sigmoid"},

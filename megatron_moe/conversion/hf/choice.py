@@ -28,7 +28,7 @@ _NOT_THE_FORWARD_PASS = {
     "moe_router_bias_update_rate", "moe_loss_coeff", "moe_seq_loss_coeff", "moe_global_loss_coeff", "moe_loss_warmup_iters",
     "moe_router_z_loss_coeff", "moe_token_dispatcher", "moe_node_size", "moe_overlap_chunks", "moe_pad_expert_input_to_capacity",
     "moe_ffn_hidden_size", "moe_residual_combine", "window_size", "window_attn_skip_freq", "rope_original_max_position_embeddings",
-    "mtp_loss_scaling_factor", "create_moe_param_group", "use_tutel",
+    "moe_router_group_best", "mtp_loss_scaling_factor", "create_moe_param_group", "use_tutel",
 }  # fmt: skip
 _AS_TOP_K = ("expert_choice", "sinkhorn")  # policies that take a token's best experts in evaluation
 
@@ -45,6 +45,7 @@ def forward_settings(run: RunConfig) -> dict[str, Any]:
         out["--moe-router-policy"] = "topk" if policy in _AS_TOP_K else policy
         out["--moe-router-score-function"] = scores_of(run)
         out["--moe-router-normalize"] = "none" if moe.normalize == "none" else "chosen"
+        out["--moe-router-group-best"] = moe.group_best
         out["--moe-ffn-hidden-size"] = moe.expert_ffn_size(m.ffn_size)
         out["--mlp-type"] = moe.mlp_type if moe.residual is None else f"{moe.mlp_type}, {moe.residual}"
     out["--num-experts"] = experts

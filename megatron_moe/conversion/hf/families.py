@@ -339,14 +339,11 @@ def read_deepseek(c: Settings) -> Values:
 
 
 def read_groups(c: Settings, best: int) -> Values:
-    """Groups of experts; a group counts as much as its `best` best together, here its share of k (moe/policies/topk.py)."""
-    groups, chosen, topk = c.count("n_group", 1), c.count("topk_group", 1), c.whole("num_experts_per_tok")
+    """Groups of experts; a group counts as much as its `best` best together."""
+    groups, chosen = c.count("n_group", 1), c.count("topk_group", 1)
     if groups == 1 or chosen >= groups:
         return {}
-    if topk != best * chosen:
-        c.problem("topk_group", f"is {chosen} of {groups} groups for {topk} experts per token; a group counts as much as its {best} best experts "
-                  f"together, which is built for {best} per group")  # fmt: skip
-    return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
+    return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen, "moe_router_group_best": best}
 
 
 def read_deepseek_v2(c: Settings) -> Values:
@@ -430,7 +427,8 @@ def read_standalone(c: Settings) -> Values:
         "moe_shared_expert_gate": c.truth("shared_expert_gate", False), "moe_router_score_function": scores,
         "moe_router_normalize": "chosen" if c.truth("norm_topk_prob") else "none",
         "moe_router_topk_scaling_factor": c.number("routed_scaling_factor", 1.0), "moe_router_num_groups": c.count("n_group", None),
-        "moe_router_group_topk": c.count("topk_group", None), "moe_router_enable_expert_bias": c.truth("expert_bias", False),
+        "moe_router_group_topk": c.count("topk_group", None), "moe_router_group_best": c.count("group_best", None),
+        "moe_router_enable_expert_bias": c.truth("expert_bias", False),
     }  # fmt: skip
 
 
@@ -449,7 +447,7 @@ def write_standalone(run: RunConfig) -> Values:
         "shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size, "shared_expert_gate": moe.moe_shared_expert_gate,
         "score_function": scores_of(run), "norm_topk_prob": moe.normalize != "none",
         "routed_scaling_factor": moe.moe_router_topk_scaling_factor, "n_group": moe.moe_router_num_groups,
-        "topk_group": moe.moe_router_group_topk, "expert_bias": moe.moe_router_enable_expert_bias,
+        "topk_group": moe.moe_router_group_topk, "group_best": moe.group_best, "expert_bias": moe.moe_router_enable_expert_bias,
     }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ class TopK:
         scores_TE, probs_TE = scores_and_probs(logits_TE, c.moe_router_score_function)
         ranks_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
         if c.moe_router_num_groups is not None:
-            ranks_TE = of_best_groups(ranks_TE, c.moe_router_num_groups, c.moe_router_group_topk, c.topk)
+            ranks_TE = of_best_groups(ranks_TE, c.moe_router_num_groups, c.moe_router_group_topk, c.group_best)
         if c.draws_choices and tokens.keys_T is not None:
             ids_TK = drawn(logits_TE.detach(), c.topk, gumbel(tokens.keys_T, Purpose.GATE_SAMPLING, logits_TE.shape[1]))
         else:
@@ -49,9 +49,9 @@ def drawn(logits_TE: Tensor, k: int, noise_TE: Tensor) -> Tensor:
     return torch.cat([first_T1, noisy_TE.scatter(1, first_T1, float("-inf")).argmax(-1, keepdim=True)], dim=1)
 
 
-def of_best_groups(ranks_TE: Tensor, groups: int, group_k: int, k: int) -> Tensor:
-    """-inf outside of a token's best groups. A group counts as much as its k / group_k best experts together."""
+def of_best_groups(ranks_TE: Tensor, groups: int, group_k: int, group_best: int) -> Tensor:
+    """-inf outside of a token's best groups. A group counts as much as its `group_best` best experts together."""
     by_group_TNe = ranks_TE.unflatten(1, (groups, -1))
-    group_TN = by_group_TNe.topk(k // group_k, dim=-1).values.sum(-1)  # values only: order of ties does not matter
+    group_TN = by_group_TNe.topk(group_best, dim=-1).values.sum(-1)  # values only: order of ties does not matter
     keep_TN = torch.zeros_like(group_TN, dtype=torch.bool).scatter(1, best(group_TN, group_k), True)
     return by_group_TNe.masked_fill(~keep_TN[..., None], float("-inf")).flatten(1)

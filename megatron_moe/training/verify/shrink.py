@@ -353,6 +353,8 @@ def _experts(run: RunConfig, layout: _Layout, notes: _Notes) -> tuple[MoEConfig,
     if run.distillation.is_on:
         t_slots, t_layers = _layers(run.teacher(), run, interval, sizes, layout)
         teacher = {"num_experts_teacher": t_slots, "num_layers_teacher": t_layers}
+    best = 1 if old.moe_router_group_best and groups[0] else None
+    notes.size("moe_router_group_best", old.moe_router_group_best, best)
     notes.size("num_experts", old.num_experts, slots)
     notes.size("expert_interval", old.expert_interval, interval)
     if old.moe_loss_warmup_iters > STEPS:
@@ -361,7 +363,7 @@ def _experts(run: RunConfig, layout: _Layout, notes: _Notes) -> tuple[MoEConfig,
         notes.changed.append(f"--moe-min-capacity {old.moe_min_capacity} -> 1: so few tokens would else never be dropped")
     moe = dataclasses.replace(
         old, num_experts=slots, expert_interval=interval, moe_first_k_dense_replace=interval if old.moe_first_k_dense_replace else 0, topk=k, moe_expert_parallel_size=ep, moe_router_num_groups=groups[0],
-        moe_router_group_topk=groups[1], moe_top2_2nd_expert_sampling=sampling, moe_token_drop_policy=order,
+        moe_router_group_topk=groups[1], moe_router_group_best=best, moe_top2_2nd_expert_sampling=sampling, moe_token_drop_policy=order,
         moe_loss_warmup_iters=min(old.moe_loss_warmup_iters, STEPS), moe_min_capacity=min(old.moe_min_capacity, 1),
     )  # fmt: skip
     return moe, num_layers, teacher, sizes

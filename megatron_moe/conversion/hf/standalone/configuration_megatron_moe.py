@@ -40,6 +40,7 @@ class MegatronMoEConfig(PretrainedConfig):
         routed_scaling_factor=1.0,
         n_group=None,
         topk_group=None,
+        group_best=None,
         expert_bias=False,
         initializer_range=0.02,
         use_cache=True,
@@ -74,6 +75,7 @@ class MegatronMoEConfig(PretrainedConfig):
         self.routed_scaling_factor = routed_scaling_factor
         self.n_group = n_group
         self.topk_group = topk_group
+        self.group_best = group_best
         self.expert_bias = expert_bias
         self.initializer_range = initializer_range
         self.use_cache = use_cache

@@ -105,10 +105,10 @@ class Gate(nn.Module):
         return ids_TK, weights_TK * c.routed_scaling_factor
 
     def of_best_groups(self, ranks_TE):
-        """-inf outside of a token's best groups; a group counts as much as its share of k best experts together."""
+        """-inf outside of a token's best groups; a group counts as much as its `group_best` best experts together."""
         c = self.config
         by_group = ranks_TE.unflatten(1, (c.n_group, -1))
-        group_TN = by_group.topk(c.num_experts_per_tok // c.topk_group, dim=-1).values.sum(-1)
+        group_TN = by_group.topk(c.group_best, dim=-1).values.sum(-1)
         keep_TN = torch.zeros_like(group_TN, dtype=torch.bool).scatter(1, group_TN.topk(c.topk_group, dim=-1).indices, True)
         return by_group.masked_fill(~keep_TN[..., None], float("-inf")).flatten(1)
 
