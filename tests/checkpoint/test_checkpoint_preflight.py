@@ -215,4 +215,4 @@ def test_weights_without_optimizer_state_are_not_taken_for_a_whole_checkpoint(tm
 def test_a_folder_of_safetensors_is_recognised(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     (only,) = problems(load=tmp_path)
-    assert "tools/convert_checkpoint.py --from safetensors --to native makes a run directory" in only
+    assert "--load-hf" in only and "tools/convert_checkpoint.py makes a run directory of it" in only
