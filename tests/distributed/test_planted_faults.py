@@ -838,7 +838,7 @@ def before_a_pipeline_runs(change):
     from megatron_moe.parallel.pipeline import PipelinedGPT
 
     original = PipelinedGPT.forward_backward
-    run = lambda self, batches, keys, share: original(self, batches, change(self, keys), share)  # noqa: E731
+    run = lambda self, batches, keys, *rest: original(self, batches, change(self, keys), *rest)  # noqa: E731
     return mock.patch.object(PipelinedGPT, "forward_backward", run)
 
 
