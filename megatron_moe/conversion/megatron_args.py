@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_moe.config.flags import ConfigError, convert_all, fields_of
-from megatron_moe.config.model import ModelConfig
-from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.run import FIELDS, GROUPS, RunConfig
 from megatron_moe.conversion.plain_data import Namespace
 
@@ -98,57 +96,6 @@ def _activation(args: Mapping[str, Any]) -> str:
 
 
 # ---------------------------------------------------------------- the other way
-
-# Fields that its model has: any other one that is not at its default cannot be expressed.
-EXPRESSIBLE = {
-    ModelConfig: {
-        "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "kv_channels", "ffn_hidden_size", "max_position_embeddings",
-        "position_embedding_type", "use_rotary_position_embeddings", "rotary_base", "rotary_percent", "normalization", "layernorm_epsilon", "activation_func",
-        "swiglu", "squared_relu", "add_bias_linear", "untie_embeddings_and_output_weights", "hidden_dropout", "attention_dropout",
-        "init_method_std", "make_vocab_size_divisible_by", "vocab_size",
-    },
-    MoEConfig: {
-        "num_experts", "mlp_type", "topk", "expert_interval", "moe_expert_parallel_size", "moe_pyramid_ep", "moe_token_dropping",
-        "moe_train_capacity_factor", "moe_eval_capacity_factor", "moe_min_capacity", "moe_rts", "moe_top2_2nd_expert_sampling",
-        "moe_noisy_gate_policy", "moe_loss_coeff",
-        # of the training or of the kernels, not of the model
-        "moe_seq_loss_coeff", "moe_global_loss_coeff", "moe_loss_warmup_iters", "moe_router_z_loss_coeff", "moe_token_dispatcher",
-        "moe_node_size", "moe_overlap_chunks", "moe_pad_expert_input_to_capacity", "moe_identical_expert_init", "moe_token_drop_policy",
-        "moe_router_bias_update_rate",
-    },
-}  # fmt: skip
-
-
-def losses(run: RunConfig, vocab_size: int, **_: int | None) -> list[str]:
-    """What a model of Megatron-DeepSpeed does not have, a sentence each."""
-    lines = []
-    if run.model.activation == "relu":
-        lines.append("--activation-func relu: its MLP has gelu, gelu_tanh, swiglu or squared_relu")
-    wide = run.moe.moe_ffn_hidden_size
-    if run.moe.has_experts and wide not in (None, run.model.ffn_size):
-        lines.append(f"--moe-ffn-hidden-size {wide}: its experts are as wide as the MLP ({run.model.ffn_size})")
-    if run.moe.has_experts and run.moe.normalize not in _deepspeed_normalize(run.moe):
-        lines.append(f"gate weights renormalised over {run.moe.normalize}: its are so over {' or '.join(_deepspeed_normalize(run.moe))}")
-    for group, known in EXPRESSIBLE.items():
-        if group is MoEConfig and not run.moe.has_experts:
-            continue
-        config = run.model if group is ModelConfig else run.moe
-        lines += [
-            f"{spec.option} {getattr(config, spec.name)}: it has nothing like it"
-            for spec in fields_of(group)
-            if spec.name not in known | _LOOKED_AT and getattr(config, spec.name) != spec.default
-        ]
-    return lines
-
-
-_LOOKED_AT = {"moe_ffn_hidden_size", "moe_router_normalize", "moe_router_pre_softmax"}  # by lines of their own
-
-
-def _deepspeed_normalize(moe: MoEConfig) -> list[str]:
-    """Over what its gate renormalises. Where nothing is dropped, all that were chosen survive."""
-    if moe.topk == 1:
-        return ["none"]
-    return ["survivors"] if moe.moe_token_dropping else ["survivors", "chosen"]
 
 
 def args_of_run(

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +31,12 @@ from megatron_moe.checkpoint.deepspeed_files import (
     tag_directory,
     why_without_model,
 )
-from megatron_moe.checkpoint.files import TRACKER, CheckpointError, sync_directory, write_through
+from megatron_moe.checkpoint.files import TRACKER, CheckpointError, describe_file, sync_directory, write_through
 from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.conversion import plain_data
-from megatron_moe.conversion.megatron_args import OWN_MULTIPLE, args_of_run, losses, plain_items, run_of_args
+from megatron_moe.conversion.megatron_args import OWN_MULTIPLE, args_of_run, plain_items, run_of_args
+from megatron_moe.conversion.megatron_losses import without_losses
 from megatron_moe.conversion.megatron_names import EXPERTS, Entry, Heads, entries, fit_rows, mp_ranks_of, parts, whole
 from megatron_moe.conversion.plain_data import Namespace
 from megatron_moe.conversion.source import ITEM_SIZE, Selection, Source, Tensors
@@ -43,10 +44,12 @@ from megatron_moe.conversion.source import ITEM_SIZE, Selection, Source, Tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron_moe.conversion.journal import Journal
+
 SOURCE_OPTIONS = ("true_vocab_size", "model_args")
 TARGET_OPTIONS = ("target_tensor_parallel_size", "target_expert_parallel_size", "target_expert_tensor_parallel_size")
-RESUMES = False  # its files hold pieces of many tensors
-__all__ = ["RESUMES", "SOURCE_OPTIONS", "TARGET_OPTIONS", "looks_like", "losses", "open_source", "stored_dtypes", "write"]
+RESUMES = True
+__all__ = ["RESUMES", "SOURCE_OPTIONS", "TARGET_OPTIONS", "kept", "looks_like", "losses", "open_source", "stored_dtypes", "write"]
 
 CARRIED = "megatron_deepspeed"  # the key of the meta
 EXPERT_PREFIX = "language_model.encoder."
@@ -531,6 +534,25 @@ def _args_of(state: Mapping[str, Any]) -> dict[str, Any]:
     return dict(args) if isinstance(args, dict) else dict(vars(args))
 
 
+def losses(run: RunConfig, vocab_size: int, **options: int | None) -> list[str]:
+    """What a model of Megatron-DeepSpeed does not have, a sentence each. ConfigError for what cannot even be left out."""
+    fitting, sentences = without_losses(run)
+    target_of(fitting, **options)  # does the layout fit it?
+    return sentences
+
+
+def kept(run: RunConfig, vocab_size: int, tensors: Tensors, **_: int | None) -> Tensors:
+    """The tensors of the model without what is lost: all of them where nothing is."""
+    from megatron_moe.checkpoint.state import model_state
+    from megatron_moe.model.plain import build_plain
+
+    fitting, sentences = without_losses(run)
+    if not sentences:
+        return tensors
+    names = model_state(build_plain(fitting, vocab_size)).keys()
+    return {name: entry for name, entry in tensors.items() if name in names}
+
+
 def stored_dtypes(source: Source) -> dict[str, str]:
     """Parameter -> the type it gets if nobody asks for another: as it came, or what DeepSpeed trains in."""
     run = _run_of(source)
@@ -545,9 +567,12 @@ def _run_of(source: Source) -> RunConfig:
     return RunConfig.from_dict(source.meta["config"])
 
 
-def write(selection: Selection, directory: Path, **options: int | None) -> None:
-    """A directory with one tag. Each tensor is read once; what has to wait for its file waits in a mapped file beside it."""
-    writing = _Writing(selection, directory, target_of(_run_of(selection.source), **options))
+def write(selection: Selection, directory: Path, journal: Journal | None = None, **options: int | None) -> None:
+    """A directory with one tag. Each tensor is read once; what has to wait for its file waits in a mapped file beside it.
+
+    Going on: a layer whose experts' files are all finished is not read again, nor are the dense tensors once every rank has its file.
+    """
+    writing = _Writing(selection, directory, _target_run(selection.source), journal, **options)
     try:
         for number in sorted({e.number for e in writing.entries if e.layer}):
             writing.experts(number)
@@ -560,17 +585,23 @@ def write(selection: Selection, directory: Path, **options: int | None) -> None:
     write_through(directory / LATEST, writing.path.name)
 
 
+def _target_run(source: Source) -> RunConfig:
+    """The run without what cannot be held."""
+    return without_losses(_run_of(source))[0]
+
+
 class _Writing:
-    def __init__(self, selection: Selection, directory: Path, target: Target):
-        self.selection, self.target, self.run = selection, target, _run_of(selection.source)
+    def __init__(self, selection: Selection, directory: Path, run: RunConfig, journal: Journal | None, **options: int | None):
+        self.selection, self.run, self.journal = selection, run, journal
+        self.target = target = target_of(run, **options)
         self.carried = _still_valid(selection.source)
-        self.is_same = self.carried is not None and target == target_of(self.run)
+        self.is_same = self.carried is not None and target == target_of(run)
         tag = self.carried["tag"] if self.is_same else f"global_step{selection.source.iteration}"
         self.path, self.waiting = directory / tag, directory / "waiting"
         self.path.mkdir(parents=True, exist_ok=True)
         self.waiting.mkdir(exist_ok=True)
-        self.entries = list(entries(self.run, target.cuts_experts and target.tensor_parallel > 1))
-        m = self.run.model
+        self.entries = list(entries(run, target.cuts_experts and target.tensor_parallel > 1))
+        m = run.model
         version = self.carried["checkpoint_version"] if self.carried else 3.0
         self.heads = Heads(m.num_attention_heads, m.key_value_heads, m.head_dim, version)
         self.rows, self.multiple = padding_for(selection.source, target)
@@ -579,15 +610,33 @@ class _Writing:
     def experts(self, number: int) -> None:
         """The files of one MoE layer."""
         members = [entry for entry in self.entries if entry.number == number]
-        stacks = {name: self._wait(tensor) for name, tensor in self._read([name for entry in members for name in entry.ours])}
-        first, tp = members[0], self.target.tensor_parallel
-        for expert in range(first.num_experts):
-            names = {entry: self._expert_key(entry, expert) for entry in members}
-            made = {entry: parts(entry, self.heads, [stacks[name][expert] for name in entry.ours], tp) for entry in members}
-            for rank in self._ranks_with(first, expert):
-                content = {names[entry]: _own(pieces[rank % len(pieces)]) for entry, pieces in made.items()}
-                _save(self.path / expert_file(number, expert, rank), content)
+        ours, tp = [name for entry in members for name in entry.ours], self.target.tensor_parallel
+        files = {e: {expert_file(number, e, rank): rank for rank in self._ranks_with(members[0], e)} for e in range(members[0].num_experts)}
+        if self._are_finished([file for of_expert in files.values() for file in of_expert], ours):
+            return
+        stacks = {name: self._wait(tensor) for name, tensor in self._read(ours)}
+        for expert, of_expert in files.items():
+            todo = {file: rank for file, rank in of_expert.items() if not self._is_finished(file)}
+            names = {entry: self._expert_key(entry, expert) for entry in members if todo}
+            made = {entry: parts(entry, self.heads, [stacks[name][expert] for name in entry.ours], tp) for entry in names}
+            for file, rank in todo.items():
+                self._finish(file, {names[entry]: _own(pieces[rank % len(pieces)]) for entry, pieces in made.items()}, ours)
         self._forget()
+
+    def _are_finished(self, files: Iterable[str], ours: list[str]) -> bool:
+        """Whether all these files are, of a conversion that was interrupted; then their tensors count as read."""
+        if not all(map(self._is_finished, files)):
+            return False
+        self.selection.credit(ours)
+        return True
+
+    def _is_finished(self, file: str) -> bool:
+        return self.journal is not None and f"{self.path.name}/{file}" in self.journal.finished
+
+    def _finish(self, file: str, content: dict[str, Any], ours: list[str]) -> None:
+        _save(self.path / file, content)
+        if self.journal is not None:
+            self.journal.finish(f"{self.path.name}/{file}", describe_file(self.path / file), ours)
 
     def _expert_key(self, entry: Entry, expert: int) -> str:
         prefix = self.carried["expert_prefix"] if self.is_same else EXPERT_PREFIX
@@ -605,8 +654,12 @@ class _Writing:
     def models(self) -> None:
         """The file of each tensor-parallel rank."""
         tp = self.target.tensor_parallel
+        dense = [entry for entry in self.entries if not entry.layer]
+        names = [name for entry in dense for name in entry.ours]
+        if self._are_finished([model_file(rank) for rank in range(tp)], names):
+            return
         flat: list[dict[str, Tensor]] = [{} for _ in range(tp)]
-        for entry in (entry for entry in self.entries if not entry.layer):
+        for entry in dense:
             ours = [tensor for _, tensor in self._read(list(entry.ours))]
             if entry.kind == "vocab":
                 ours = [fit_rows(t, self.rows) for t in ours]
@@ -615,7 +668,8 @@ class _Writing:
                 flat[rank][entry.theirs] = pieces[rank % len(pieces)]
         ways = self.carried["keys"] if self.carried else [_way(name) for name in flat[0]]
         for rank, state in enumerate(self._states()):
-            _save(self.path / model_file(rank), {"module": _nested(ways, flat[rank])} | state)
+            if not self._is_finished(model_file(rank)):
+                self._finish(model_file(rank), {"module": _nested(ways, flat[rank])} | state, names)
 
     def _read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import zipfile
@@ -11,14 +12,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from training import runs
 
+from conversion.hf_models import read_all
 from conversion.megatron_files import Plan, our_weights, same, write_files
-from conversion.small import convert, hashes, native_tensors, save_small
+from conversion.small import VALUES, convert, hashes, native_tensors, save_small
 from megatron_moe.checkpoint.files import other_format, read_manifest
-from megatron_moe.config.flags import ConfigError
+from megatron_moe.config.flags import ConfigError, fields_of
+from megatron_moe.config.run import RunConfig
 from megatron_moe.conversion import megatron_deepspeed
+from megatron_moe.conversion.journal import Journal
+from megatron_moe.conversion.megatron_losses import EXPRESSIBLE, without_losses
+from megatron_moe.conversion.megatron_losses import LOSSES as LOST
 from megatron_moe.conversion.megatron_names import mp_ranks_of
+from megatron_moe.conversion.source import Selection
 
 MODERN = {
     "is_gated": True, "is_tied": False, "is_rotary": True, "has_bias": False, "norm": "rmsnorm", "groups": 2, "residual": False,
@@ -195,24 +203,144 @@ def test_padding_for_a_larger_degree_is_kept_at_a_smaller_one(tmp_path, capsys):
     assert (made["args"].make_vocab_size_divisible_by, made["args"].padded_vocab_size) == (128, 128)
 
 
+PLAIN = {"mlp_type": "standard", "topk": 2, "moe_top2_2nd_expert_sampling": False, "with_optimizer": False}
+ROTARY = PLAIN | {"position_embedding_type": "rope"}
+LOSSES = {  # settings, what is said of them, of which tensors it is
+    "expert bias": (PLAIN | {"moe_router_enable_expert_bias": True}, "the bias of the experts: ", "gate.expert_bias"),
+    "norms and sinks": (PLAIN | {"qk_layernorm": True, "softmax_type": "learnable"}, "the norms of queries and keys (--qk-layernorm True)",
+                        "attn.q_norm.weight"),
+    "further tokens": (PLAIN | {"mtp_num_layers": 1}, "the modules that predict further tokens (--mtp-num-layers 1)", "model.mtp."),
+    "window": (PLAIN | {"window_size": 4, "window_attn_skip_freq": (1, 0)}, "the window: every token sees all before it (--window-size 4)", ""),
+    "factor": (PLAIN | {"moe_router_topk_scaling_factor": 2.5}, "the factor of the gate weights (--moe-router-topk-scaling-factor 2.5)", ""),
+    "rope scaling": (ROTARY | {"rope_scaling_type": "linear", "rope_scaling_factor": 4.0}, "the scaling of the rotary positions", ""),
+    "raw weights": (PLAIN | {"moe_router_normalize": "none"}, "the normalisation of the gate weights: over none here, over survivors there", ""),
+    "sigmoid and groups": (PLAIN | {"moe_router_score_function": "sigmoid", "moe_router_num_groups": 2, "moe_router_group_topk": 2},
+                           "the scores of the router", ""),
+    "experts choose": (PLAIN | {"moe_router_policy": "expert_choice", "moe_top2_2nd_expert_sampling": True}, "the policy of the router", ""),
+    "sum": ({"moe_residual_combine": "sum", "with_optimizer": False}, "the dense MLP beside the experts", "mlp.fc1.weight"),
+    "shared expert": (PLAIN | {"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_gate": True},
+                      "the shared expert (--moe-shared-expert-intermediate-size 8)", "shared_expert.fc1.weight"),
+    "biases of q, k, v": (PLAIN | {"add_bias_linear": False, "add_qkv_bias": True}, "the bias vectors of queries, keys", "attn.q_proj.bias"),
+}  # fmt: skip
+QUICK_LOSSES = ("expert bias", "norms and sinks", "window")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK_LOSSES else pytest.param(n, marks=pytest.mark.matrix) for n in LOSSES])
+def test_what_their_model_does_not_have_is_refused_or_left_out_and_listed(name, tmp_path, capsys):
+    """Reading back gives the run without it, with every tensor that was not named."""
+    values, sentence, lost = LOSSES[name]
+    run = save_small(tmp_path / "run", **values)
+    code, _, err = to_theirs(capsys, run, tmp_path / "there")
+    assert (code, f"--to megatron-deepspeed cannot hold {sentence}" in err, "--allow-lossy leaves it out" in err) == (2, True, True), err
+    assert not (tmp_path / "there").exists()
+    code, out, err = to_theirs(capsys, run, tmp_path / "there", "--allow-lossy", "--verify")
+    assert (code, f"lost: {sentence}" in err) == (0, True), err
+    assert ("tensors are left out: model." in err, lost in err) == (bool(lost), True)
+    # the bias is zero in the beginning; the modules are behind the logits, and experts choose in training alone
+    assert ("apart, by what was left out" in out) == (name not in ("expert bias", "further tokens")), out
+    assert to_native(capsys, tmp_path / "there", tmp_path / "back", "--verify")[0] == 0
+    before, after = native_tensors(run / "iter_0000010"), native_tensors(tmp_path / "back" / "iter_0000010")
+    assert hashes(after) == hashes({n: before[n] for n in after})
+    assert bool(before.keys() - after.keys()) == bool(lost)
+    assert all(lost in n or name in ("norms and sinks", "sum", "shared expert", "biases of q, k, v") for n in before.keys() - after.keys())
+    back = RunConfig.from_dict(read_manifest(tmp_path / "back" / "iter_0000010").meta["config"])
+    assert without_losses(back) == (back, [])
+    original = RunConfig.from_dict(read_manifest(run / "iter_0000010").meta["config"])
+    without = without_losses(original)[0]
+    assert back.architecture(257) == without.architecture(257)
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"mlp_type": "standard", "moe_shared_expert_intermediate_size": 8}, "--moe-shared-expert-intermediate-size 8"),
-        ({"moe_latent_size": 8}, "--moe-latent-size 8"),
-        ({"moe_router_enable_expert_bias": True, "topk": 2, "moe_top2_2nd_expert_sampling": False}, "--moe-router-enable-expert-bias True"),
-        ({"moe_residual_combine": "sum"}, "--moe-residual-combine sum"),
-        ({"moe_ffn_hidden_size": 20}, "--moe-ffn-hidden-size 20"),
-        ({"activation_func": "relu"}, "--activation-func relu"),
-        ({"moe_router_score_function": "sigmoid"}, "--moe-router-score-function sigmoid"),
+        ({"moe_latent_size": 8}, "--moe-latent-size 8: its experts read the whole hidden vector"),
+        ({"moe_ffn_hidden_size": 20}, "--moe-ffn-hidden-size 20: its experts are as wide as the MLP (24)"),
+        ({"activation_func": "relu"}, "--activation-func relu: its MLP has gelu"),
+        ({"position_embedding_type": "rope", "rotary_interleaved": True}, "--rotary-interleaved True: it turns"),
+        ({"moe_router_policy": "hash"}, "--moe-router-policy hash: its tokens go where a trained router sends them"),
+        ({"multi_latent_attention": True, "kv_lora_rank": 8}, "--multi-latent-attention True: its attention makes keys and values"),
     ],
 )
-def test_what_their_model_does_not_have_is_refused_with_the_reason(values, reason, tmp_path, capsys):
-    run = save_small(tmp_path / "run", with_optimizer=False, **values)
-    code, _, err = to_theirs(capsys, run, tmp_path / "there")
-    assert code == 2
-    assert reason in err
-    assert not (tmp_path / "there").exists()
+def test_what_cannot_even_be_left_out_is_refused_with_the_reason(values, reason):
+    with pytest.raises(ConfigError) as refused:
+        without_losses(RunConfig.from_values(VALUES | values))
+    assert f"its model cannot be this one, not even with --allow-lossy: {reason}" in str(refused.value)
+    assert len(refused.value.problems) == 1
+
+
+def test_what_cannot_be_left_out_writes_nothing(tmp_path, capsys):
+    run = save_small(tmp_path / "run", with_optimizer=False, activation_func="relu", window_size=4)
+    code, _, err = to_theirs(capsys, run, tmp_path / "there", "--allow-lossy")
+    assert (code, "not even with --allow-lossy: --activation-func relu" in err) == (2, True), err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_every_setting_has_a_place_or_cannot_be_left_out():
+    """A name that no configuration has would never be looked at."""
+    known = {spec.name for group in EXPRESSIBLE for spec in fields_of(group)}
+    named = {name for names in EXPRESSIBLE.values() for name in names} | {n for loss in LOST for n in (loss.switch, *loss.details)}
+    assert named <= known
+    run = RunConfig.from_values(VALUES)
+    assert without_losses(run) == (run, [])
+    idle = RunConfig.from_values(VALUES | {"window_attn_skip_freq": (2,), "rope_scaling_factor": 4.0})  # without a window, without scaling
+    assert without_losses(idle) == (idle, [])
+
+
+@pytest.mark.parametrize(
+    ("at", "again"),
+    [pytest.param(1, [1, 1, 1], marks=pytest.mark.matrix), (9, [0, 1, 1]), pytest.param(17, [0, 0, 1], marks=pytest.mark.matrix)],
+)
+def test_an_interrupted_conversion_does_not_write_finished_files_anew(at, again, tmp_path, capsys, monkeypatch):
+    """Two layers of 8 files, then two of ranks: after the first expert, within the second layer, after the first rank. A layer with finished
+    experts only is not read again, nor half a one twice."""
+    run = save_small(tmp_path / "run", num_layers=2, num_experts=(4,), with_optimizer=False)
+    command = (run, tmp_path / "out", "--target-tensor-parallel-size", "2")
+    assert to_theirs(capsys, run, tmp_path / "whole", *command[2:])[0] == 0
+    plain, done, read = Journal.finish, [], Selection.read
+
+    def finish(self, name, *args):
+        plain(self, name, *args)
+        done.append(name)
+        if len(done) == at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish", finish)
+        code, _, err = to_theirs(capsys, *command)
+        assert (code, "the same command goes on where this one was" in err) == (130, True)
+    partial = tmp_path / "out.partial"
+    kept = {name: (partial / name).stat().st_mtime_ns for name in done}
+    (partial / "global_step10" / MODEL.replace("00", "01")).write_bytes(b"half a file")
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Selection, "read", lambda self, names: (seen.extend(names), read(self, names))[1])
+        code, _, err = to_theirs(capsys, *command)
+    assert (code, "what is finished there is not written again" in err) == (0, True), err
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in done} == kept
+    names = [*(f"model.layers.{i}.moe.experts.w1" for i in (1, 2)), "model.embedding.weight"]
+    assert [seen.count(name) for name in names] == again
+    files = lambda d: {p.relative_to(d): p.read_bytes() for p in d.rglob("*") if p.is_file()}  # noqa: E731
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert not partial.exists()
+
+
+def test_a_finished_file_that_was_damaged_since_is_written_anew(tmp_path, capsys, monkeypatch):
+    run = save_small(tmp_path / "run", with_optimizer=False)
+    plain = Journal.finish
+
+    def finish(self, name, *args):
+        plain(self, name, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish", finish)
+        assert to_theirs(capsys, run, tmp_path / "out")[0] == 130
+    (file,) = (tmp_path / "out.partial").rglob("layer_*")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    code, _, err = to_theirs(capsys, run, tmp_path / "out", "--verify")
+    assert code == 0, err
 
 
 class Bomb:
@@ -351,6 +479,43 @@ def test_files_of_old_versions_have_an_expert_of_every_layer(tmp_path, capsys):
         [path.unlink() for path in of_layers]
     assert to_native(capsys, tmp_path / "old", tmp_path / "run", "--verify")[0] == 0
     assert hashes(native_tensors(tmp_path / "run" / "iter_0000030")) == hashes(weights)
+
+
+def test_a_llama_of_transformers_goes_there_and_comes_back(tmp_path, capsys):
+    """Without a run directory between: the same names and the same bits, whatever was padded and put together in the middle."""
+    tensors = write_llama(tmp_path / "llama")
+    steps = ("hf", "megatron-deepspeed", "llama", "there"), ("megatron-deepspeed", "hf", "there", "back")
+    for source, target, load, save in steps:
+        code, _, err = convert(capsys, source, target, tmp_path / load, tmp_path / save, "--verify")
+        assert code == 0, err
+    table = content(tmp_path / "there" / "global_step0" / MODEL)["module"]["language_model"]["embedding"]["word_embeddings"]["weight"]
+    assert (table.dtype, len(table)) == (torch.bfloat16, 128)
+    back = read_all(tmp_path / "back")
+    assert back.keys() == tensors.keys()
+    assert all(back[name].dtype == t.dtype and torch.equal(back[name], t) for name, t in tensors.items())
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("llama", "back"))
+    assert {name: after[name] for name in before} == before
+
+
+def write_llama(folder) -> dict:
+    """Its folder by hand: 4 heads in 2 groups, 70 words."""
+    V, D, F = 70, 16, 24
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": D, "intermediate_size": F, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 5e5,
+        "max_position_embeddings": 64, "vocab_size": V, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
+    for i in range(2):
+        at = f"model.layers.{i}."
+        shapes |= {f"{at}input_layernorm.weight": (D,), f"{at}post_attention_layernorm.weight": (D,)}
+        shapes |= {f"{at}self_attn.{x}_proj.weight": (D if x in "qo" else D // 2, D) for x in "qkvo"}
+        shapes |= {f"{at}mlp.{x}_proj.weight": (D, F) if x == "down" else (F, D) for x in ("gate", "up", "down")}
+    tensors = {name: (0.3 * torch.randn(shape)).bfloat16() for name, shape in shapes.items()}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
 
 
 def test_numbers_too_large_for_float16_are_named(tmp_path, capsys):
