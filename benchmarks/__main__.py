@@ -13,7 +13,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 from benchmarks.harness import Options, missing, print_report, write_report
 from megatron_moe.config.flags import format_problems, parse_tool
 
-NAMES = ("preprocess", "step", "dialects", "dropping", "digits", "async_saving")
+NAMES = ("preprocess", "step", "dialects", "dropping", "digits", "async_saving", "convert_memory")
 
 
 def listing() -> str:
@@ -21,10 +21,10 @@ def listing() -> str:
     lines = ["python -m benchmarks NAME [--quick] [--rounds N] [--out DIR]", ""]
     for name in NAMES:
         module = importlib.import_module(f"benchmarks.{name}")
-        lines.append(f"  {name:12}{module.__doc__.splitlines()[0]}")
+        lines.append(f"  {name:15}{module.__doc__.splitlines()[0]}")
         for peer, use in module.PEERS.items():
             there = "not installed" if missing({peer: use}) else "installed"
-            lines.append(f"  {'':12}peer: {peer} ({there}): {use}")
+            lines.append(f"  {'':15}peer: {peer} ({there}): {use}")
     return "\n".join(lines)
 
 

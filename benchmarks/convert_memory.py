@@ -1,65 +1,66 @@
-"""Peak memory of a conversion over its largest tensor, for a synthetic Mixtral: hf -> native and native -> hf.
+"""memory of a conversion over its largest tensor: a synthetic Mixtral, hf -> native and native -> hf
 
-  python benchmarks/convert_memory.py                 4 GB of bfloat16, 20 GB of disk
-  python benchmarks/convert_memory.py --gigabytes 0.2
-
-Each conversion runs in a process of its own, and counts from the memory that this process has when everything is imported and the
-model of the configuration is built without memory. The largest tensor is one stack of experts, in the type that it has on that side.
+4 GB of bfloat16 and 20 GB of disk, in the temporary folder ($TMPDIR). Each conversion runs in a process of its own, and counts from the memory
+that this process has when everything is imported and the model of the configuration is built without memory. The largest tensor is one
+stack of experts, in the type that it has on that side.
 """
 
 from __future__ import annotations
 
 import json
-import resource
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.harness import Options, Report, say, spread, table
 
-from megatron_moe.config.flags import checked, flag, parse_tool
-
-HIDDEN, WIDTH, EXPERTS, VOCAB = 1024, 3584, 8, 32000  # a layer: 176 M weights
+PEERS: dict[str, str] = {}
+ROUNDS = 1
+WAYS = (("hf", "native", "hf", "run"), ("native", "hf", "run", "back"))  # from, to, and their folders
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
-    """Memory of a conversion."""
+class Size:
+    """Of the model. `total`: bytes of the folder, in bfloat16; there is at least one layer."""
 
-    gigabytes: float = flag(4.0, "size of the folder that is converted, in bfloat16", above=0)
-    scratch: str | None = flag(None, "where to write; the system's temporary directory when not given", metavar="DIR")
-
-    def __post_init__(self) -> None:
-        checked(self)
-
-    def problems(self):
-        return iter(())
+    total: float
+    hidden: int
+    width: int
+    experts: int
+    vocab: int
 
 
-def write_folder(directory: Path, size: float) -> None:
+FULL = Size(4e9, 1024, 3584, 8, 32000)  # a layer: 88 M weights
+QUICK = Size(2e6, 64, 224, 8, 512)  # far too small to say anything of memory
+
+
+def write_folder(directory: Path, size: Size) -> None:
     """Layers of zeros and a few random numbers, one file per layer."""
     import torch
 
     from megatron_moe.conversion.shards import write_shards
 
-    layers = max(round(size / 2 / (3 * HIDDEN * WIDTH * EXPERTS)), 1)
+    D, F, E, V = size.hidden, size.width, size.experts, size.vocab
+    layers = max(round(size.total / 2 / (3 * D * F * E)), 1)
     config = {
-        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": HIDDEN, "intermediate_size": WIDTH,
-        "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 4, "num_local_experts": EXPERTS,
-        "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "vocab_size": VOCAB, "torch_dtype": "bfloat16",
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": D, "intermediate_size": F,
+        "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 4, "num_local_experts": E,
+        "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "vocab_size": V, "torch_dtype": "bfloat16",
     }  # fmt: skip
-    shapes = {"model.embed_tokens.weight": [VOCAB, HIDDEN], "model.norm.weight": [HIDDEN], "lm_head.weight": [VOCAB, HIDDEN]}
+    shapes = {"model.embed_tokens.weight": [V, D], "model.norm.weight": [D], "lm_head.weight": [V, D]}
     for i in range(layers):
         at = f"model.layers.{i}."
-        shapes |= {f"{at}input_layernorm.weight": [HIDDEN], f"{at}post_attention_layernorm.weight": [HIDDEN]}
-        shapes |= {f"{at}self_attn.{x}_proj.weight": [HIDDEN if x in "qo" else HIDDEN // 4, HIDDEN] for x in "qkvo"}
-        shapes[f"{at}block_sparse_moe.gate.weight"] = [EXPERTS, HIDDEN]
-        for e in range(EXPERTS):
+        shapes |= {f"{at}input_layernorm.weight": [D], f"{at}post_attention_layernorm.weight": [D]}
+        shapes |= {f"{at}self_attn.{x}_proj.weight": [D if x in "qo" else D // 4, D] for x in "qkvo"}
+        shapes[f"{at}block_sparse_moe.gate.weight"] = [E, D]
+        for e in range(E):
             for w in ("w1", "w2", "w3"):
-                shapes[f"{at}block_sparse_moe.experts.{e}.{w}.weight"] = [HIDDEN, WIDTH] if w == "w2" else [WIDTH, HIDDEN]
+                shapes[f"{at}block_sparse_moe.experts.{e}.{w}.weight"] = [D, F] if w == "w2" else [F, D]
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
     tensors = {name: {"shape": shape, "dtype": "bfloat16"} for name, shape in shapes.items()}
@@ -68,7 +69,8 @@ def write_folder(directory: Path, size: float) -> None:
     def numbers(names: list[str]):
         for name in names:
             tensor = torch.zeros(shapes[name], dtype=torch.bfloat16)
-            tensor.view(-1)[:1024] = torch.randn(1024, generator=generator).bfloat16()
+            some = tensor.view(-1)[:1024]
+            some.copy_(torch.randn(len(some), generator=generator))
             yield tensor
 
     write_shards(directory, "model", tensors, 500_000_000, numbers)
@@ -91,30 +93,53 @@ def convert(words: list[str]) -> None:
 
 
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes. Of this process alone: what getrusage says begins with the peak of the process that started it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["--from"]:
-        convert(sys.argv[1:])
-        return 0
-    config = parse_tool(BenchmarkConfig, "benchmarks/convert_memory.py")
-    with tempfile.TemporaryDirectory(dir=config.scratch) as scratch:
+def converted(words: list[str]) -> dict[str, float]:
+    """By a process of its own. RuntimeError with what it said when it failed."""
+    command = [sys.executable, "-m", "benchmarks.convert_memory", *words]
+    # without the huge pages that `python -m benchmarks` asks for: the tool is started without them
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).resolve().parents[1])
+    found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"code": done.returncode}
+    if found["code"]:
+        raise RuntimeError(f"{' '.join(command)} ended with code {found['code']}:\n{done.stderr}")
+    return found
+
+
+def run(options: Options) -> Report:
+    size, rounds = QUICK if options.quick else FULL, options.rounds_or(ROUNDS)
+    report = Report("convert_memory", {**asdict(size), "rounds": rounds})
+    found: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch)
-        write_folder(base / "hf", config.gigabytes * 1e9)
-        size = sum(path.stat().st_size for path in (base / "hf").iterdir())
-        for kind, to, load, save in (("hf", "native", "hf", "run"), ("native", "hf", "run", "back")):
-            words = ["--from", kind, "--to", to, "--load", str(base / load), "--save", str(base / save)]
-            done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
-            if done.returncode:
-                print(done.stderr, file=sys.stderr)
-                return 1
-            found = json.loads(done.stdout.splitlines()[-1])
-            ratio = found["bytes"] / found["largest"]
-            print(f"{kind:>6} -> {to:<6} {size / 1e9:.2f} GB: {found['bytes'] / 1e6:.0f} MB beyond the start, {ratio:.2f} x the largest tensor "
-                  f"({found['largest'] / 1e6:.0f} MB), {found['seconds']:.0f} s")  # fmt: skip
-    return 0
+        write_folder(base / "hf", size)
+        in_files = sum(path.stat().st_size for path in (base / "hf").iterdir())
+        for i in range(rounds):
+            for kind, to, load, save in WAYS:
+                say(f"round {i + 1} of {rounds}: {kind} -> {to}")
+                words = ["--from", kind, "--to", to, "--load", str(base / load), "--save", str(base / save)]
+                found.setdefault(f"{kind} -> {to}", []).append(converted(words))
+            for folder in ("run", "back"):
+                shutil.rmtree(base / folder)
+    conclude(report, found, in_files)
+    return report
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def conclude(report: Report, found: dict[str, list[dict[str, float]]], in_files: int) -> None:
+    report.figures = {"bytes": in_files}
+    rows = []
+    for way, conversions in found.items():
+        ratio = spread(c["bytes"] / c["largest"] for c in conversions).median
+        report.figures[way] = {"conversions": conversions, "beyond_over_largest": ratio}
+        beyond, seconds = (spread(c[name] for c in conversions).median for name in ("bytes", "seconds"))
+        rows.append([way, f"{beyond / 1e6:.0f}", f"{ratio:.2f}", f"{conversions[0]['largest'] / 1e6:.1f}", f"{seconds:.0f}"])
+    columns = ["", "MB beyond the start", "x the largest tensor", "which has MB", "seconds"]
+    report.tables.append(f"{in_files / 1e6:.0f} MB of bfloat16\n" + table(columns, rows))
+
+
+if __name__ == "__main__":  # the processes of `run`
+    convert(sys.argv[1:])
