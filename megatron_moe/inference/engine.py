@@ -77,14 +77,19 @@ class Answer:
 
 
 class Engine:
-    """See above. Closing tells the other ranks; after an error within a call they are left to torchrun, which ends them."""
+    """See above. Closing tells the other ranks; after an error within a call they are left to torchrun, which ends them.
 
-    def __init__(self, loaded: Loaded):
+    on_close: what is to be ended then on each rank, such as the process groups of a tool: a process that exits with groups open may be
+    aborted by their threads.
+    """
+
+    def __init__(self, loaded: Loaded, on_close: Callable[[], None] = lambda: None):
         self.loaded, self.model = loaded, loaded.model
         self.tokenizer = loaded.tokenizer or TokenIds()
         self.is_leader = loaded.layout.is_leader
         self._group = dist.new_group(backend="gloo", timeout=IDLE) if loaded.layout.is_split else None
         self._is_busy = self._is_closed = False
+        self._on_close = on_close
 
     @property
     def device(self) -> torch.device:
@@ -184,7 +189,7 @@ class Engine:
         while (call := self._told(None)) is not None:
             name, *arguments = call
             work[name](*arguments)
-        self._is_closed = True
+        self._close(is_in_step=True)
 
     def _follow_stream(self, prompts: Prompts, limits: list[int]) -> None:
         # rank 0 draws: what is drawn here is overwritten
@@ -205,9 +210,21 @@ class Engine:
 
     def close(self) -> None:
         """Lets the other ranks go. A second time it does nothing."""
-        if self.is_leader and not self._is_closed and not self._is_busy:
+        if self._is_closed:
+            return
+        is_in_step = self.is_leader and not self._is_busy
+        if is_in_step:
             self._told(None)
+        self._close(is_in_step)
+
+    def _close(self, is_in_step: bool) -> None:
+        """`is_in_step`: all ranks come here, so that none ends its connections while another still reads from them."""
         self._is_closed = True
+        if not is_in_step:
+            return
+        if self._group is not None:
+            dist.barrier(self._group)
+        self._on_close()
 
     def __enter__(self) -> Engine:
         return self
@@ -256,12 +273,13 @@ def open_engine(config: InferenceConfig, tokenizer: TokenizerConfig, init: Calla
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
         raise ValueError("--device cuda: torch sees no GPU here; use --device cpu")
-    device, layout = torch.device("cuda" if config.device != "cpu" and has_gpu else "cpu"), ONE_PROCESS
-    if world_size > 1:
-        world = init(ParallelConfig(distributed_backend="gloo" if device.type == "cpu" else "auto"))
-        device = world.device
-        layout = Layout(config.tensor_model_parallel_size, config.moe_expert_parallel_size, world.cpu_group)
-    loaded = load_for_inference(
-        config.load, config.ckpt_step, device, tokenizer, config.ckpt_verify, layout, config.expert_cache_bytes
-    )  # fmt: skip
-    return Engine(loaded)
+    device = torch.device("cuda" if config.device != "cpu" and has_gpu else "cpu")
+    if world_size == 1:
+        return Engine(_load(config, tokenizer, device, ONE_PROCESS))
+    world = init(ParallelConfig(distributed_backend="gloo" if device.type == "cpu" else "auto"))
+    layout = Layout(config.tensor_model_parallel_size, config.moe_expert_parallel_size, world.cpu_group)
+    return Engine(_load(config, tokenizer, world.device, layout), dist.destroy_process_group)
+
+
+def _load(config: InferenceConfig, tokenizer: TokenizerConfig, device: torch.device, layout: Layout) -> Loaded:
+    return load_for_inference(config.load, config.ckpt_step, device, tokenizer, config.ckpt_verify, layout, config.expert_cache_bytes)

@@ -10,7 +10,7 @@ import torch
 
 from conversion.small import save_small, to_native, to_safetensors
 from megatron_moe.checkpoint.files import Manifest, describe_file, read_manifest, write_manifest
-from megatron_moe.checkpoint.manager import FetchingPlanner
+from megatron_moe.checkpoint.one_by_one import FetchingPlanner
 from megatron_moe.conversion import flat, native
 from megatron_moe.conversion.convert import target_problems
 from megatron_moe.conversion.fit import tensors_to_write

@@ -43,8 +43,8 @@ def _in_layout(directory, tp, ep, tokens):
     loaded = load_for_inference(directory, layout=Layout(tp, ep, dist.group.WORLD))
     logits = cached_logits(loaded.model, tokens)
     parameters = sum(getattr(p, "_local_tensor", p).numel() for p in loaded.model.parameters())
-    answers = None
-    with Engine(loaded) as engine:
+    answers, ended = None, []
+    with Engine(loaded, lambda: ended.append("on_close")) as engine:
         if engine.is_leader:
             answers = [a.tokens for a in engine.complete(REQUESTS, GREEDY)]
             steps = engine.stream(REQUESTS, GREEDY)
@@ -53,6 +53,7 @@ def _in_layout(directory, tp, ep, tokens):
             answers += [a.tokens for a in engine.complete(REQUESTS[:1], GREEDY)]
         else:
             engine.follow()
+    assert ended == ["on_close"], "process groups are ended on every rank"
     return logits, parameters, answers
 
 
