@@ -278,7 +278,11 @@ def open_engine(config: InferenceConfig, tokenizer: TokenizerConfig, init: Calla
         return Engine(_load(config, tokenizer, device, ONE_PROCESS))
     world = init(ParallelConfig(distributed_backend="gloo" if device.type == "cpu" else "auto"))
     layout = Layout(config.tensor_model_parallel_size, config.moe_expert_parallel_size, world.cpu_group)
-    return Engine(_load(config, tokenizer, world.device, layout), dist.destroy_process_group)
+    try:
+        return Engine(_load(config, tokenizer, world.device, layout), dist.destroy_process_group)
+    except Exception:  # what is wrong with a checkpoint is wrong on every rank
+        dist.destroy_process_group()
+        raise
 
 
 def _load(config: InferenceConfig, tokenizer: TokenizerConfig, device: torch.device, layout: Layout) -> Loaded:

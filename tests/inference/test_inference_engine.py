@@ -1,14 +1,17 @@
 """Requests in, pieces out."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_models import LEARNED, ROPE_GQA_SWIGLU, VOCAB, small_model, small_run
 
+from megatron_moe.checkpoint.files import CheckpointError
 from megatron_moe.config.data import TokenizerConfig
+from megatron_moe.config.inference import InferenceConfig
 from megatron_moe.config.sampling import SamplingConfig
-from megatron_moe.inference.engine import Engine, Request
+from megatron_moe.inference.engine import Engine, Request, open_engine
 from megatron_moe.inference.generate import generate
 from megatron_moe.inference.load import Loaded
 from megatron_moe.model.attention import CausalCore
@@ -115,3 +118,13 @@ def test_with_a_seed_of_its_own_a_request_draws_the_same_whatever_is_beside_it()
     assert [answers[1].tokens, answers[3].tokens] == [alone, alone]
     assert answers[2].tokens == generate(engine.model, [[7]], 12, GREEDY)[0]
     assert alone == engine.complete([Request([7], 12)], warm)[0].tokens
+
+
+def test_process_groups_end_when_there_is_nothing_to_load(tmp_path, monkeypatch):
+    """A process that exits with its groups open may be aborted by their threads, and the exit code is not the tool's."""
+    ended, world = [], SimpleNamespace(device=torch.device("cpu"), cpu_group=None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: ended.append("group"))
+    with pytest.raises((ValueError, CheckpointError), match=str(tmp_path)):
+        open_engine(InferenceConfig(load=str(tmp_path), moe_expert_parallel_size=2), TokenizerConfig(), lambda _: world)
+    assert ended == ["group"]
