@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-import torch.distributed as dist
-from distributed_pool import run_distributed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import LEARNED, ROPE_GQA_SWIGLU, VOCAB, all_logits, small_model
-from test_inference_loading import save_small_model
 
 from megatron_moe.inference import scoring
-from megatron_moe.inference.engine import Engine
-from megatron_moe.inference.layout import Layout
-from megatron_moe.inference.load import load_for_inference
 from megatron_moe.inference.scoring import Row, encode_pair, pair_row, row_problems, score_rows, windows
 from megatron_moe.tokenizers.plain import ByteTokenizer
 
@@ -87,22 +79,3 @@ def test_rows_that_cannot_be_scored_are_named():
     problems = row_problems(model, [Row([1, 50], 1), Row([1] * 26, 1)])
     assert "the token 50" in problems[0]
     assert "25 tokens exceeds the 24 learned positions" in problems[1]
-
-
-def _scores(directory, tp, ep):
-    with Engine(load_for_inference(directory, layout=Layout(tp, ep, dist.group.WORLD))) as engine:
-        if engine.is_leader:
-            return [engine.score(ROWS), engine.score(ROWS[:1])]
-        return engine.follow()
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(("tp", "ep"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.matrix), pytest.param(2, 4, marks=pytest.mark.matrix)])
-def test_a_layout_scores_what_one_process_scores(tmp_path, tp, ep):
-    save_small_model(tmp_path)
-    alone = score_rows(load_for_inference(tmp_path).model, ROWS)
-    (together, first), *others = run_distributed(_scores, max(tp, ep), str(tmp_path), tp, ep)
-    assert set(others) == {None}
-    for a, b in zip([*alone, alone[0]], [*together, first[0]]):
-        assert math.isclose(a.log_prob, b.log_prob, abs_tol=1e-10)
-        assert (a.tokens, a.is_greedy) == (b.tokens, b.is_greedy)
