@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from megatron_moe.kernels.activation import activate
 from megatron_moe.kernels.grouped_gemm import grouped_gemm
+from megatron_moe.kernels.reference import expert_of_row
+from megatron_moe.kernels.weighted_activation import weighted_activation
 from megatron_moe.utils.dtensor import local_weight
 
 # Dims of each stack, the one place that says what a name means: expert parallelism, ZeRO and initialisation read it.
@@ -64,23 +65,19 @@ class Experts(StackedExperts):
 
     def forward(self, x_RD: Tensor, offsets_E: Tensor, row_weights_R: Tensor, has_spare_rows: bool = False) -> Tensor:
         """offsets_E: int32, end of each expert's rows; there may be rows behind the last, of weight 0. Returns [R, D]."""
-        linear = partial(self._linear, offsets_E, _expert_of_row(x_RD, offsets_E) if self.b1 is not None else None, has_spare_rows)
-        gate_RF = None if self.w_gate is None else linear(x_RD, self.w_gate, self.b_gate)
-        h_RF = activate(self.activation, linear(x_RD, self.w1, self.b1), gate_RF)
-        row_weights_R1 = row_weights_R[:, None].to(h_RF.dtype)
+        weights = {name: None if p is None else local_weight(p) for name, p in self.named_stacks()}
+        product = partial(grouped_gemm, offsets_E=offsets_E, use_reference=self.use_reference, has_spare_rows=has_spare_rows)
+        h_RF = product(x_RD, weights["w1"])
+        gate_RF = None if self.w_gate is None else product(x_RD, weights["w_gate"])
+        a_RF = weighted_activation(
+            self.activation, h_RF, gate_RF, row_weights_R, offsets_E, weights["b1"], weights["b_gate"], self.use_reference
+        )
+        y_RD = product(a_RF, weights["w2"])
+        if self.b2 is None:
+            return y_RD
         # the bias belongs to the expert's output, so it is weighted too
-        return linear(h_RF * row_weights_R1, self.w2, self.b2, row_weights_R1 * self.bias_share)
+        bias_RD = weights["b2"].index_select(0, expert_of_row(len(x_RD), offsets_E))
+        return y_RD + row_weights_R[:, None].to(y_RD.dtype) * self.bias_share * bias_RD
 
-    def _linear(self, offsets_E: Tensor, expert_R: Tensor | None, has_spare_rows: bool,
-                x: Tensor, w: Tensor, b: Tensor | None, bias_weights_R1: Tensor | None = None) -> Tensor:  # fmt: skip
-        y = grouped_gemm(x, local_weight(w), offsets_E, self.use_reference, has_spare_rows)
-        if b is None:
-            return y
-        bias = local_weight(b).index_select(0, expert_R)
-        return y + (bias if bias_weights_R1 is None else bias_weights_R1 * bias)
-
-
-def _expert_of_row(x_RD: Tensor, offsets_E: Tensor) -> Tensor:
-    """[R]; a spare row counts to the last expert. (repeat_interleave refuses counts that do not add up to R.)"""
-    row_R = torch.arange(x_RD.shape[0], dtype=offsets_E.dtype, device=offsets_E.device)
-    return torch.searchsorted(offsets_E, row_R, right=True).clamp_max(offsets_E.shape[0] - 1)
+    def named_stacks(self) -> list[tuple[str, nn.Parameter | None]]:
+        return [(name, getattr(self, name)) for name in STACKS]

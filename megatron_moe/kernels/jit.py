@@ -1,0 +1,31 @@
+"""Triton where it is installed. Modules with Triton kernels take `jit` and `tl` from here, and can be imported without it: their
+functions can then not be called. The public function of each op imports them only when it launches one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit, constexpr = triton.jit, tl.constexpr
+except ImportError:
+    triton = tl = None
+    constexpr = object
+
+    def jit(function: Any) -> Any:
+        return function
+
+
+LAUNCHED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+has_triton = importlib.util.find_spec("triton") is not None
+
+
+def power_of_two(n: int) -> int:
+    """The next one that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
