@@ -4,10 +4,7 @@ functions can then not be called. The public function of each op imports them on
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
-
-import torch
 
 try:
     import triton
@@ -20,10 +17,6 @@ except ImportError:
 
     def jit(function: Any) -> Any:
         return function
-
-
-LAUNCHED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-has_triton = importlib.util.find_spec("triton") is not None
 
 
 def power_of_two(n: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.kernels import reference
-from megatron_moe.kernels.jit import LAUNCHED_DTYPES, has_triton
+from megatron_moe.kernels.on_gpu import takes_triton
 
 
 def weighted_activation(
@@ -25,13 +25,9 @@ def weighted_activation(
     name: as in kernels/activation.py; swiglu has a gate. offsets_E: int32, end of each expert's rows; rows behind the last one have
     weight 0. On a GPU this is one Triton kernel in each direction; torch.compile makes its own of the reference.
     """
-    if use_reference or not is_fused(h_RF):
+    if use_reference or not takes_triton(h_RF):
         return reference.weighted_activation(name, h_RF, gate_RF, row_weights_R, offsets_E, b1_EF, b_gate_EF)
     return WeightedActivation.apply(name, h_RF, gate_RF, row_weights_R, offsets_E, b1_EF, b_gate_EF)
-
-
-def is_fused(h_RF: Tensor) -> bool:
-    return h_RF.is_cuda and has_triton and h_RF.dtype in LAUNCHED_DTYPES and not torch.compiler.is_compiling()
 
 
 class WeightedActivation(torch.autograd.Function):
