@@ -36,7 +36,8 @@ MODELS = {
     "--moe-ffn-hidden-size 1536 --num-experts 128 --topk 8 --vocab-size 151936",
     # latent attention is not built: 128 heads of 128 with 8 for keys and values, 250 million parameters a layer in place of 187
     "DeepSeek-V3": NO_BIAS + "--num-layers 61 --hidden-size 7168 --num-attention-heads 128 --num-key-value-heads 8 --kv-channels 128 "
-    "--ffn-hidden-size 18432 --moe-ffn-hidden-size 2048 --num-experts 1 1 1" + " 256" * 58 + " --topk 8 "
+    "--ffn-hidden-size 18432 --moe-ffn-hidden-size 2048 --num-experts 1 1 1" + " 256" * 58 + " --topk 8 --moe-router-num-groups 8 "
+    "--moe-router-group-topk 4 "
     "--moe-shared-expert-intermediate-size 2048 --moe-router-score-function sigmoid --vocab-size 129280",
     "GPT-OSS-120B": "--num-layers 36 --hidden-size 2880 --num-attention-heads 64 --num-key-value-heads 8 --kv-channels 64 "
     "--moe-ffn-hidden-size 2880 --num-experts 128 --topk 4 --vocab-size 201088",
@@ -44,7 +45,8 @@ MODELS = {
 
 
 class Row(NamedTuple):
-    """`published`: tokens/s/GPU, or TFLOP/s where it is below 1000 (an MFU times 989). `assumed`: what of the layout is not published."""
+    """`published`: tokens/s/GPU, or TFLOP/s where it is below 1000 (an MFU times 989). `assumed`: what of the layout is not published.
+    `path`: how rows travel, where it is not straight to their experts."""
 
     model: str
     precision: str
@@ -52,6 +54,7 @@ class Row(NamedTuple):
     global_batch: int
     published: float
     assumed: str = ""
+    path: str | None = None
 
     @property
     def is_tflops(self) -> bool:
@@ -69,8 +72,8 @@ ROWS = [
     Row("GPT-OSS-120B", "bf16", Layout(64, pp=4, ep=8), 1280, 5993, "no virtual stages"),
     Row("Qwen3-30B-A3B", "FP8", Layout(16, pp=2, virtual=_virtual(48, 2, 12), ep=8), 1024, 5113),
     Row("Qwen3-30B-A3B", "FP8, tokens dropped", Layout(16, pp=2, virtual=_virtual(48, 2, 24), ep=8), 512, 10494),
-    Row("Qwen3-235B-A22B", "FP8", Layout(256, tp=2, sp=True, pp=8, virtual=_virtual(94, 8, 4), ep=32), 8192, 1633),
-    Row("DeepSeek-V3", "FP8", Layout(1024, tp=2, sp=True, pp=8, virtual=_virtual(61, 8, 4), ep=64), 8192, 1297),
+    Row("Qwen3-235B-A22B", "FP8", Layout(256, tp=2, sp=True, pp=8, virtual=_virtual(94, 8, 4), ep=32), 8192, 1633, path="hierarchical"),
+    Row("DeepSeek-V3", "FP8", Layout(1024, tp=2, sp=True, pp=8, virtual=_virtual(61, 8, 4), ep=64), 8192, 1297, path="hierarchical"),
 ]
 
 
@@ -87,7 +90,7 @@ class Predicted(NamedTuple):
 def predict(row: Row) -> Predicted:
     run = parse_args(f"{COMMON} {MODELS[row.model]} --mock-data --train-iters 1".split()).run
     assumed, vocabulary = dataclasses.replace(Assumptions(), load_skew=1.0), run.model.vocab_size
-    time = step_time(run, row.layout, vocabulary, row.global_batch, MACHINES["h100-sxm"], assumed)
+    time = step_time(run, row.layout, vocabulary, row.global_batch, MACHINES["h100-sxm"], assumed, row.path)
     need = memory(run, row.layout, vocabulary, row.global_batch, 1.0)
     tokens = row.global_batch * run.training.seq_length / time.total / row.layout.devices
     shares = {name: value / time.total for name, value in dataclasses.asdict(time).items() if name != "hidden"}
@@ -101,7 +104,9 @@ def table() -> str:
         found = predict(row)
         unit = "TFLOP/s" if row.is_tflops else "tokens/s"
         value = found.tflops if row.is_tflops else found.tokens_per_second
-        layout = str(row.layout).split(", DP")[0] + (f" (assumed: {row.assumed})" if row.assumed else "")
+        layout = (
+            str(row.layout).split(", DP")[0] + (f" {row.path}" if row.path else "") + (f" (assumed: {row.assumed})" if row.assumed else "")
+        )
         largest = sorted(found.terms.items(), key=lambda item: -item[1])[:3]
         terms = ", ".join(f"{name} {share:.0%}" for name, share in largest)
         lines.append(f"| {row.model} {row.precision} | {row.layout.devices}, {layout} | {row.published:.0f} {unit} | {value:.0f} | "

@@ -66,6 +66,11 @@ class PlanConfig:
     memory_efficiency: float = flag(DEFAULTS.memory_efficiency, "of the memory bandwidth, elsewhere", above=0, maximum=1)
     collective_latency_us: float = flag(DEFAULTS.collective_latency_us, "microseconds of a collective without content", minimum=0)
     launch_us: float = flag(DEFAULTS.launch_us, "microseconds of the host per operator", minimum=0)
+    host_wait_us: float = flag(
+        DEFAULTS.host_wait_us,
+        "microseconds that the device idles after the host has waited for it: once a layer where rows are counted",
+        minimum=0,
+    )
     fixed: tuple[str, ...] = flag(
         (), f"flags about layout that stay as the command has them, by name or short: {' '.join(SETTINGS)}", metavar="FLAG"
     )
@@ -95,7 +100,7 @@ class PlanConfig:
     def assumed(self) -> Assumptions:
         return Assumptions(
             self.matmul_efficiency, self.attention_efficiency, self.network_efficiency, self.memory_efficiency, self.collective_latency_us,
-            self.launch_us, self.load_skew, self.memory_reserve,
+            self.launch_us, self.host_wait_us, self.load_skew, self.memory_reserve,
         )  # fmt: skip
 
 

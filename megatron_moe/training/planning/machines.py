@@ -53,5 +53,6 @@ class Assumptions:
     memory_efficiency: float = 0.8
     collective_latency_us: float = 20.0
     launch_us: float = 5.0
+    host_wait_us: float = 100.0
     load_skew: float = 1.3
     memory_reserve: float = 0.1
