@@ -1,4 +1,4 @@
-"""Every rank gathers all tokens and takes the rows of its own experts; results are reduce-scattered."""
+"""Every rank gathers all tokens and takes the rows of its own experts; results come back summed."""
 # T tokens here, K experts per token, G gathered tokens, R rows to compute here, P ranks, S slices
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe.moe.dispatch.base import NO_LIMITS, Limits, LocalDispatcher, LocalPlan, most_rows, pad_rows, row_bytes
+from megatron_moe.moe.dispatch.exchange import gather_from_ranks, sum_over_ranks
 from megatron_moe.moe.dispatch.slices import Slices
-from megatron_moe.utils.compat import all_gather_rows, reduce_scatter_rows
 
 
 @dataclass
@@ -61,11 +61,11 @@ class AllGatherDispatcher(LocalDispatcher):
     def _gather(self, x: Tensor) -> Tensor:
         """By rank, and by slice within it."""
         x = self.slices.gather(x)
-        return all_gather_rows(x, self.group) if self.ranks > 1 else x
+        return gather_from_ranks(x, self.group) if self.ranks > 1 else x
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: AllGatherPlan | None = None):
         plan = plan or self.plan(ids_TK)
-        # as a ring moves them: each rank's rows go to every other rank, and sums of as many come back; gradients likewise
+        # each rank's rows go to every other rank, and a sum for each of them comes back; gradients likewise
         each_way = (self.sources - 1) * plan.padded_tokens * (2 * row_bytes(x_TD) + row_bytes(weights_TK))
         plan.sent_bytes = (each_way, each_way)
         x_GD, weights_GK = (self._gather(pad_rows(x, plan.padded_tokens)) for x in (x_TD, weights_TK))
@@ -74,5 +74,5 @@ class AllGatherDispatcher(LocalDispatcher):
 
     def combine(self, rows_RD: Tensor, plan: AllGatherPlan) -> Tensor:
         y_GD = super().combine(rows_RD, plan.local)
-        y_GD = reduce_scatter_rows(y_GD, self.group) if self.ranks > 1 else y_GD
+        y_GD = sum_over_ranks(y_GD, self.group) if self.ranks > 1 else y_GD
         return self.slices.sum(y_GD)[: plan.tokens_here]

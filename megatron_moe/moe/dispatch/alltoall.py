@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe.moe.dispatch.base import NO_LIMITS, Limits, LocalDispatcher, row_bytes, sum_rows
+from megatron_moe.moe.dispatch.base import NO_LIMITS, Limits, LocalDispatcher, addends_of, gather_rows, row_bytes, sum_rows
 from megatron_moe.moe.dispatch.exchange import Flight, exchange_counts, launch
 from megatron_moe.moe.dispatch.slices import Slices
 
@@ -65,18 +65,15 @@ class AllToAllPlan:
     """The order in which rows leave, the legs, and the order that groups what came by expert."""
 
     slot_A: Tensor  # int64: token * K + choice
+    addend_A: Tensor  # int64: token * addends + addend, see sum_rows
+    addends: int
     num_tokens: int
-    k: int
     legs: list[Leg]
     rows_S: list[int]  # how many come to each slice of the experts here
     arrival_R: Tensor  # row r of the experts is the arrival_R[r]-th row here
     offsets_e: Tensor  # int32
     has_spare_rows: bool = False
     sent_bytes: tuple[int, int] = (0, 0)
-
-    @property
-    def token_A(self) -> Tensor:
-        return self.slot_A // self.k
 
 
 class AllToAllDispatcher(LocalDispatcher):
@@ -107,11 +104,12 @@ class AllToAllDispatcher(LocalDispatcher):
             sizes = _split(row, [t.shape[1] for t in tables])
             legs = [t.leg(part, next(sizes), next(sizes)) for t in traffic]
             slot_A = order_A[: sum(legs[0].send_P)]
+            addend_A, addends = addends_of(ids_TK, self.ranks, self.num_experts // self.ranks)
             rows_S, arriving_SPe = next(sizes), arriving_CSPe[part]
             # they lie (slice, source, expert, token), and are wanted (expert, source, slice, token)
             arrival_R = turned(arriving_SPe, sum(rows_S))
             offsets_e = arriving_SPe.sum((0, 1)).cumsum(0).to(torch.int32)
-            plans.append(AllToAllPlan(slot_A, *ids_TK.shape, legs, rows_S, arrival_R, offsets_e))
+            plans.append(AllToAllPlan(slot_A, addend_A.index_select(0, slot_A), addends, len(ids_TK), legs, rows_S, arrival_R, offsets_e))
         return plans
 
     def _numbered(self, ids_TK: Tensor) -> Tensor:
@@ -136,7 +134,7 @@ class AllToAllDispatcher(LocalDispatcher):
 
     def depart(self, x_TD: Tensor, weights_TK: Tensor, plan: AllToAllPlan) -> list[Flight]:
         """Rows and their gate weights, on the last leg."""
-        rows, weights = x_TD.index_select(0, plan.token_A), weights_TK.reshape(-1).index_select(0, plan.slot_A)
+        rows, weights = gather_rows(x_TD, plan.addend_A, plan.addends), weights_TK.reshape(-1).index_select(0, plan.slot_A)
         plan.sent_bytes = self._sent_bytes(plan, row_bytes(rows), weights.element_size())
         *first, last = plan.legs
         for leg in first:
@@ -156,7 +154,7 @@ class AllToAllDispatcher(LocalDispatcher):
         rows = flight.land()
         for leg in reversed(plan.legs[:-1]):
             rows = leg.launch_back(rows).land()
-        return sum_rows(rows, plan.token_A, plan.num_tokens)
+        return sum_rows(rows, plan.addend_A, plan.num_tokens, plan.addends)
 
     def _sent_bytes(self, plan: AllToAllPlan, row: int, weight: int) -> tuple[int, int]:
         """Exact: rows and weights go out and rows come back; their gradients the other way round."""

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: Any = None) -> tuple[Tensor, Tensor, Tensor, Any]:
         plan = plan or self.plan(ids_TK)
-        rows_RD, weights_R = x_TD.index_select(0, plan.token_R), weights_TK.reshape(-1).index_select(0, plan.slot_R)
+        rows_RD, weights_R = gather_rows(x_TD, plan.token_R), weights_TK.reshape(-1).index_select(0, plan.slot_R)
         if plan.has_spare_rows:
             row_R = torch.arange(len(weights_R), device=weights_R.device)
             weights_R = torch.where(row_R < plan.offsets_E[-1], weights_R, 0.0)
@@ -84,11 +85,59 @@ def most_rows(assignments: int, num_experts: int, capacity: int | None) -> int:
     return assignments if capacity is None else min(assignments, num_experts * capacity)
 
 
-def sum_rows(rows_RD: Tensor, token_R: Tensor, num_tokens: int) -> Tensor:
-    """A token's rows are added in at least float32: k roundings to bf16 would not be those of one process."""
+def sum_rows(rows_RD: Tensor, addend_R: Tensor, num_tokens: int, addends: int = 1) -> Tensor:
+    """[R, D] -> [T, D], the sum of a token's rows in the canonical order, which all dispatchers share: rows of one addend as they lie
+    (experts ascending), then the addends of a token (its owner ranks ascending). addend_R: token * addends + addend.
+
+    In at least float32: k roundings to bf16 would not be those of one process. On CUDA the order within an addend of three rows or
+    more is fixed under torch.use_deterministic_algorithms only.
+    """
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
-    y_TD = torch.zeros(num_tokens, rows_RD.shape[1], dtype=wide, device=rows_RD.device)
-    return y_TD.index_add(0, token_R, rows_RD.to(wide)).to(rows_RD.dtype)
+    y_AD = torch.zeros(num_tokens * addends, rows_RD.shape[1], dtype=wide, device=rows_RD.device)
+    y_AD = y_AD.index_add(0, addend_R, rows_RD.to(wide))
+    return add_up(y_AD.view(num_tokens, addends, rows_RD.shape[1]).unbind(1)).to(rows_RD.dtype)
+
+
+def gather_rows(x_TD: Tensor, addend_R: Tensor, addends: int = 1) -> Tensor:
+    """[T, D] -> [R, D], row r that of token addend_R[r] // addends. The backward is `sum_rows`."""
+    return _Gather.apply(x_TD, addend_R, addends)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, addend_R: Tensor, addends: int) -> Tensor:
+        ctx.save_for_backward(addend_R)
+        ctx.num_tokens, ctx.addends = len(x_TD), addends
+        return x_TD.index_select(0, addend_R if addends == 1 else addend_R // addends)
+
+    @staticmethod
+    def backward(ctx, grad_RD: Tensor):
+        (addend_R,) = ctx.saved_tensors
+        return sum_rows(grad_RD, addend_R, ctx.num_tokens, ctx.addends), None, None
+
+
+def add_up(parts: Sequence[Tensor]) -> Tensor:
+    """From left to right. (torch.sum chooses its own order.)"""
+    return reduce(torch.add, parts)
+
+
+def addends_of(ids_TK: Tensor, owners: int = 1, experts_here: int = 0) -> tuple[Tensor, int]:
+    """Which addend a choice belongs to, [T*K], int64: token * addends + the number of its owner rank among those of the token; and how
+    many addends a token has at most. One, where the order of a sum does not depend on it: up to two rows, or one owner.
+
+    Example, 2 experts per rank: ids [5, 0, 4, 1] -> [1, 0, 1, 0]: experts 0 and 1 are added, then 4 and 5, then the two sums.
+    """
+    num_tokens, k = ids_TK.shape
+    token_T1 = torch.arange(num_tokens, device=ids_TK.device)[:, None]
+    if k <= 2 or owners == 1:
+        return token_T1.expand(-1, k).reshape(-1), 1
+    most = min(k, owners)
+    owner_TK = torch.where(ids_TK < 0, owners, ids_TK // experts_here)  # dropped ones are nobody's
+    sorted_TK, order_TK = owner_TK.sort(dim=1, stable=True)
+    changes_TK = torch.diff(sorted_TK, dim=1, prepend=sorted_TK[:, :1]) != 0
+    number_TK = changes_TK.cumsum(1).clamp_max(most - 1)
+    addend_TK = torch.empty_like(order_TK).scatter_(1, order_TK, number_TK)
+    return (token_T1 * most + addend_TK).reshape(-1), most
 
 
 def row_bytes(x: Tensor) -> int:

@@ -19,6 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_moe.moe.dispatch.base import add_up
+from megatron_moe.utils.compat import all_gather_rows
+
 Sizes = list[int]
 
 
@@ -88,6 +91,50 @@ def launch(x: Tensor, receive: Sizes, send: Sizes, group: dist.ProcessGroup) -> 
 def exchange_rows(x: Tensor, receive: Sizes, send: Sizes, group: dist.ProcessGroup) -> Tensor:
     """The same with nothing between: rows [sum(send), ...] -> rows [sum(receive), ...]."""
     return launch(x, receive, send, group).land()
+
+
+class _GatherFromRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_gather_rows(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _sum_in_order(grad, ctx.group), None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _sum_in_order(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return all_gather_rows(grad, ctx.group), None
+
+
+def gather_from_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[n, ...] -> [P n, ...]; the backward is `sum_over_ranks`."""
+    return _GatherFromRanks.apply(x, group)
+
+
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[P n, ...] -> [n, ...]: of everyone's rows for this rank, the sum in ascending order of ranks; the backward is `gather_from_ranks`.
+
+    A reduce-scatter sums in an order of its backend's, in the type of the rows. This sends as many bytes, sums in at least float32, and
+    the same values give the same bits whatever the backend and the number of rows.
+    """
+    return _SumOverRanks.apply(x, group)
+
+
+def _sum_in_order(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    ranks = dist.get_world_size(group)
+    each = [len(x) // ranks] * ranks
+    parts = exchange_rows(x, each, each, group).split(each)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return add_up([part.to(wide) for part in parts]).to(x.dtype)
 
 
 def exchange_counts(counts_CP: Tensor, group: dist.ProcessGroup) -> Tensor:
