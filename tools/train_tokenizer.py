@@ -3,7 +3,7 @@
   python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8192 --output tokenizer.json
   python tools/train_tokenizer.py --input corpus.jsonl --model-type sentencepiece --output corpus.model
 
-Inputs are JSONL or plain text, plain or compressed (.gz, .zst), as for tools/preprocess_data.py. A bad line stops it.
+Inputs are JSONL or plain text, plain or compressed (.gz, .zst), or Parquet, as for tools/preprocess_data.py. A bad line stops it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 from tqdm import tqdm
 
 from megatron_moe.config.flags import checked, flag, parse_tool
-from megatron_moe.data.corpus import BadRecordError, Input, decode, expand_inputs, parse_record, total_bytes
+from megatron_moe.data.corpus import BadRecordError, Input, expand_inputs, records_of, total_bytes
 from megatron_moe.tokenizers.base import library
 from megatron_moe.utils.atomic import atomic_write
 
@@ -32,11 +32,11 @@ END_OF_DOCUMENT = "<|endoftext|>"
 class TrainTokenizerConfig:
     """Training a tokenizer."""
 
-    input: tuple[str, ...] = flag((), "files or quoted globs, JSONL or plain text, plain or compressed", metavar="FILE")
+    input: tuple[str, ...] = flag((), "files or quoted globs: JSONL or plain text, plain or compressed, and Parquet", metavar="FILE")
     output: str | None = flag(None, "tokenizer.json, or a .model for sentencepiece", metavar="FILE")
     model_type: Literal["bpe", "sentencepiece"] = flag("bpe", "byte-level BPE as GPT-2 has it, or SentencePiece BPE with byte fallback")
     vocab_size: int = flag(8192, "number of tokens, special ones included", minimum=258)
-    json_key: str = flag("text", "the key of the text in JSONL")
+    json_key: str = flag("text", "the key of the text in JSONL, the column in Parquet")
     input_format: Literal["auto", "jsonl", "text"] = flag("auto", "auto goes by the name, then by the first character")
 
     def __post_init__(self) -> None:
@@ -58,11 +58,11 @@ def texts(config: TrainTokenizerConfig) -> Iterator[str]:
         done = 0
         for path in paths:
             source = Input(path, config.input_format)
-            for place, content in source.pieces():
-                try:
-                    yield parse_record(content, (config.json_key,))[0] if source.is_jsonl else decode(content)
-                except BadRecordError as error:
-                    raise ValueError(f"{place}: {error}; correct the line, or make the corpus again") from None
+            for block in source.blocks((config.json_key,)):
+                for i, record in enumerate(records_of(block, (config.json_key,))):
+                    if isinstance(record, BadRecordError):
+                        raise ValueError(f"{block.place(i)}: {record}; correct the line, or make the corpus again")
+                    yield record[0]
                 bar.update(done + source.bytes_read - bar.n)
             done += source.bytes_read
             source.close()

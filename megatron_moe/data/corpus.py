@@ -1,9 +1,10 @@
-"""Text on its way in: files, globs and standard input -> pieces of bytes, each with the place it came from.
+"""Text on its way in: files, globs and standard input -> blocks of whole records -> the texts of each record.
 
-    expand_inputs -> open_input -> lines or whole file -> parse_record
+    expand_inputs -> Input -> Block, Block, ... -> records_of (here or in another process)
 
-A piece is one line of JSONL, or a whole file of plain text (one document per file). Compression is told from the first
-bytes, never from the name. Decoding and parsing are separate, so that they can run in other processes.
+A record is one line of JSONL, one row of Parquet, or a whole file of plain text (one document per file). Compression and Parquet
+are told from the first bytes, never from the name. A block is bytes as they were read, or columns as they were stored: decoding and
+parsing are separate, so that they can run in other processes.
 """
 
 from __future__ import annotations
@@ -15,49 +16,72 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
+
+from megatron_moe.data import parquet
+from megatron_moe.data.parquet import BadRecordError
 
 READ_BYTES = 1 << 18
+BLOCK_BYTES = 1 << 19  # large enough to hide the passing around, small enough to share the end evenly
 BOM = b"\xef\xbb\xbf"
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 JSONL_NAMES = (".jsonl", ".json", ".ndjson")
 TEXT_NAMES = (".txt", ".text", ".md", ".rst", ".py")
 
 
-class BadRecordError(ValueError):
-    """A line or file that cannot become a document; the message is the reason alone, the reader knows the place."""
+class Block(NamedTuple):
+    """Some whole records of one input, one after another."""
 
+    name: str
+    kind: Literal["jsonl", "text", "parquet"]
+    content: Any  # bytes: lines, or one file; a pyarrow.RecordBatch with a column per key
+    first: int  # number of its first record, counted from 1
 
-class Piece(NamedTuple):
-    """One line, or one file of plain text."""
-
-    place: str  # "file:line", or "file"
-    content: bytes
+    def place(self, index: int) -> str:
+        """Where record `index` of this block came from: "file:line", or "file"."""
+        return self.name if self.kind == "text" else f"{self.name}:{self.first + index}"
 
 
 class Input:
-    """One opened input: its pieces, and how far the reading is."""
+    """One opened input: its blocks, and how far the reading is."""
 
     def __init__(self, path: str, input_format: str = "auto"):
         self.path = path
         self.bytes_read = 0  # compressed bytes, to compare with the size of the file
         self._file: IO[bytes] = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115 - closed by close
         self.name = "standard input" if path == "-" else path
+        self._chunks: Iterator[bytes] = iter(())
+        self.kind = self._kind(input_format)
+
+    def _kind(self, input_format: str) -> Literal["jsonl", "text", "parquet"]:
+        if self.path != "-" and self._file.peek(4)[:4] == parquet.MAGIC:  # type: ignore[attr-defined]
+            return "parquet"
         self._chunks = self._text_chunks()
-        self.is_jsonl = input_format == "jsonl" or (input_format == "auto" and self._looks_like_jsonl())
+        is_jsonl = input_format == "jsonl" or (input_format == "auto" and self._looks_like_jsonl())
+        return "jsonl" if is_jsonl else "text"
 
     def close(self) -> None:
         if self.path != "-":
             self._file.close()
 
-    def pieces(self) -> Iterator[Piece]:
-        """Lines of JSONL (empty ones included: they are for the reader to judge), or the file as one piece."""
-        if not self.is_jsonl:
-            yield Piece(self.name, b"".join(self._chunks))
-            return
-        for number, line in enumerate(split_lines(self._chunks), 1):
-            yield Piece(f"{self.name}:{number}", line)
+    def blocks(self, keys: tuple[str, ...], block_bytes: int | None = None) -> Iterator[Block]:
+        """Lines of JSONL (empty ones included: they are for the reader to judge), rows of Parquet, or the file as one block.
+
+        A block has about `block_bytes` (BLOCK_BYTES), more when one record is longer. Of Parquet only the columns `keys` are read.
+        """
+        block_bytes, first = block_bytes or BLOCK_BYTES, 1
+        if self.kind == "text":
+            yield Block(self.name, "text", b"".join(self._chunks), first)
+        elif self.kind == "jsonl":
+            for content in whole_lines(self._chunks, block_bytes):
+                yield Block(self.name, "jsonl", content, first)
+                first += content.count(b"\n")
+        else:
+            for columns, bytes_read in parquet.batches(self.path, keys, block_bytes):
+                self.bytes_read = bytes_read
+                yield Block(self.name, "parquet", columns, first)
+                first += columns.num_rows
 
     def _looks_like_jsonl(self) -> bool:
         """By the name without .gz or .zst; if that says nothing, by whether the text begins with a brace."""
@@ -108,19 +132,19 @@ def total_bytes(paths: Iterable[str]) -> int | None:
     return None if "-" in paths else sum(os.path.getsize(p) for p in paths)
 
 
-def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines without their newline. A newline at the very end begins no further line."""
-    pending: list[bytes] = []  # parts of a line longer than a chunk: joined once, so that long lines stay linear
+def whole_lines(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
+    """The same bytes in blocks of about `block_bytes` that end where a line ends; the very last may lack its newline."""
+    pending: list[bytes] = []  # joined once per block, so that lines longer than a block stay linear
+    size = 0
     for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        pending.append(first)
-        if others:
+        pending.append(chunk)
+        size += len(chunk)
+        if size >= block_bytes and (cut := chunk.rfind(b"\n") + 1):
+            pending[-1] = chunk[:cut]
             yield b"".join(pending)
-            yield from others[:-1]
-            pending = [others[-1]]
-    last = b"".join(pending)
-    if last:
-        yield last
+            pending, size = [chunk[cut:]], len(chunk) - cut
+    if size:
+        yield b"".join(pending)
 
 
 # ---------------------------------------------------------------- compression
@@ -131,6 +155,8 @@ def decompressed(chunks: Iterator[bytes], name: str, position: Callable[[], int]
     head = next(chunks, b"")
     while len(head) < 4 and (more := next(chunks, b"")):
         head += more
+    if head.startswith(parquet.MAGIC):
+        raise ValueError(f"{name} is Parquet, which is read from its end: give it as a file of its own, not through a pipe")
     for magic, kind in FOREIGN.items():
         if head.startswith(magic):
             raise ValueError(f"{name} is {kind}; only UTF-8 text, plain or compressed as gzip or zstd, is read: convert it first")
@@ -171,6 +197,24 @@ def _zstd_object(name: str) -> Callable[[], Any]:
 
 
 # ---------------------------------------------------------------- bytes -> text
+
+
+def records_of(block: Block, keys: tuple[str, ...]) -> Iterator[list[str] | BadRecordError]:
+    """Of each record of a block: the text under each key, or the reason why there is none."""
+    if block.kind == "parquet":
+        yield from parquet.records_of(block.content, keys)
+        return
+    for content in [block.content] if block.kind == "text" else lines_of(block.content):
+        try:
+            yield parse_record(content, keys) if block.kind == "jsonl" else [decode(content)]
+        except BadRecordError as error:
+            yield error
+
+
+def lines_of(content: bytes) -> list[bytes]:
+    """Lines without their newline. A newline at the very end begins no further line."""
+    lines = content.split(b"\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 def parse_record(content: bytes, keys: tuple[str, ...]) -> list[str]:

@@ -48,8 +48,8 @@ def best_dtype(vocab_size: int) -> np.dtype:
 def fit(tokens: Sequence[int] | np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Tokens as `dtype`; ValueError for an id outside its range, which a plain cast would wrap around."""
     wide = np.asarray(tokens)
-    if wide.size == 0:
-        return wide.astype(dtype)
+    if wide.size == 0 or wide.dtype == dtype:
+        return wide.astype(dtype, copy=False)
     if wide.dtype.kind not in "iu":
         raise ValueError(f"token ids must be whole numbers, not {wide.dtype}; pass the tokenizer's ids")
     limits = np.iinfo(dtype)
@@ -234,7 +234,7 @@ class IndexedDatasetWriter:
         """Several documents of one sequence each: their tokens end to end, and the length of each."""
         sizes = _int32_sizes(sizes)
         assert sizes.sum(dtype=np.int64) == len(tokens), f"sizes sum to {sizes.sum(dtype=np.int64)}, tokens are {len(tokens)}"
-        self._bin.write(fit(tokens, self.dtype).tobytes())
+        self._bin.write(np.ascontiguousarray(fit(tokens, self.dtype)))
         self._record(sizes, np.arange(1, len(sizes) + 1))
 
     def add_dataset(self, dataset: IndexedDataset, on_bytes: Callable[[int], object] = lambda n: None) -> None:

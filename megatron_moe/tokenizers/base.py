@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 from abc import ABC, abstractmethod
 from types import ModuleType
+
+import numpy as np
 
 
 class Tokenizer(ABC):
@@ -26,6 +29,12 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text; several threads where the library has them."""
         return [self.encode(text) for text in texts]
+
+    def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """`encode` of each text: the ids of all of them end to end, integers, and how many each has, int64[len(texts)]."""
+        lists = self.encode_batch(texts)
+        sizes = np.fromiter(map(len, lists), np.int64, len(lists))
+        return np.fromiter(itertools.chain.from_iterable(lists), np.int64, int(sizes.sum())), sizes
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:

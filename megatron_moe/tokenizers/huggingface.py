@@ -9,7 +9,7 @@ from megatron_moe.tokenizers.base import Tokenizer, fingerprint_of, foreign, lib
 EOD_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")  # the last is DeepSeek's
 
 
-class _LibraryTokenizer(Tokenizer):
+class LibraryTokenizer(Tokenizer):
     """A loaded `tokenizers.Tokenizer` behind our interface."""
 
     def __init__(self, backend: Any, eod_names: tuple[str, ...], source: str, fingerprint: str):
@@ -36,8 +36,22 @@ class _LibraryTokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
+    def to_json(self) -> str:
+        """Contents of a tokenizer.json that makes the same ids."""
+        return self._backend.to_str()
 
-class GPT2BPETokenizer(_LibraryTokenizer):
+    @property
+    def added_tokens(self) -> list[str]:
+        """What is recognised in text before anything else is."""
+        return [token.content for token in self._backend.get_added_tokens_decoder().values()]
+
+    @property
+    def changes_lengths(self) -> bool:
+        """Whether the file asks for truncation or padding."""
+        return self._backend.truncation is not None or self._backend.padding is not None
+
+
+class GPT2BPETokenizer(LibraryTokenizer):
     """Byte-level BPE from vocab.json and merges.txt; eod is <|endoftext|>, and only `eod` makes it: in text it is characters."""
 
     def __init__(self, vocab_file: str, merge_file: str):
@@ -53,7 +67,7 @@ class GPT2BPETokenizer(_LibraryTokenizer):
         super().__init__(backend, EOD_NAMES[:1], vocab_file, fingerprint_of("GPT2BPETokenizer", *contents))
 
 
-class HFTokenizer(_LibraryTokenizer):
+class HFTokenizer(LibraryTokenizer):
     """Any tokenizer.json. Its special tokens are recognised in text, as the library does."""
 
     def __init__(self, path: str):

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_moe.data.corpus import split_lines
+from megatron_moe.data import corpus
+from megatron_moe.data.corpus import lines_of, whole_lines
 from megatron_moe.data.indexed_dataset import IndexedDataset
 from tools import preprocess_data
 
@@ -92,7 +93,7 @@ def test_a_damaged_file_is_named(run):
     assert result.code == 2 and "corpus.jsonl: damaged gzip data" in result.err and not published()
 
 
-@pytest.mark.parametrize("content, kind", [(b"BZh91AY", "bzip2"), (b"PAR1....", "Parquet"), (GOOD.decode().encode("utf-16"), "UTF-16")])
+@pytest.mark.parametrize("content, kind", [(b"BZh91AY", "bzip2"), (GOOD.decode().encode("utf-16"), "UTF-16")])
 def test_other_kinds_of_file_are_called_by_their_name(run, content, kind):
     result = run(content)
     assert result.code == 2 and f"corpus.jsonl is {kind}" in result.err
@@ -196,12 +197,16 @@ def test_mistakes_on_the_command_line_are_told_together(capsys):
 def test_long_lines_and_lines_across_chunks_stay_whole():
     text = b"ab\n\nc" + b"x" * 1000 + b"\nend"
     chunks = [text[i : i + 3] for i in range(0, len(text), 3)]
-    assert list(split_lines(chunks)) == text.split(b"\n")
-    assert list(split_lines([b"a\n"])) == [b"a"] and list(split_lines([b"\n"])) == [b""] and list(split_lines([])) == []
+    for size in (1, 4, 10**6):
+        blocks = list(whole_lines(chunks, size))
+        assert [line for block in blocks for line in lines_of(block)] == text.split(b"\n")
+        assert all(block.endswith(b"\n") for block in blocks[:-1]) and len(blocks) == {1: 4, 4: 3, 10**6: 1}[size]
+    assert lines_of(b"a\n") == [b"a"] and lines_of(b"\n") == [b""] and lines_of(b"") == [] and list(whole_lines([], 1)) == []
 
 
 def test_workers_change_nothing(run, monkeypatch):
-    monkeypatch.setattr(preprocess_data, "BATCH_PIECES", 3)
+    for name in ("READ_BYTES", "BLOCK_BYTES"):
+        monkeypatch.setattr(corpus, name, 100)
     content = b"".join(json.dumps({"text": "x" * n}).encode() + b"\n" for n in range(1, 60))
     alone = run(content)
     files = [Path(f"out_text_document{suffix}").read_bytes() for suffix in (".bin", ".idx")]
@@ -243,8 +248,8 @@ def test_standard_input_is_read(tmp_path):
 on_linux = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="finds worker processes through /proc")
 
 
-def feed(process, lines):
-    process.stdin.write(b'{"text": "some words"}\n' * lines)
+def feed(process, blocks):
+    process.stdin.write(b'{"text": "some words"}\n' * (blocks * corpus.BLOCK_BYTES // 23))
     process.stdin.flush()
 
 
@@ -252,7 +257,7 @@ def feed(process, lines):
 @on_linux
 def test_a_killed_worker_does_not_hang_and_nothing_is_published(tmp_path):
     process = start(tmp_path, "--input", "-", "--workers", "2")
-    feed(process, 3 * preprocess_data.BATCH_PIECES)
+    feed(process, 3)
     os.kill(worker_pids(process.pid, 2)[0], signal.SIGKILL)
     _, err = process.communicate(b'{"text": "more"}\n' * 50_000, timeout=60)
     assert process.returncode == 1 and b"a worker process died" in err and b"Traceback" not in err, err
@@ -264,7 +269,7 @@ def test_a_killed_worker_does_not_hang_and_nothing_is_published(tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_cleans_up(number, code, tmp_path):
     process = start(tmp_path, "--input", "-", "--workers", "1")
-    feed(process, 3 * preprocess_data.BATCH_PIECES)
+    feed(process, 3)
     worker_pids(process.pid, 1)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -276,7 +281,7 @@ def test_an_interrupted_run_cleans_up(number, code, tmp_path):
 @on_linux
 def test_workers_do_not_outlive_a_killed_parent(tmp_path):
     process = start(tmp_path, "--input", "-", "--workers", "2")
-    feed(process, 3 * preprocess_data.BATCH_PIECES)
+    feed(process, 3)
     workers = worker_pids(process.pid, 2)
     process.kill()
     process.communicate()
