@@ -56,3 +56,17 @@ class Assumptions:
     host_wait_us: float = 100.0
     load_skew: float = 1.3
     memory_reserve: float = 0.1
+
+
+# Where the default of each comes from. Nothing here was measured by us: no GPU was at hand.
+SOURCES = {
+    "matmul_efficiency": "assumed: large bf16 products reach 600 to 750 of the 989 TFLOP/s of an H100 under its power limit",
+    "attention_efficiency": "published: FlashAttention-2 on an H100 (arXiv 2407.08608)",
+    "network_efficiency": "assumed; published for rows in a node: 380 of 450 GB/s (DeepEP), 153 to 158 of 160 on H800",
+    "memory_efficiency": "assumed: streaming kernels against the data sheet",
+    "collective_latency_us": "assumed: a small NCCL collective over a few nodes",
+    "launch_us": "assumed: an operator of eager PyTorch",
+    "host_wait_us": "assumed: between 50 and 200",
+    "load_skew": "assumed: a router with a balance loss, early in training",
+    "memory_reserve": "assumed: CUDA context, NCCL, fragmentation",
+}
