@@ -63,17 +63,19 @@ class _Pool:
     """`size` worker processes, each with a pipe to this one."""
 
     size: int
+    interprets: bool
     directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="gloo_pool_")))
     processes: list = field(default_factory=list)
     pipes: list = field(default_factory=list)
 
 
-_pools: dict[int, _Pool] = {}
+_pools: dict[tuple[int, bool], _Pool] = {}
 
 
-def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
-    """`fn(*args)` on `world_size` ranks; returns the results in rank order, never hangs longer than `timeout` seconds."""
-    pool = _pools.get(world_size) or _start(world_size)
+def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 120, interpret: bool = False) -> list[Any]:
+    """`fn(*args)` on `world_size` ranks; returns the results in rank order, never hangs longer than `timeout` seconds. interpret: by ranks
+    in which triton is an interpreter, which it becomes when it is imported."""
+    pool = _pools.get((world_size, interpret)) or _start(world_size, interpret)
     try:
         work = pickle.dumps((fn, args))
         for pipe in pool.pipes:
@@ -103,13 +105,15 @@ atexit.register(close_pools)  # without pytest, and when pytest is interrupted
 # ---------------------------------------------------------------- the side of the tests
 
 
-def _start(size: int) -> _Pool:
-    pool = _pools[size] = _Pool(size)
+def _start(size: int, interprets: bool) -> _Pool:
+    pool = _pools[size, interprets] = _Pool(size, interprets)
     context = get_context("spawn")
     try:
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, size, pool.directory, there), name=f"gloo rank {rank} of {size}")
+            process = context.Process(
+                target=_worker, args=(rank, size, interprets, pool.directory, there), name=f"gloo rank {rank} of {size}"
+            )
             process.start()
             there.close()  # so that the pipe ends when the worker does
             pool.processes.append(process)
@@ -131,8 +135,8 @@ def _kill(pool: _Pool) -> None:
     for pipe in pool.pipes:
         pipe.close()
     shutil.rmtree(pool.directory, ignore_errors=True)
-    if _pools.get(pool.size) is pool:
-        del _pools[pool.size]
+    if _pools.get((pool.size, pool.interprets)) is pool:
+        del _pools[pool.size, pool.interprets]
 
 
 def _collect(pool: _Pool, deadline: float, what: str) -> dict[int, _Reply]:
@@ -178,8 +182,10 @@ def _stacks(pool: _Pool, ranks: list[int]) -> str:
 # ---------------------------------------------------------------- the side of a worker
 
 
-def _worker(rank: int, size: int, directory: Path, pipe: connection.Connection) -> None:
+def _worker(rank: int, size: int, interprets: bool, directory: Path, pipe: connection.Connection) -> None:
     """Join the process group, then run what arrives until the pipe ends."""
+    if interprets:
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     stack_file = open(directory / f"stack_{rank}", "w")  # noqa: SIM115 - faulthandler keeps the descriptor

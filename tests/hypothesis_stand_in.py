@@ -19,7 +19,7 @@ def install() -> None:
     module.settings = lambda *_, **__: lambda test: test
     module.assume = module.note = MagicMock()
     module.example = lambda *_, **__: lambda test: test
-    module.HealthCheck = module.strategies = MagicMock()
+    module.HealthCheck = module.Phase = module.strategies = MagicMock()
     sys.modules["hypothesis"] = module
     sys.modules["hypothesis.strategies"] = module.strategies
 

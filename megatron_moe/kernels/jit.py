@@ -15,8 +15,8 @@ except ImportError:
     triton = tl = None
     constexpr = object
 
-    def jit(function: Any) -> Any:
-        return function
+    def jit(function: Any = None, **_: Any) -> Any:
+        return function or jit  # with options it is given the function later
 
 
 def power_of_two(n: int) -> int:

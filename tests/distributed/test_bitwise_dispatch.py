@@ -121,7 +121,9 @@ def test_sums_of_several_owners_have_one_order_on_four_ranks(kind):
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-@pytest.mark.parametrize(("world", "kind"), [(2, "padded"), (2, "alltoall in 3 chunks"), *(pytest.param(4, kind, marks=pytest.mark.matrix) for kind in CLOSE)])
+@pytest.mark.parametrize(
+    ("world", "kind"), [(2, "padded"), (2, "alltoall in 3 chunks"), *(pytest.param(4, kind, marks=pytest.mark.matrix) for kind in CLOSE)]
+)
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
 def test_other_ways_are_equal_up_to_rounding(world, kind, k, dtype, limit):
     for found in run_distributed(differences, world, kind, k, dtype, timeout=SECONDS):

@@ -18,6 +18,7 @@ Rows arrive sorted by (expert, source rank, token, choice); offsets_e (int32) ar
     hierarchical.py    the same in two exchanges: within a node, then between nodes
     overlap.py         either of these in chunks of tokens: one travels while the experts compute another
     allgather.py       all tokens to all ranks, which take the rows of their experts
+    fused.py           kernels write each row into the memory of its expert's rank
     padded.py          as many rows as the capacity to every expert
     slices.py          expert tensor parallelism, for all of them: experts that are cut over several ranks
     choose.py          which one a layer gets, and why
