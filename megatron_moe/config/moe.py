@@ -123,8 +123,8 @@ class MoEConfig:
         0.0, "weight of the router z-loss, the mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906)",
         names=("moe-z-loss-coeff",), minimum=0)  # fmt: skip
     moe_token_dispatcher: Literal["auto", "alltoall", "allgather", "hierarchical"] = flag(
-        "auto", "how tokens travel to their experts. alltoall: each row to its expert, in exact sizes. hierarchical: the same within a node "
-        "first and then between nodes, in fewer and larger messages. allgather: all tokens to all ranks. auto: nothing travels for EP 1 and "
+        "auto", "how tokens travel to their experts. alltoall: each row to its expert, in exact sizes. hierarchical: each token "
+        "once to every node that has experts of it, then its rows within the node; sums come back. allgather: all tokens to all ranks. auto: nothing travels for EP 1 and "
         "ETP 1; all-gather when k reaches EP and reserves at most 1.25 times the rows of equally busy experts (a capacity bounds them), else "
         "all-to-all; the log says which, and why", names=("moe-token-dispatcher-type",))  # fmt: skip
     moe_node_size: int | None = flag(
@@ -213,7 +213,7 @@ class MoEConfig:
             yield ("--moe-pad-expert-input-to-capacity makes the exchanges of an all-to-all equal, and --moe-token-dispatcher allgather "
                    "exchanges no rows; use alltoall or auto, or drop the padding")  # fmt: skip
         if pad and kind == "hierarchical":
-            yield ("--moe-pad-expert-input-to-capacity sends zero rows too, and --moe-token-dispatcher hierarchical would send them twice; use "
+            yield ("--moe-pad-expert-input-to-capacity sends zero rows too, and --moe-token-dispatcher hierarchical sends none between nodes; use "
                    "alltoall or auto, or drop the padding")  # fmt: skip
         if chunks > 1 and pad:
             yield (f"--moe-overlap-chunks ({chunks}) cuts the tokens, and --moe-pad-expert-input-to-capacity would fill up every part to the capacity "

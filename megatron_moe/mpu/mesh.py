@@ -114,7 +114,7 @@ def build_mesh(
     """Collective: builds every process group. Sizes must divide the world size (RunConfig.world_problems says how).
 
     `replicas`: how often the sharded parameters are there (1 for plain ZeRO). Experts of which fewer copies would be sharded than
-    that are replicated as often as divides. `node_size`: ranks of a node, where rows travel within nodes first and then between them."""
+    that are replicated as often as divides. `node_size`: ranks of a node, where rows travel between nodes first and then within them."""
     world = dist.get_world_size()
     dp = world // (pp * cp * tp)
     assert pp * dp * cp * tp == world, f"{pp=} x {dp=} x {cp=} x {tp=} != {world=}"

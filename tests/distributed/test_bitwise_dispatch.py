@@ -75,7 +75,7 @@ def experts_here(dtype: torch.dtype) -> Experts:
     experts = Experts(here, HIDDEN, FFN, "swiglu").to(dtype)
     with torch.no_grad():
         for own, all_of_them in zip(experts.parameters(), whole.parameters()):
-            own.copy_(10 * torch.randn_like(all_of_them)[dist.get_rank() * here :][:here])
+            own.copy_(0.3 * torch.randn_like(all_of_them)[dist.get_rank() * here :][:here])
     return experts
 
 

@@ -45,10 +45,10 @@ def routed(world: int, etp: int) -> list[tuple[int, int]]:
     return [(source, e // here * etp + source % etp) for source, experts in enumerate(ids) for e in experts if e >= 0]
 
 
-def exchanged(rows: list[tuple[int, int]], rank: int) -> tuple[int, int]:
+def exchanged(rows: list[tuple[int, int]], rank: int, weights: int = WEIGHT) -> tuple[int, int]:
     """Rows and weights go out and rows come back; their gradients the other way round. Rows to the own rank are not sent."""
     out, back = sum(a == rank != b for a, b in rows), sum(b == rank != a for a, b in rows)
-    return out * (ROW + WEIGHT) + back * ROW, back * (ROW + WEIGHT) + out * ROW
+    return out * (ROW + weights) + back * ROW, back * (ROW + weights) + out * ROW
 
 
 def spread(rows: list[tuple[int, int]], rank: int, etp: int) -> tuple[int, int]:
@@ -67,20 +67,32 @@ def test_an_all_to_all_sends_routed_rows_and_nothing_else(world, etp, chunks):
         assert found == expected | {"plan": tuple(map(sum, zip(*expected.values())))}
 
 
+def crossing(world: int, etp: int, node_size: int) -> list[tuple[int, int]]:
+    """(source, the rank of its number on a node) for every token and every node on which it has experts, be they one or three."""
+    here = EXPERTS // (world // etp)
+    out = []
+    for source in range(world):
+        for ids in ways.tokens_of(source, COUNTS, K)[1].tolist():
+            nodes = {e // here * etp // node_size for e in ids if e >= 0}
+            out += [(source, node * node_size + source % node_size) for node in sorted(nodes)]
+    return out
+
+
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize(("world", "etp", "node_size"), [(4, 1, 2), pytest.param(8, 2, 4, marks=pytest.mark.matrix)])
-def test_a_row_crosses_between_nodes_once_or_not_at_all(world, etp, node_size, chunks):
-    rows = routed(world, etp)
-    relay = [(a // node_size * node_size + b % node_size, b) for a, b in rows]  # the neighbour with the owner's number
-    first = [(a, through) for (a, _), (through, _) in zip(rows, relay)]
+def test_a_token_crosses_to_a_node_once_however_many_of_its_experts_are_there(world, etp, node_size, chunks):
+    rows, tokens = routed(world, etp), crossing(world, etp, node_size)
+    onward = [(owner // node_size * node_size + a % node_size, owner) for a, owner in rows]  # from where it crossed to the owner
     found = run_distributed(sent, world, "hierarchical", etp, chunks, node_size)
     for rank, f in enumerate(found):
-        expected = {"ep": (0, 0), "etp": spread(rows, rank, etp), "within": exchanged(first, rank), "across": exchanged(relay, rank)}
+        expected = {
+            "ep": (0, 0), "etp": spread(rows, rank, etp), "within": exchanged(onward, rank), "across": exchanged(tokens, rank, K * WEIGHT)
+        }  # fmt: skip
         assert f == expected | {"plan": tuple(map(sum, zip(*expected.values())))}
-    crossing = sum(a // node_size != b // node_size for a, b in rows)
-    assert crossing > 0
-    for way in (0, 1):  # out with the weight, and back
-        assert sum(f["across"][way] for f in found) == crossing * (2 * ROW + WEIGHT)
+    far_tokens, far_rows = (sum(a // node_size != b // node_size for a, b in pairs) for pairs in (tokens, rows))
+    assert 0 < far_tokens < far_rows  # a direct all-to-all sends the second number
+    for way in (0, 1):  # out with the weights, and one row back
+        assert sum(f["across"][way] for f in found) == far_tokens * (2 * ROW + K * WEIGHT)
 
 
 @pytest.mark.parametrize(("world", "etp"), [(2, 1), (4, 2), (2, 2)])
@@ -108,12 +120,12 @@ def messages(kind: str) -> dict[str, int]:
     nodes = mesh.expert_node_groups(world)
     dispatcher = build_dispatcher(kind, world, world, mesh.expert_group(world), nodes=nodes)
     plan = dispatcher.plan(torch.arange(world).expand(5, world))
-    last = plan.legs[-1]
-    ranks = dist.get_process_group_ranks(last.group)
-    far = [n for r, n in zip(ranks, last.send_P) if r // 2 != rank // 2]
+    leg = plan.across if kind == "hierarchical" else plan.leg
+    ranks = dist.get_process_group_ranks(leg.group)
+    far = [n for r, n in zip(ranks, leg.send_P) if r // 2 != rank // 2]
     return {"messages": sum(n > 0 for n in far), "rows": sum(far)}
 
 
-def test_between_nodes_there_are_fewer_and_larger_messages():
+def test_between_nodes_there_are_fewer_messages_and_rows():
     assert run_distributed(messages, 8, "alltoall") == [{"messages": 6, "rows": 30}] * 8
-    assert run_distributed(messages, 8, "hierarchical") == [{"messages": 3, "rows": 30}] * 8
+    assert run_distributed(messages, 8, "hierarchical") == [{"messages": 3, "rows": 15}] * 8

@@ -100,7 +100,7 @@ class Diary:
             self.events.append(f"start {self.number(link)}")
             y = self.start(link, x, *sizes)
             line = link.group.group_name  # carries one exchange after another
-            link.lands_at = max(time.monotonic(), self.free_at.get(line, 0.0)) + self.delay * (x.ndim == 2)
+            link.lands_at = max(time.monotonic(), self.free_at.get(line, 0.0)) + self.delay * (x.shape[1:] == (ways.HIDDEN,))
             self.free_at[line] = link.lands_at
             return y
 
@@ -187,8 +187,8 @@ def test_the_next_part_is_under_way_while_one_is_computed_and_its_result_with_th
 @pytest.mark.parametrize(("kind", "world", "legs"), [("alltoall", 2, 1), ("hierarchical", 4, 2)])
 def test_the_clock_sees_the_overlap_in_both_directions(kind, world, legs):
     """Rows are 0.3 s on the wire, each way, and experts work for 0.6 s. In one part: there, compute, back = 1.2 s. In four parts: 0.075 s
-    until the first is there, 0.6 s of work behind which the others hide, 0.075 s for the last to come back = 0.75 s. (With two legs the
-    first is not hidden.)"""
+    until the first is there, 0.6 s of work behind which the others hide, 0.075 s for the last to come back = 0.75 s. (With two legs
+    the one within the node is not hidden.)"""
     whole = run_distributed(timed, world, kind, 1, 0.3, 0.6)
     parts = run_distributed(timed, world, kind, 4, 0.075, 0.6)
     for way in (0, 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
 import pytest
 import torch
@@ -70,11 +71,11 @@ def test_nodes_that_would_have_different_numbers_of_ranks_are_refused(ep, etp, n
 
 def test_blocks_of_rows_are_turned_by_hand():
     rows = "a bc d".replace(" ", "")  # blocks (0,0) a, (0,1) bc, (1,0) d, (1,1) nothing
-    assert "".join(rows[i] for i in turned(torch.tensor([[1, 2], [1, 0]]), 4).tolist()) == "adbc"
+    assert "".join(rows[i] for i in turned(torch.tensor([[1, 2], [1, 0]]), 4, (1, 0)).tolist()) == "adbc"
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (1, 5, 2), (4, 1, 1)])
-def test_blocks_of_rows_are_turned_as_a_transposed_table(shape):
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (1, 5, 2), (4, 1, 1), (2, 3, 2, 2)])
+def test_blocks_of_rows_are_turned_as_a_permuted_table(shape):
     torch.manual_seed(0)
     blocks = torch.randint(0, 4, shape)
     table, row = {}, 0
@@ -82,5 +83,6 @@ def test_blocks_of_rows_are_turned_as_a_transposed_table(shape):
         n = int(blocks[tuple(index)])
         table[tuple(index)] = list(range(row, row + n))
         row += n
-    wanted = [r for index in sorted(table, key=lambda index: index[::-1]) for r in table[index]]
-    assert turned(blocks, row).tolist() == wanted
+    for order in permutations(range(len(shape))):
+        wanted = [r for index in sorted(table, key=lambda index: [index[dim] for dim in order]) for r in table[index]]
+        assert turned(blocks, row, order).tolist() == wanted

@@ -15,7 +15,7 @@ Rows arrive sorted by (expert, source rank, token, choice); offsets_e (int32) ar
 
     base.py            the interface, and all experts here
     alltoall.py        each row to its expert's rank, in exact sizes
-    hierarchical.py    the same in two exchanges: within a node, then between nodes
+    hierarchical.py    in two exchanges: each token once to a node that has experts of it, then its rows within the node
     overlap.py         either of these in chunks of tokens: one travels while the experts compute another
     allgather.py       all tokens to all ranks, which take the rows of their experts
     fused.py           kernels write each row into the memory of its expert's rank

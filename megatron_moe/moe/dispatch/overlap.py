@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moe.moe.dispatch.alltoall import AllToAllDispatcher, AllToAllPlan
+from megatron_moe.moe.dispatch.alltoall import AllToAllDispatcher
 from megatron_moe.moe.dispatch.base import NO_LIMITS, Limits
 
 
@@ -28,7 +28,7 @@ from megatron_moe.moe.dispatch.base import NO_LIMITS, Limits
 class OverlappedPlan:
     """A plan for each part of the tokens, and how many tokens it has."""
 
-    parts: list[AllToAllPlan]
+    parts: list[Any]  # plans of the exchange
     tokens: list[int]
 
     @property
@@ -38,8 +38,8 @@ class OverlappedPlan:
 
 
 class OverlappedDispatcher:
-    """An all-to-all, direct or hierarchical, in `chunks` parts. What overlaps is its last leg, which is the one between nodes if there are
-    two; neighbours on a node, and slices of an expert, are waited for."""
+    """An all-to-all, direct or hierarchical, in `chunks` parts. What overlaps is the exchange between nodes, or the only one; neighbours on
+    a node, and slices of an expert, are waited for."""
 
     why = ""
 

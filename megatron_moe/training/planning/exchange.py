@@ -136,7 +136,7 @@ def legs(path: str, r: Routed, weight: float) -> list[tuple[float, float]]:
         far = whole / r.here if away else 0.0
         return [(whole - far, far)]
     assert path == "hierarchical", path
-    across = r.tokens * (r.distinct(r.nodes) * r.row + r.k * weight) * (r.nodes - 1) / r.nodes
+    across = r.tokens * r.distinct(r.nodes) * (r.row + r.k * weight) * (r.nodes - 1) / r.nodes  # all weights go with a row
     return [(0.0, across), (every * (r.here - 1) / r.here, 0.0)]
 
 
