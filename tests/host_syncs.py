@@ -6,6 +6,9 @@
 
 Some of it are operators (reading a scalar; operators whose output size depends on values), which a dispatch mode sees, also in
 the backward and from C++; the rest are methods of Tensor. Each entry names the operation and the nearest line of megatron_moe.
+
+A kernel for CPU tensors alone (kernels/expert_mlp_cpu.py) may read what it likes, and no device would run it. So here nothing takes it:
+inside of HostSyncs the CPU stands for a device, and the experts compute as they do on one.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_moe
+from megatron_moe.kernels import expert_mlp
 
 PACKAGE = Path(megatron_moe.__file__).parent
 
@@ -38,6 +42,7 @@ class HostSyncs(TorchDispatchMode):
         for name in _METHODS:
             self.patches.append(mock.patch.object(torch.Tensor, name, self._noting(name)))
         self.patches.append(mock.patch.object(torch.Tensor, "to", self._to))
+        self.patches.append(mock.patch.object(expert_mlp, "is_one_operator", return_value=False))
         for patch in self.patches:
             patch.start()
         return super().__enter__()

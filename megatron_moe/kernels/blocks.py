@@ -10,7 +10,12 @@ import torch
 CPU_BLOCK, BLOCK = 1 << 18, 1 << 26
 
 
+def block_rows(width: int, device: torch.device) -> int:
+    """Rows of a block, one at least."""
+    return max((CPU_BLOCK * torch.get_num_threads() if device.type == "cpu" else BLOCK) // max(width, 1), 1)
+
+
 def row_blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
     """Consecutive slices of range(rows), none for no rows."""
-    step = max((CPU_BLOCK * torch.get_num_threads() if device.type == "cpu" else BLOCK) // max(width, 1), 1)
+    step = block_rows(width, device)
     return (slice(start, start + step) for start in range(0, rows, step))

@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from megatron_moe.kernels.grouped_gemm import grouped_gemm
-from megatron_moe.kernels.reference import expert_of_row
-from megatron_moe.kernels.weighted_activation import weighted_activation
+from megatron_moe.kernels.expert_mlp import expert_mlp
 from megatron_moe.utils.dtensor import local_weight
 
 # Dims of each stack, the one place that says what a name means: expert parallelism, ZeRO and initialisation read it.
@@ -37,8 +34,8 @@ class StackedExperts(nn.Module):
 class Experts(StackedExperts):
     """y_r = w_r * (act(x_r W1[e]) W2[e]) for rows grouped by expert; w_r is the gate weight that travelled with the row.
 
-    The gate weight is applied between the two products, where it is cheapest: combining is then a plain sum, and neither the
-    experts' output nor a copy per choice is kept for the backward.
+    The gate weight is applied in here (on a device between the two products, on a CPU behind them: kernels/expert_mlp.py), so that
+    combining is a plain sum and dispatchers need not keep the experts' output for the backward.
     """
 
     def __init__(self, num_experts: int, hidden_size: int, ffn_size: int, activation: str = "gelu", bias: bool = True):
@@ -65,19 +62,5 @@ class Experts(StackedExperts):
 
     def forward(self, x_RD: Tensor, offsets_E: Tensor, row_weights_R: Tensor, has_spare_rows: bool = False) -> Tensor:
         """offsets_E: int32, end of each expert's rows; there may be rows behind the last, of weight 0. Returns [R, D]."""
-        weights = {name: None if p is None else local_weight(p) for name, p in self.named_stacks()}
-        product = partial(grouped_gemm, offsets_E=offsets_E, use_reference=self.use_reference, has_spare_rows=has_spare_rows)
-        h_RF = product(x_RD, weights["w1"])
-        gate_RF = None if self.w_gate is None else product(x_RD, weights["w_gate"])
-        a_RF = weighted_activation(
-            self.activation, h_RF, gate_RF, row_weights_R, offsets_E, weights["b1"], weights["b_gate"], self.use_reference
-        )
-        y_RD = product(a_RF, weights["w2"])
-        if self.b2 is None:
-            return y_RD
-        # the bias belongs to the expert's output, so it is weighted too
-        bias_RD = weights["b2"].index_select(0, expert_of_row(len(x_RD), offsets_E))
-        return y_RD + row_weights_R[:, None].to(y_RD.dtype) * self.bias_share * bias_RD
-
-    def named_stacks(self) -> list[tuple[str, nn.Parameter | None]]:
-        return [(name, getattr(self, name)) for name in STACKS]
+        stacks = {name: None if (w := getattr(self, name)) is None else local_weight(w) for name in STACKS}
+        return expert_mlp(x_RD, offsets_E, row_weights_R, stacks, self.activation, self.bias_share, self.use_reference, has_spare_rows)

@@ -1,0 +1,240 @@
+"""The experts' MLPs on a CPU as one operator, forward and backward: a loop over experts that writes each product where it belongs.
+
+For each expert, on the rows that are its own:
+
+    h = x w1 (+ b1), g = x w_gate (+ b_gate)    a = act(h, g)    z = a w2 (+ share b2)    y = gate weight of the row * z
+
+What a grouped product and elementwise operators over all rows cost beside this: activations travel through memory between any two
+operators, the gate weight meets the inner width instead of the outer one, and weight gradients are made apart and stacked.
+
+It reads on the host how many rows an expert has. On a CPU nothing waits for that; this operator is for CPU tensors alone.
+It is opaque to torch.compile, and so are its loops.
+"""
+# R rows, D hidden, F inner width, E experts; of one expert or of a few in a row: r rows
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_moe.kernels.blocks import block_rows
+
+aten = torch.ops.aten
+
+
+class Activation(NamedTuple):
+    """Of an MLP without a gate."""
+
+    forward: Callable[[Tensor, Tensor], object]  # (h, out): out = act(h)
+    backward: Callable[[Tensor, Tensor], object]  # (grad, h): grad *= act'(h)
+
+
+ACTIVATIONS = {
+    "gelu": Activation(
+        lambda h, out: aten.gelu.out(h, approximate="none", out=out),
+        lambda grad, h: aten.gelu_backward.grad_input(grad, h, approximate="none", grad_input=grad),
+    ),
+    "gelu_tanh": Activation(
+        lambda h, out: aten.gelu.out(h, approximate="tanh", out=out),
+        lambda grad, h: aten.gelu_backward.grad_input(grad, h, approximate="tanh", grad_input=grad),
+    ),
+    "relu": Activation(
+        lambda h, out: torch.clamp_min(h, 0.0, out=out),
+        lambda grad, h: aten.threshold_backward.grad_input(grad, h, 0, grad_input=grad),
+    ),
+    "squared_relu": Activation(
+        lambda h, out: torch.clamp_min(h, 0.0, out=out).square_(),
+        lambda grad, h: grad.mul_(torch.clamp_min(h, 0.0).mul_(2.0)),
+    ),
+}
+GATED = "swiglu"
+
+
+def _activate(name: str, h: Tensor, g: Tensor, out: Tensor) -> None:
+    if name == GATED:
+        aten.silu.out(g, out=out).mul_(h)
+    else:
+        ACTIVATIONS[name].forward(h, out)
+
+
+def _differentiate(name: str, grad: Tensor, h: Tensor, g: Tensor, a: Tensor, dg: Tensor) -> None:
+    """grad, of the activation's output, becomes that of h. Fills a, its output, once more, and dg."""
+    if name == GATED:
+        aten.silu.out(g, out=a)
+        torch.mul(grad, h, out=dg)
+        aten.silu_backward.grad_input(dg, g, grad_input=dg)
+        grad.mul_(a)
+        a.mul_(h)
+    else:
+        ACTIVATIONS[name].forward(h, a)
+        ACTIVATIONS[name].backward(grad, h)
+
+
+class Stacks(NamedTuple):
+    """The weights as this operator gets them: those that there are, in this order."""
+
+    w1: Tensor
+    w_gate: Tensor | None
+    w2: Tensor
+    b1: Tensor | None
+    b_gate: Tensor | None
+    b2: Tensor | None
+
+    @classmethod
+    def of(cls, weights: list[Tensor], activation: str) -> Stacks:
+        given, is_gated, has_bias = iter(weights), activation == GATED, len(weights) > 3
+        present = (True, is_gated, True, has_bias, has_bias and is_gated, has_bias)
+        return cls(*(next(given) if is_there else None for is_there in present))
+
+    def unbind(self) -> Stacks:
+        """Of each stack its experts: indexing one at a time costs more than a small product."""
+        return Stacks(*(None if w is None else w.unbind() for w in self))
+
+
+def expert_mlp_cpu(
+    x_RD: Tensor, offsets_E: Tensor, row_weights_R: Tensor, weights: list[Tensor], activation: str, bias_share: float
+) -> Tensor:
+    """[R, D] -> [R, D]; see kernels/expert_mlp.py."""
+    keeps = torch.is_grad_enabled() and any(t.requires_grad for t in (x_RD, row_weights_R, *weights))
+    return _forward(x_RD, offsets_E, row_weights_R, weights, activation, bias_share, keeps)[0]
+
+
+@torch.library.custom_op("megatron_moe::expert_mlp_cpu", mutates_args=(), device_types="cpu")
+def _forward(
+    x_RD: Tensor, offsets_E: Tensor, row_weights_R: Tensor, weights: list[Tensor], activation: str, bias_share: float, keeps: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y_RD, and what the backward needs, where it `keeps` that: z_RD, h_RF and, of a gated unit, g_RF. The activation is cheaper
+    computed twice, in the cache, than written and read. Of rows behind the last expert's only y is defined: zero."""
+    w, ends, is_gated = Stacks.of(weights, activation), offsets_E.tolist(), activation == GATED
+    rows, used, F = x_RD.shape[0], ends[-1], w.w1.shape[2]
+    groups, e_w = list(_groups(ends, F)), w.unbind()
+    most = max((group.stop - group.start for group, _ in groups), default=0)
+    y_RD, a_rF = x_RD.new_empty(rows, w.w2.shape[2]), x_RD.new_empty(most, F)
+    z_RD, room = (torch.empty_like(y_RD), rows) if keeps else (y_RD, most)
+    h_RF, g_RF = x_RD.new_empty(room, F), x_RD.new_empty(room if is_gated else 0, F)
+    for group, experts in groups:
+        size, first = group.stop - group.start, group.start
+        h, g = (t[group] if keeps else t[:size] for t in (h_RF, g_RF))
+        a = a_rF[:size]
+        for expert, start, end in experts:
+            x, own = x_RD[start:end], slice(start - first, end - first)
+            _product(x, e_w.w1[expert], e_w.b1 and e_w.b1[expert], h[own])
+            if is_gated:
+                _product(x, e_w.w_gate[expert], e_w.b_gate and e_w.b_gate[expert], g[own])
+        _activate(activation, h, g, a)
+        for expert, start, end in experts:
+            b2 = e_w.b2 and (e_w.b2[expert] if bias_share == 1.0 else e_w.b2[expert] * bias_share)
+            _product(a[start - first : end - first], e_w.w2[expert], b2, z_RD[start:end])
+    torch.mul(z_RD[:used], row_weights_R[:used, None].to(z_RD.dtype), out=y_RD[:used])
+    y_RD[used:].zero_()
+    return (y_RD, z_RD, h_RF, g_RF) if keeps else (y_RD, *(x_RD.new_empty(0) for _ in range(3)))
+
+
+@torch.library.custom_op("megatron_moe::expert_mlp_cpu_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    dy_RD: Tensor, x_RD: Tensor, offsets_E: Tensor, row_weights_R: Tensor, weights: list[Tensor], z_RD: Tensor, h_RF: Tensor,
+    g_RF: Tensor, activation: str, bias_share: float,
+) -> list[Tensor]:  # fmt: skip
+    """Of x_RD, of row_weights_R, and of each of `weights`; zero for rows behind the last expert's, and for experts without rows."""
+    w, ends, is_gated = Stacks.of(weights, activation), offsets_E.tolist(), activation == GATED
+    used, F = ends[-1], w.w1.shape[2]
+    dx_RD, *gradients = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x_RD, *weights))
+    dz_RD, drow_weights_R = _before_weights(dy_RD, z_RD, row_weights_R, used)
+    groups, e_w, e_d = list(_groups(ends, F)), w.unbind(), Stacks.of(gradients, activation).unbind()
+    most = max((group.stop - group.start for group, _ in groups), default=0)
+    da_rF, a_rF, dg_rF = x_RD.new_empty(most, F), x_RD.new_empty(most, F), x_RD.new_empty(most if is_gated else 0, F)
+    for group, experts in groups:
+        size, first = group.stop - group.start, group.start
+        dh, a, dg = da_rF[:size], a_rF[:size], dg_rF[:size]
+        for expert, start, end in experts:
+            torch.mm(dz_RD[start:end], e_w.w2[expert].t(), out=dh[start - first : end - first])
+        _differentiate(activation, dh, h_RF[group], g_RF[group], a, dg)
+        for expert, start, end in experts:
+            own = slice(start - first, end - first)
+            x, dz = x_RD[start:end], dz_RD[start:end]
+            torch.mm(a[own].t(), dz, out=e_d.w2[expert])
+            torch.mm(x.t(), dh[own], out=e_d.w1[expert])
+            dx = torch.mm(dh[own], e_w.w1[expert].t(), out=dx_RD[start:end])
+            if is_gated:
+                torch.mm(x.t(), dg[own], out=e_d.w_gate[expert])
+                torch.addmm(dx, dg[own], e_w.w_gate[expert].t(), out=dx)
+            if w.b1 is not None:
+                torch.sum(dh[own], 0, out=e_d.b1[expert])
+                torch.sum(dz, 0, out=e_d.b2[expert]).mul_(bias_share)
+                if is_gated:
+                    torch.sum(dg[own], 0, out=e_d.b_gate[expert])
+    for expert, (start, end) in enumerate(zip([0, *ends], ends)):
+        if start == end:
+            for d in e_d:
+                if d is not None:
+                    d[expert].zero_()
+    dx_RD[used:].zero_()
+    return [dx_RD, drow_weights_R, *gradients]
+
+
+def _before_weights(dy_RD: Tensor, z_RD: Tensor, row_weights_R: Tensor, used: int) -> tuple[Tensor, Tensor]:
+    """Gradients of z_RD and of row_weights_R: y = weight z."""
+    dz_RD, drow_weights_R = torch.empty_like(z_RD), torch.zeros_like(row_weights_R)
+    step = block_rows(z_RD.shape[1], z_RD.device)
+    for start in range(0, used, step):
+        rows = slice(start, min(start + step, used))  # none behind the last expert's: they may hold anything
+        torch.sum(dy_RD[rows] * z_RD[rows], -1, dtype=row_weights_R.dtype, out=drow_weights_R[rows])
+        torch.mul(dy_RD[rows], row_weights_R[rows, None].to(z_RD.dtype), out=dz_RD[rows])
+    return dz_RD, drow_weights_R
+
+
+def _product(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
+    if b is None:
+        torch.mm(x, w, out=out)
+    else:
+        torch.addmm(b, x, w, out=out)
+
+
+def _groups(ends: list[int], width: int) -> Iterator[tuple[slice, list[tuple[int, int, int]]]]:
+    """Experts that have rows, as (number, first row, end), several of them together where they have few rows: what is done to each
+    element is then done once for a block that fits the cache, and not in hundreds of calls."""
+    enough, experts = block_rows(width, torch.device("cpu")), []
+    for expert, (start, end) in enumerate(zip([0, *ends], ends)):
+        if start < end:
+            experts.append((expert, start, end))
+            if end - experts[0][1] >= enough:
+                yield slice(experts[0][1], end), experts
+                experts = []
+    if experts:
+        yield slice(experts[0][1], experts[-1][2]), experts
+
+
+@_forward.register_fake
+def _(x_RD, offsets_E, row_weights_R, weights, activation, bias_share, keeps):
+    w = Stacks.of(weights, activation)
+    rows, D, F = x_RD.shape[0], w.w2.shape[2], w.w1.shape[2]
+    y_RD = x_RD.new_empty(rows, D)
+    if not keeps:
+        return (y_RD, *(x_RD.new_empty(0) for _ in range(3)))
+    return y_RD, x_RD.new_empty(rows, D), x_RD.new_empty(rows, F), x_RD.new_empty(rows if activation == GATED else 0, F)
+
+
+@_backward.register_fake
+def _(dy_RD, x_RD, offsets_E, row_weights_R, weights, z_RD, h_RF, g_RF, activation, bias_share):
+    return [p.new_empty(p.shape) for p in (x_RD, row_weights_R, *weights)]
+
+
+def _remember(ctx, inputs, output) -> None:
+    x_RD, offsets_E, row_weights_R, weights, ctx.activation, ctx.bias_share, keeps = inputs
+    assert keeps, "a backward needs what the forward was told not to keep"
+    ctx.save_for_backward(x_RD, offsets_E, row_weights_R, *output[1:], *weights)
+    ctx.set_materialize_grads(False)  # of what is kept: nobody has gradients for that
+
+
+def _derive(ctx, dy_RD: Tensor | None, *_):
+    x_RD, offsets_E, row_weights_R, z_RD, h_RF, g_RF, *weights = ctx.saved_tensors
+    dx_RD, drow_weights_R, *gradients = _backward(
+        dy_RD, x_RD, offsets_E, row_weights_R, weights, z_RD, h_RF, g_RF, ctx.activation, ctx.bias_share
+    )
+    return dx_RD, None, drow_weights_R, gradients, None, None, None
+
+
+_forward.register_autograd(_derive, setup_context=_remember)
