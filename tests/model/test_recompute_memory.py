@@ -38,7 +38,7 @@ def kept(modules: tuple[str, ...]) -> tuple[int, int]:
         ("core_attn", LAYERS, 4 * TOKENS * D),  # queries, keys, values, what attention gives
         ("mlp", LAYERS // 2, 2 * TOKENS * F),  # before and behind the activation
         ("shared_experts", LAYERS // 2, 2 * TOKENS * F - TOKENS * D),  # less the answer of the experts, which it starts from
-        ("moe", LAYERS // 2, 2 * TOKENS * K * F + TOKENS * K * D),  # of all rows, and the rows
+        ("moe", LAYERS // 2, TOKENS * K * F + 2 * TOKENS * K * D),  # before the activation; the rows, and what comes of them
     ],
 )
 def test_a_recomputed_module_keeps_nothing_of_its_inside(module, layers, at_least):

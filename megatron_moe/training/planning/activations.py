@@ -199,16 +199,22 @@ def compute(x: Shapes, num_experts: int) -> Kept:
     width, inner = moe.moe_latent_size or m.hidden_size, moe.expert_ffn_size(m.ffn_size) // x.layout.etp
     copies, _ = _activation_copies(m.activation)
     kept = rows * width * x.a  # rows at the experts
-    kept += rows * (copies + 1) * inner * x.a  # as in an MLP, and the product with the gate weight
-    kept += rows * x.a  # gate weights in the compute type
-    if m.add_bias_linear:
-        kept += rows * (width * x.a + 8)  # the last bias of every row, whose weight has a gradient; its expert's number
+    on_cpu = x.is_cpu and x.run.training.moe_kernels != "reference" and x.a < 8
+    if on_cpu:  # kernels/expert_mlp_cpu.py: what comes before the activation, the output before its gate weight, and that
+        kept += rows * (width + (1 + (m.activation == "swiglu")) * inner) * x.a + rows * x.w
+    else:
+        kept += rows * (copies + 1) * inner * x.a  # as in an MLP, and the product with the gate weight
+        kept += rows * x.a  # gate weights in the compute type
+        if m.add_bias_linear:
+            kept += rows * (width * x.a + 8)  # the last bias of every row, whose weight has a gradient; its expert's number
     sums = x.t * k * min(1.0, self_rows(x, num_experts))  # rows that come back to this rank
     if KEEPS_SUMMED_ROWS:
         kept += sums * width * x.w
     kept += x.t * k * 8 * 3 + (rows * 8 * 2 if degree(x.run, x.layout, num_experts) > 1 else 0)  # order, places; of what arrived
     dense = x.t * width * x.a * 2 * bool(moe.moe_latent_size)  # narrow tokens, before and after
     work = x.t * m.hidden_size * x.a + rows * (width * (x.a + (x.w if x.a != x.w else 0)) + inner * x.a)  # of y, rows, weighted inner rows
+    if on_cpu:  # of y; of rows twice (within an operator nothing is counted, here as elsewhere)
+        work = x.t * m.hidden_size * x.a + rows * width * 2 * x.a
     return Kept(dense, kept, work)
 
 
