@@ -137,6 +137,14 @@ class MoEConfig:
         False, "every expert gets exactly its capacity of rows from every rank, zeros where there are fewer: exchanges of equal sizes that "
         "no host waits for (DeepSpeed's layout). Costs rows, and memory, of experts x capacity whatever the load; without dropping the "
         "capacity is the largest load, which the host has to ask for")  # fmt: skip
+    moe_expert_gemm: Literal["grouped_mm", "gather"] = flag(
+        "grouped_mm", "how the experts' first products find their rows on a GPU. grouped_mm: torch's, of a copy of every token once per choice. "
+        "gather: a Triton kernel that loads each row from where its token is, which saves that copy, its memory too; where no rows travel (EP 1, "
+        "ETP 1), in 16 bits. Not yet measured on a GPU. On a CPU rows are copied either way")  # fmt: skip
+    moe_fp8_experts: bool = flag(
+        False, "the experts' products in FP8 (e4m3, a float32 scale per row of the tokens and per column of the matrices), forward and for the gradient "
+        "of the rows; that of the matrices stays in the type of the rest. On a GPU of compute capability 9.0 or 10.x, with --bf16; elsewhere the same "
+        "numbers by wider products, which is slower. Not yet measured on a GPU")  # fmt: skip
     moe_identical_expert_init: bool = flag(False, "start all experts of a layer with the same weights, as DeepSpeed does")
 
     def __post_init__(self) -> None:
@@ -206,6 +214,9 @@ class MoEConfig:
         if self.moe_residual_combine == "sum" and self.mlp_type != "residual":
             yield "--moe-residual-combine sum is about the MLP of --mlp-type residual; add that, or drop it"
         yield from self._dispatch_problems()
+
+        if self.moe_fp8_experts and self.moe_expert_gemm == "gather":
+            yield "--moe-expert-gemm gather multiplies in 16 bits, and --moe-fp8-experts in 8; drop one of the two"
 
     def _dispatch_problems(self) -> Iterator[str]:
         kind, pad, chunks = self.moe_token_dispatcher, self.moe_pad_expert_input_to_capacity, self.moe_overlap_chunks

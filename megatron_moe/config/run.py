@@ -136,6 +136,7 @@ class RunConfig:
         if self.moe.has_experts and width % etp:
             yield (f"the width of the experts ({width}) must be divisible by the expert-tensor-parallel degree ({etp}); use ETP "
                    f"{_one_of(width)} or change --moe-ffn-hidden-size")  # fmt: skip
+        yield from self._expert_product_problems()
         yield from self._length_problems()
         try:
             self.moe.experts_per_layer(m.num_layers)
@@ -162,6 +163,23 @@ class RunConfig:
         yield from upcycling_problems(self)
         if self.data.data_order == "megatron" and t.seed >= 2**32:
             yield f"--data-order megatron takes a --seed below {2**32}, not {t.seed}: that is all that Megatron's generator can be given"
+
+    def _expert_product_problems(self) -> Iterator[str]:
+        m, moe, t, etp = self.model, self.moe, self.training, self.parallel.etp
+        if t.compile and moe.moe_expert_gemm == "gather":
+            yield "--moe-expert-gemm gather is a kernel of its own, which --compile does not trace; drop one of the two"
+        if not (moe.moe_fp8_experts and moe.has_experts):
+            return
+        if t.fp16:
+            yield "--moe-fp8-experts keeps all but the products in bfloat16, and --fp16 asks for float16; use --bf16"
+        width, inner = moe.moe_latent_size or m.hidden_size, moe.expert_ffn_size(m.ffn_size)
+        of = "--moe-latent-size" if moe.moe_latent_size else "--hidden-size"
+        if width % 16:
+            yield f"--moe-fp8-experts needs widths that are multiples of 16, and {of} is {width}; use {width // 16 * 16 or 16} or {-(-width // 16) * 16}"
+        if inner % (16 * etp):
+            share = f", of which each of {etp} expert-tensor-parallel ranks has its share" if etp > 1 else ""
+            yield (f"--moe-fp8-experts needs widths that are multiples of 16, and that of the experts is {inner}{share}; set --moe-ffn-hidden-size to a "
+                   f"multiple of {16 * etp}")  # fmt: skip
 
     def _ring_problems(self) -> Iterator[str]:
         """What the kernels of a ring of keys cannot do."""
@@ -293,6 +311,24 @@ class RunConfig:
             yield f"--moe-node-size ({m.moe_node_size}) has no effect without --moe-token-dispatcher hierarchical"
         if m.moe_overlap_chunks > 1 and m.moe_expert_parallel_size == 1:
             yield f"--moe-overlap-chunks ({m.moe_overlap_chunks}) has no effect with --moe-expert-parallel-size 1: no rows are exchanged"
+
+        yield from self._expert_product_warnings()
+
+    def _expert_product_warnings(self) -> Iterator[str]:
+        p, m, is_reference = self.parallel, self.moe, self.training.moe_kernels == "reference"
+        for option, is_on in (("--moe-expert-gemm gather", m.moe_expert_gemm == "gather"), ("--moe-fp8-experts", m.moe_fp8_experts)):
+            if is_on and not m.has_experts:
+                yield f"{option} has no effect without experts; see --num-experts"
+        if m.moe_expert_gemm == "gather" and m.has_experts:
+            if m.moe_expert_parallel_size * p.etp > 1:
+                yield (f"--moe-expert-gemm gather has no effect with --moe-expert-parallel-size {m.moe_expert_parallel_size} and ETP {p.etp}: rows that travel "
+                       "are copied for it")  # fmt: skip
+            if m.moe_pad_expert_input_to_capacity:
+                yield "--moe-expert-gemm gather has no effect with --moe-pad-expert-input-to-capacity, which copies the rows to fill them up"
+            if is_reference:
+                yield "--moe-expert-gemm gather has no effect with --moe-kernels reference"
+            if self.training.half is None:
+                yield "--moe-expert-gemm gather has no effect without --bf16 or --fp16: its kernel multiplies in 16 bits"
 
     def _policy_warnings(self, is_loss_given: bool) -> Iterator[str]:
         policy = self.moe.moe_router_policy

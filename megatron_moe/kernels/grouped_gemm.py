@@ -38,7 +38,7 @@ def _product(x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor, use_reference: bool
     if use_reference or not is_fast(x_RD, w_EDF):
         return reference.grouped_mm(x_RD, w_EDF, offsets_E)
     y_RF = grouped_mm(_packed(x_RD), _packed(w_EDF), offs=offsets_E)
-    return _without_spare(y_RF, offsets_E) if has_spare_rows else y_RF
+    return without_spare(y_RF, offsets_E) if has_spare_rows else y_RF
 
 
 @torch.library.custom_op("megatron_moe::grouped_gemm_backward", mutates_args=())
@@ -47,12 +47,29 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     if x_RD.shape[0] == 0:
         return torch.empty_like(x_RD), torch.zeros_like(w_EDF)
+    dx_RD = row_gradient(dy_RF, w_EDF, offsets_E, use_reference, has_spare_rows)
+    return dx_RD, weight_gradient(x_RD, dy_RF, offsets_E, w_EDF, use_reference)
+
+
+def row_gradient(dy_RF: Tensor, w_EDF: Tensor, offsets_E: Tensor, use_reference: bool, has_spare_rows: bool) -> Tensor:
+    """[R, D]. Here as in the forward torch's kernel takes any offsets, groups without rows among them."""
+    if use_reference or not is_fast(dy_RF, w_EDF):
+        return reference.grouped_mm(dy_RF, w_EDF.transpose(1, 2), offsets_E)
+    dx_RD = grouped_mm(_packed(dy_RF), _packed(w_EDF).transpose(1, 2), offs=offsets_E)  # `y.sum().backward()` sends strides of 0
+    return without_spare(dx_RD, offsets_E) if has_spare_rows else dx_RD
+
+
+def weight_gradient(x_RD: Tensor, dy_RF: Tensor, offsets_E: Tensor, w_EDF: Tensor, use_reference: bool) -> Tensor:
+    """[E, D, F]; of w_EDF only shape and dtype count.
+
+    On a GPU groups of any length, and empty ones, are legal in one layout alone: the first operand column-major, the second row-major.
+    Every other one wants groups of multiples of 16 bytes, none of them empty.
+    """
+    if x_RD.shape[0] == 0:
+        return torch.zeros_like(w_EDF)
     if use_reference or not is_fast(x_RD, w_EDF):
-        return reference.grouped_mm(dy_RF, w_EDF.transpose(1, 2), offsets_E), reference.grouped_outer(x_RD, dy_RF, offsets_E)
-    dy_RF = _packed(dy_RF)  # `y.sum().backward()` sends strides of 0
-    dx_RD = grouped_mm(dy_RF, _packed(w_EDF).transpose(1, 2), offs=offsets_E)
-    dw_EDF = grouped_mm(_packed(x_RD).t(), dy_RF, offs=offsets_E)
-    return _without_spare(dx_RD, offsets_E) if has_spare_rows else dx_RD, dw_EDF
+        return reference.grouped_outer(x_RD, dy_RF, offsets_E)
+    return grouped_mm(_packed(x_RD).t(), _packed(dy_RF), offs=offsets_E)
 
 
 @_product.register_fake
@@ -77,7 +94,7 @@ def _backward(ctx, dy_RF: Tensor):
 _product.register_autograd(_backward, setup_context=_remember)
 
 
-def _without_spare(y: Tensor, offsets_E: Tensor) -> Tensor:
+def without_spare(y: Tensor, offsets_E: Tensor) -> Tensor:
     """Zero, in place, behind the last expert's rows: torch's kernel leaves there whatever was in the memory."""
     row_R = torch.arange(y.shape[0], dtype=offsets_E.dtype, device=y.device)
     return y.masked_fill_((row_R >= offsets_E[-1])[:, None], 0.0)

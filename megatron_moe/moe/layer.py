@@ -64,7 +64,12 @@ class MoELayer(nn.Module):
         self.latent_down = TokenProjection(hidden_size, latent) if latent else None
         self.latent_up = TokenProjection(latent, hidden_size) if latent else None
         if expert_factory is None:
-            self.experts: nn.Module = Experts(num_experts, width, ffn_size, activation, bias)
+            gather = moe.moe_expert_gemm == "gather"
+            self.experts: nn.Module = Experts(num_experts, width, ffn_size, activation, bias, moe.moe_fp8_experts, gather)
+        elif moe.moe_fp8_experts:
+            raise ValueError(
+                "--moe-fp8-experts multiplies the matrices of the built-in MLPs, and expert_factory makes modules of its own; drop one"
+            )
         else:
             self.experts = ModuleExperts(num_experts, width, expert_factory, experts_may_draw)
         self.dispatcher: Any = build_dispatcher("auto", num_experts, moe.topk, None, pad=moe.moe_pad_expert_input_to_capacity)

@@ -17,6 +17,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.conversion.hf.start import open_start
 from megatron_moe.conversion.upcycle import fit_problems
 from megatron_moe.data.loader import data_problems
+from megatron_moe.kernels.fp8 import gpu_problems
 from megatron_moe.optimizer.apex_adam import apex_problems
 from megatron_moe.optimizer.schedule import build_schedule
 from megatron_moe.parallel.compile import compiler_problems
@@ -60,6 +61,7 @@ def prepare(run: RunConfig, world_size: int) -> Prepared:
     if run.distillation.is_on and run.distillation.load_teacher:
         problems += teacher_problems(run, run.teacher().architecture(vocab_size), fingerprint)
     problems += apex_problems(run.optimizer)
+    problems += expert_problems(run)
     if run.training.compile:
         problems += compiler_problems("cuda" if torch.cuda.is_available() else "cpu")
     if (switch := run.training.kill_switch_file) and os.path.exists(switch):
@@ -78,6 +80,14 @@ def start_problems(run: RunConfig, vocab_size: int, verify: str | None = None) -
     except ConfigError as error:
         return error.problems
     return fit_problems(run, vocab_size, source)[:10] if run.upcycling.moe_use_upcycling else []
+
+
+def expert_problems(run: RunConfig) -> list[str]:
+    """What the GPU here cannot do of what is asked for the experts."""
+    if not (run.moe.moe_fp8_experts and run.moe.has_experts and torch.cuda.is_available()) or run.training.moe_kernels == "reference":
+        return []
+    width, inner = run.moe.moe_latent_size or run.model.hidden_size, run.moe.expert_ffn_size(run.model.ffn_size) // run.parallel.etp
+    return gpu_problems(torch.cuda.get_device_capability(), getattr(torch, run.training.half or run.training.params_dtype), (width, inner))
 
 
 def vocab_size_of(run: RunConfig, tokenizer: Tokenizer | None) -> int:

@@ -23,6 +23,18 @@ _all_gather_autograd = getattr(funcol, "all_gather_single_autograd", None) or fu
 _reduce_scatter_autograd = getattr(funcol, "reduce_scatter_single_autograd", None) or funcol.reduce_scatter_tensor_autograd
 
 
+def scaled_grouped_mm(x_RD: Tensor, w_EDF: Tensor, scale_R: Tensor, scale_EF: Tensor, offsets_E: Tensor) -> Tensor:
+    """Rows of e4m3 times their expert's matrix of e4m3, each row of x and each column of w with a float32 scale -> bfloat16 [R, F].
+
+    CUDA only. w_EDF is column-major: D is its packed dim. The same operator in torch 2.11 and 2.13, and the one of the two whose rules torch also
+    knows on the meta device; `torch.nn.functional.scaled_grouped_mm` is the public one.
+    """
+    if operator := getattr(torch, "_scaled_grouped_mm", None):
+        return operator(x_RD, w_EDF, scale_R, scale_EF, offs=offsets_E, out_dtype=torch.bfloat16)
+    F = torch.nn.functional
+    return F.scaled_grouped_mm(x_RD, w_EDF, scale_R, F.ScalingType.RowWise, scale_EF, F.ScalingType.RowWise, offs=offsets_E)
+
+
 def local_slices(p: DTensor) -> tuple[slice, ...]:
     """Where this rank's shard lies in the whole tensor."""
     shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)

@@ -58,6 +58,8 @@ MODELS = {
     # the other half of every choice
     "modern": "--num-experts 1 4 4 --topk 3 --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
     "--untie-embeddings-and-output-weights --disable-moe-token-dropping --ffn-hidden-size 48",
+    # the experts' products in FP8, emulated: rows are quantised one by one, so a layout changes nothing
+    "fp8": "--num-experts 1 4 4 --topk 3 --swiglu --disable-bias-linear --ffn-hidden-size 48 --moe-fp8-experts --disable-moe-token-dropping",
     # dropout everywhere, top-1 with jitter
     "noisy": "--num-experts 1 4 4 --topk 1 --hidden-dropout 0.2 --attention-dropout 0.2 --moe-noisy-gate-policy Jitter "
     "--disable-moe-token-dropping",

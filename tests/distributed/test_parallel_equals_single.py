@@ -55,6 +55,7 @@ QUICK = [  # model, world size, flags: always
     ("pyramid", 4, "--zero-stage 3 --moe-expert-parallel-size 4 --recompute-granularity full"),
     ("modern", 4, "--zero-stage 1 --tensor-model-parallel-size 4 --moe-expert-parallel-size 4"),
     ("noisy", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"),
+    ("fp8", 2, "--zero-stage 1 --moe-expert-parallel-size 2"),
     ("rates", 2, "--zero-stage 0 --moe-expert-parallel-size 2"),
     ("student", 2, "--zero-stage 1 --moe-expert-parallel-size 2"),
     ("student", 2, "--zero-stage 2 --tensor-model-parallel-size 2"),

@@ -10,7 +10,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from megatron_moe.kernels import triton_activation  # noqa: E402
+from megatron_moe.kernels import triton_activation, triton_fp8, triton_gemm  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 ARCHITECTURES = [80, 90, 100]
@@ -84,5 +84,37 @@ def test_the_activation_moves_16_bytes_at_a_time_and_spills_nothing(name, bias, 
 def test_sums_for_biases_spill_nothing(architecture, tmp_path):
     types = {"x": BF16, "ends": I32, "out": F32, "width": "i32"}
     made = Compiled(triton_activation.sum_of_experts_rows, architecture, types, {"BR": 32, "BF": 128})
+    registers, stack, local = made.needs(tmp_path)
+    assert (stack, local) == (0, 0) and registers <= 128
+
+
+PRODUCT = {"x": BF16, "row": "*i64", "w": BF16, "ends": I32, "y": BF16, "column_tiles": "i32", "K": "i32", "N": "i32"}
+OUTER = {"x": BF16, "row": "*i64", "dy": BF16, "ends": I32, "dw": BF16, "column_tiles": "i32", "K": "i32", "N": "i32"}
+SHARED = {80: 163, 90: 227, 100: 227}  # KiB that a program may have
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["product", "outer"])
+def test_gathered_products_use_the_tensor_cores_and_spill_nothing(kind, architecture, tmp_path):
+    kernel, types, constants = {
+        "product": (triton_gemm.gathered_product, PRODUCT, triton_gemm.FORWARD | {"E": 64, "E_POW2": 64}),
+        "outer": (triton_gemm.gathered_outer, OUTER, triton_gemm.OUTER),
+    }[kind]
+    made = Compiled(kernel, architecture, types, constants, triton_gemm.WARPS, triton_gemm.STAGES)
+    core = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}[architecture]
+    assert made.count(core) > 0
+    assert made.count(r"cp\.async\.cg") > 0  # rows and matrices are on their way while others are multiplied
+    assert made.shared <= SHARED[architecture] * 1024
+    registers, stack, local = made.needs(tmp_path)
+    assert (stack, local) == (0, 0) and registers <= 255
+
+
+@pytest.mark.parametrize("architecture", [90, 100])  # sm_80 has no e4m3
+def test_quantising_rows_reads_16_bytes_at_a_time_and_spills_nothing(architecture, tmp_path):
+    types = {"x": BF16, "q": "*fp8e4nv", "scales": F32, "rows": "i32", "width": "i32"}
+    constants = {"LARGEST": 448.0, "SMALLEST": 2.0**-100, "BR": 2, "BD": triton_fp8.COLUMNS}
+    made = Compiled(triton_fp8.quantise, architecture, types, constants)
+    assert made.count(VECTOR_LOAD) >= 4 and made.count(r"cvt\.rn\.satfinite\.e4m3x2\.f32") > 0
+    assert made.count(r"st\.global[.\w]*\.v[24]\.b32") > 0
     registers, stack, local = made.needs(tmp_path)
     assert (stack, local) == (0, 0) and registers <= 128

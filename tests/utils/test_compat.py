@@ -17,7 +17,7 @@ from megatron_moe.utils import compat
 TESTED = {
     "grouped_mm", "all_gather_into_tensor", "local_slices", "all_gather_rows", "reduce_scatter_rows",
     "sum_over_ranks", "fake_process_group", "last_collective", "Collective", "ring_attention", "ring_attention_backward",
-    "reduce_unused_gradients", "with_local",
+    "reduce_unused_gradients", "with_local", "scaled_grouped_mm",
 }  # fmt: skip
 
 
@@ -30,6 +30,14 @@ def test_every_name_has_a_test_here():
         and name not in ("annotations", "Any", "Callable", "Tensor", "DTensor", "FSDPModule", "Iterator")
     }
     assert defined - {"compute_local_shape_and_global_offset", "contextmanager", "dataclass"} == TESTED
+
+
+def test_scaled_grouped_mm_multiplies_groups_of_rows_by_column_major_matrices():
+    x, w = (torch.empty(*shape, dtype=torch.float8_e4m3fn, device="meta") for shape in ((40, 32), (3, 48, 32)))
+    scales = torch.empty(40, device="meta"), torch.empty(3, 48, device="meta")
+    offsets = torch.empty(3, dtype=torch.int32, device="meta")
+    y = compat.scaled_grouped_mm(x, w.transpose(1, 2), *scales, offsets)
+    assert (y.shape, y.dtype) == ((40, 48), torch.bfloat16)
 
 
 def test_fake_process_group_shards_like_a_rank_of_a_real_one():

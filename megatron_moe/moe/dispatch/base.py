@@ -65,19 +65,28 @@ class LocalDispatcher:
 
     def through(self, experts: Callable[..., Tensor], x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: Any) -> Tensor:
         """Experts' outputs of all tokens here. `plan`: of `self.plan`."""
+        gathers = getattr(experts, "gathers", None)
+        if isinstance(plan, LocalPlan) and gathers is not None and gathers(x_TD):  # the rows are never copied
+            y_RD = experts(x_TD, plan.offsets_E, row_weights(weights_TK, plan), plan.has_spare_rows, plan.token_R)
+            return self.combine(y_RD, plan)
         x_RD, offsets_e, row_weights_R, plan = self.dispatch(x_TD, ids_TK, weights_TK, plan)
         return self.combine(experts(x_RD, offsets_e, row_weights_R, plan.has_spare_rows), plan)
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: Any = None) -> tuple[Tensor, Tensor, Tensor, Any]:
         plan = plan or self.plan(ids_TK)
-        rows_RD, weights_R = gather_rows(x_TD, plan.token_R), weights_TK.reshape(-1).index_select(0, plan.slot_R)
-        if plan.has_spare_rows:
-            row_R = torch.arange(len(weights_R), device=weights_R.device)
-            weights_R = torch.where(row_R < plan.offsets_E[-1], weights_R, 0.0)
-        return rows_RD, plan.offsets_E, weights_R, plan
+        return gather_rows(x_TD, plan.token_R), plan.offsets_E, row_weights(weights_TK, plan), plan
 
     def combine(self, rows_RD: Tensor, plan: Any) -> Tensor:
         return sum_rows(rows_RD, plan.token_R, plan.num_tokens)
+
+
+def row_weights(weights_TK: Tensor, plan: LocalPlan) -> Tensor:
+    """[R]: the gate weight of each row, 0 for spare ones."""
+    weights_R = weights_TK.reshape(-1).index_select(0, plan.slot_R)
+    if plan.has_spare_rows:
+        row_R = torch.arange(len(weights_R), device=weights_R.device)
+        weights_R = torch.where(row_R < plan.offsets_E[-1], weights_R, 0.0)
+    return weights_R
 
 
 def most_rows(assignments: int, num_experts: int, capacity: int | None) -> int:

@@ -361,8 +361,10 @@ def _experts(run: RunConfig, layout: _Layout, notes: _Notes) -> tuple[MoEConfig,
         notes.changed.append(f"--moe-loss-warmup-iters {old.moe_loss_warmup_iters} -> {STEPS}")
     if old.moe_token_dropping and old.moe_min_capacity > 1 and run.moe.has_experts:
         notes.changed.append(f"--moe-min-capacity {old.moe_min_capacity} -> 1: so few tokens would else never be dropped")
+    if old.moe_fp8_experts:
+        notes.changed.append("--moe-fp8-experts is left out: its rounding would hide a wrong sum")
     moe = dataclasses.replace(
-        old, num_experts=slots, expert_interval=interval, moe_first_k_dense_replace=interval if old.moe_first_k_dense_replace else 0, topk=k, moe_expert_parallel_size=ep, moe_router_num_groups=groups[0],
+        old, moe_fp8_experts=False, num_experts=slots, expert_interval=interval, moe_first_k_dense_replace=interval if old.moe_first_k_dense_replace else 0, topk=k, moe_expert_parallel_size=ep, moe_router_num_groups=groups[0],
         moe_router_group_topk=groups[1], moe_router_group_best=best, moe_top2_2nd_expert_sampling=sampling, moe_token_drop_policy=order,
         moe_loss_warmup_iters=min(old.moe_loss_warmup_iters, STEPS), moe_min_capacity=min(old.moe_min_capacity, 1),
     )  # fmt: skip
