@@ -145,6 +145,9 @@ class MoEConfig:
         False, "the experts' products in FP8 (e4m3, a float32 scale per row of the tokens and per column of the matrices), forward and for the gradient "
         "of the rows; that of the matrices stays in the type of the rest. On a GPU of compute capability 9.0 or 10.x, with --bf16; elsewhere the same "
         "numbers by wider products, which is slower. Not yet measured on a GPU")  # fmt: skip
+    moe_fp8_dispatch: bool = flag(
+        False, "rows travel to their experts in FP8 (e4m3, a float32 scale per row): 1 byte per value and 4 per row, in place of 2 or 4 per value. Results, "
+        "and all gradients, travel as they are. With the all-to-all")  # fmt: skip
     moe_identical_expert_init: bool = flag(False, "start all experts of a layer with the same weights, as DeepSpeed does")
 
     def __post_init__(self) -> None:
@@ -232,6 +235,11 @@ class MoEConfig:
         if chunks > 1 and kind == "allgather":
             yield (f"--moe-overlap-chunks ({chunks}) cuts the exchange of rows, and --moe-token-dispatcher allgather exchanges none; use alltoall, "
                    "hierarchical or auto, or drop the chunks")  # fmt: skip
+
+        if self.moe_fp8_dispatch and kind not in ("auto", "alltoall"):
+            yield f"--moe-fp8-dispatch sends rows by an all-to-all, and --moe-token-dispatcher is {kind}; use alltoall or auto, or drop one of the two"
+        if self.moe_fp8_dispatch and pad:
+            yield "--moe-fp8-dispatch sends rows in exact sizes, and --moe-pad-expert-input-to-capacity fills them up; drop one of the two"
 
     def expert_ffn_size(self, dense: int) -> int:
         """Inner width of an expert, where that of the dense MLP is `dense`."""

@@ -319,6 +319,8 @@ class RunConfig:
         for option, is_on in (("--moe-expert-gemm gather", m.moe_expert_gemm == "gather"), ("--moe-fp8-experts", m.moe_fp8_experts)):
             if is_on and not m.has_experts:
                 yield f"{option} has no effect without experts; see --num-experts"
+        if m.moe_fp8_dispatch and m.moe_expert_parallel_size == 1:
+            yield "--moe-fp8-dispatch has no effect with --moe-expert-parallel-size 1: no rows are exchanged"
         if m.moe_expert_gemm == "gather" and m.has_experts:
             if m.moe_expert_parallel_size * p.etp > 1:
                 yield (f"--moe-expert-gemm gather has no effect with --moe-expert-parallel-size {m.moe_expert_parallel_size} and ETP {p.etp}: rows that travel "

@@ -49,6 +49,25 @@ def dequantise_rows(q_RD: Tensor, scale_R: Tensor, dtype: torch.dtype) -> Tensor
     return (q_RD.to(wide) * scale_R.to(wide)[:, None]).to(dtype)
 
 
+def pack_rows(x_RD: Tensor) -> Tensor:
+    """To bytes that can be sent: uint8 [R, packed_bytes(D)], each row's scale behind its values. No gradient."""
+    q_RD, scale_R = quantise_rows(x_RD)
+    return torch.cat([q_RD.view(torch.uint8), scale_R[:, None].view(torch.uint8)], 1)
+
+
+def unpack_rows(bytes_RB: Tensor, dtype: torch.dtype) -> Tensor:
+    """[R, D] of what `pack_rows` made."""
+    values, scale = bytes_RB.split([bytes_RB.shape[1] - 4, 4], 1)
+    scale = scale.clone(
+        memory_format=torch.contiguous_format
+    )  # at an address that floats may have; contiguous() leaves a single row where it is
+    return dequantise_rows(values.contiguous().view(torch.float8_e4m3fn), scale.view(torch.float32)[:, 0], dtype)
+
+
+def packed_bytes(width: int) -> int:
+    return width + 4
+
+
 def quantise_matrices(w_EDF: Tensor, use_reference: bool = False) -> tuple[Tensor, Tensor]:
     """Along the input width: (e4m3 [E, D, F], of which D is packed, float32 [E, F])."""
     E, D, F = w_EDF.shape

@@ -41,7 +41,7 @@ def split_experts(moe: MoELayer, mesh: ParallelMesh, ep: int, dispatcher: str) -
     c = moe.config
     moe.dispatcher = build_dispatcher(
         dispatcher, moe.num_experts, c.topk, mesh.expert_group(ep), capacity_factor_of(c), c.moe_pad_expert_input_to_capacity,
-        slices=mesh.expert_tensor_group(ep), nodes=mesh.expert_node_groups(ep), chunks=c.moe_overlap_chunks,
+        slices=mesh.expert_tensor_group(ep), nodes=mesh.expert_node_groups(ep), chunks=c.moe_overlap_chunks, fp8=c.moe_fp8_dispatch,
     )  # fmt: skip
 
 

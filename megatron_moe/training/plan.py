@@ -253,7 +253,7 @@ def _dispatcher(run: RunConfig, world_size: int, experts: int) -> Choice:
     c = run.moe
     return choose(
         c.moe_token_dispatcher, experts, c.topk, ep, run.parallel.etp, capacity_factor_of(c), c.moe_pad_expert_input_to_capacity,
-        c.moe_overlap_chunks, across if within > 1 else 1,
+        c.moe_overlap_chunks, across if within > 1 else 1, c.moe_fp8_dispatch,
     )  # fmt: skip
 
 

@@ -48,8 +48,13 @@ class CollectiveLog(TorchDispatchMode):
         return out
 
 
+def _is_data(x: Tensor) -> bool:
+    """Not routing counts, nor sizes. Rows in FP8 travel as bytes."""
+    return x.is_floating_point() or x.dtype == torch.uint8
+
+
 class BytesSent(TorchDispatchMode):
-    """Bytes that this rank sends to others, forward and backward, by process group: float all-to-alls by whatever front end of torch, and
+    """Bytes that this rank sends to others, forward and backward, by process group: all-to-alls of data by whatever front end of torch, and
     the differentiable gathers and scatters, as a ring moves them. FSDP's collectives are other operators: see CollectiveLog."""
 
     def __init__(self):
@@ -61,7 +66,7 @@ class BytesSent(TorchDispatchMode):
             return NotImplemented  # comes again with the local tensors
         name = func.overloadpacket.__name__
         tensors = [a for a in args if isinstance(a, Tensor)]
-        if func.namespace == "c10d" and name == "alltoall_base_" and tensors[1].is_floating_point():
+        if func.namespace == "c10d" and name == "alltoall_base_" and _is_data(tensors[1]):
             _, outgoing, group, _, send = args[:5]
             group = dist.ProcessGroup.unbox(group)
             rows = sum(send) - send[group.rank()]

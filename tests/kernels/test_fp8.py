@@ -36,6 +36,15 @@ def test_worked_example():
     assert q.float().tolist() == [[448, 1, 16, -0.001953125], [0, 0, 0, 0], [0, 448, -224, 56]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(3, 5), (0, 16), (1, 6), (4, 64)])
+def test_bytes_that_are_sent_unpack_to_the_quantised_rows(rows, width, dtype):
+    x = torch.randn(rows, width).to(dtype)
+    sent = fp8.pack_rows(x)
+    assert (sent.dtype, sent.shape) == (torch.uint8, (rows, fp8.packed_bytes(width)))
+    assert torch.equal(fp8.unpack_rows(sent, dtype), dequantise_rows(*quantise_rows(x), dtype))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_row_with_a_nan_or_infinity_becomes_nan_and_no_other(value):
     x = torch.ones(3, 4)

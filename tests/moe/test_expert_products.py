@@ -1,4 +1,4 @@
-"""--moe-expert-gemm and --moe-fp8-experts: what the layer does with them, and what is refused or warned about."""
+"""--moe-expert-gemm, --moe-fp8-experts and --moe-fp8-dispatch: what the layer does with them, and what is refused or warned about."""
 
 import pytest
 import torch
@@ -120,6 +120,8 @@ def test_the_tiny_preset_trains_in_fp8_as_well_as_without(tmp_path):
         ("--moe-fp8-experts --fp16", ["--fp16", "--bf16"]),
         ("--moe-fp8-experts --moe-expert-gemm gather", ["16 bits", "drop one"]),
         ("--moe-expert-gemm gather --compile", ["--compile"]),
+        ("--moe-fp8-dispatch --moe-token-dispatcher allgather", ["allgather", "alltoall or auto"]),
+        ("--moe-fp8-dispatch --moe-pad-expert-input-to-capacity", ["exact sizes"]),
     ],
 )
 def test_what_cannot_be_is_refused(flags, words):
@@ -134,6 +136,7 @@ def test_what_cannot_be_is_refused(flags, words):
     [
         ("--moe-fp8-experts --num-experts 1", "without experts"),
         ("--moe-expert-gemm gather --num-experts 1", "without experts"),
+        ("--moe-fp8-dispatch", "no rows are exchanged"),
         ("--moe-expert-gemm gather --bf16 --moe-expert-parallel-size 2", "rows that travel"),
         ("--moe-expert-gemm gather --bf16 --moe-pad-expert-input-to-capacity", "copies the rows"),
         ("--moe-expert-gemm gather", "16 bits"),

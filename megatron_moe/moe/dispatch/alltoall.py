@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_moe.kernels.fp8 import packed_bytes
 from megatron_moe.moe.dispatch.base import NO_LIMITS, Limits, LocalDispatcher, addends_of, gather_rows, row_bytes, sum_rows
 from megatron_moe.moe.dispatch.exchange import Flight, exchange_counts, launch
 from megatron_moe.moe.dispatch.slices import Slices
@@ -28,8 +29,8 @@ class Leg:
     send_P: list[int]
     receive_P: list[int]
 
-    def launch(self, rows: Tensor) -> Flight:
-        return launch(rows, self.receive_P, self.send_P, self.group)
+    def launch(self, rows: Tensor, fp8: bool = False) -> Flight:
+        return launch(rows, self.receive_P, self.send_P, self.group, fp8)
 
     def launch_back(self, rows: Tensor) -> Flight:
         return launch(rows, self.send_P, self.receive_P, self.group)
@@ -68,12 +69,13 @@ class AllToAllPlan:
 
 
 class AllToAllDispatcher(LocalDispatcher):
-    """Experts are split over the ranks of `group`, which exchange rows directly."""
+    """Experts are split over the ranks of `group`, which exchange rows directly. fp8: on the way out in e4m3, also rows to themselves."""
 
     name = "alltoall"
 
-    def __init__(self, num_experts: int, group: dist.ProcessGroup, slices: Slices | None = None):
+    def __init__(self, num_experts: int, group: dist.ProcessGroup, slices: Slices | None = None, fp8: bool = False):
         super().__init__(num_experts)
+        self.fp8 = fp8
         self.group, self.ranks = group, dist.get_world_size(group)
         self.slices = slices or Slices()
 
@@ -114,8 +116,11 @@ class AllToAllDispatcher(LocalDispatcher):
         """Rows and their gate weights set off."""
         rows, weights = gather_rows(x_TD, plan.addend_A, plan.addends), weights_TK.reshape(-1).index_select(0, plan.slot_A)
         ways = plan.leg.sent_rows(), self.slices.sent_rows(plan.arrival.rows_S)
-        plan.sent_bytes = sent_bytes([(*way, row_bytes(rows), weights.element_size()) for way in ways])
-        return [plan.leg.launch(rows), plan.leg.launch(weights)]
+        forward, backward = sent_bytes([(*way, row_bytes(rows), weights.element_size()) for way in ways])
+        if self.fp8:
+            forward -= ways[0][0] * (row_bytes(rows) - packed_bytes(rows.shape[1]))
+        plan.sent_bytes = forward, backward
+        return [plan.leg.launch(rows, self.fp8), plan.leg.launch(weights)]
 
     def arrive(self, flights: list[Flight], plan: AllToAllPlan) -> tuple[Tensor, ...]:
         """By expert, as the experts take them."""

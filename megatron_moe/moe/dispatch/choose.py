@@ -34,10 +34,11 @@ class Choice:
 
 def choose(
     kind: str, num_experts: int, k: int, ep: int, etp: int = 1, capacity_factor: float = math.inf, pad: bool = False, chunks: int = 1,
-    nodes: int = 1,
+    nodes: int = 1, fp8: bool = False,
 ) -> Choice:  # fmt: skip
     """For experts over `ep` ranks, each cut into `etp` slices. kind: that of --moe-token-dispatcher. capacity_factor: inf when nothing is
     dropped. pad: fill up to the capacity. nodes: over how many the `ep` ranks are spread, several of them on each.
+    fp8: rows are to travel in FP8.
     """
     if pad:
         return Choice("padded")
@@ -49,6 +50,8 @@ def choose(
     if kind != "auto":
         return Choice(kind, chunks)
     about = f"{num_experts} experts, k {k}, EP {ep}{f', ETP {etp}' if etp > 1 else ''}"
+    if fp8 and ep > 1:
+        return Choice("alltoall", chunks, f"{about}: alltoall, which is how --moe-fp8-dispatch sends rows")
     if chunks > 1:
         return Choice("alltoall", chunks, f"{about}: alltoall, which --moe-overlap-chunks {chunks} cuts")
     copies, reserved = ep * etp - 1, room(num_experts, k, ep, capacity_factor)
@@ -75,12 +78,13 @@ def build_dispatcher(
     slices: dist.ProcessGroup | None = None,
     nodes: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
     chunks: int = 1,
+    fp8: bool = False,
 ) -> Any:
     """`group`: ranks that share the experts out; `slices`: ranks that share each of them; nodes: (those of `group` on this node, those of
     equal number on all nodes)."""
     ep, etp = (1 if g is None else dist.get_world_size(g) for g in (group, slices))
     num_nodes = 1 if nodes is None else dist.get_world_size(nodes[1])
-    choice = choose(kind, num_experts, k, ep, etp, capacity_factor, pad, chunks, num_nodes)
+    choice = choose(kind, num_experts, k, ep, etp, capacity_factor, pad, chunks, num_nodes, fp8)
     cut = Slices(slices)
     if choice.kind == "local":
         dispatcher: Any = LocalDispatcher(num_experts)
@@ -91,7 +95,7 @@ def build_dispatcher(
     elif choice.kind == "hierarchical":
         dispatcher = HierarchicalDispatcher(num_experts, group, *nodes, cut)
     else:
-        dispatcher = AllToAllDispatcher(num_experts, group, cut)
+        dispatcher = AllToAllDispatcher(num_experts, group, cut, fp8 and ep > 1)
     if choice.chunks > 1:
         dispatcher = OverlappedDispatcher(dispatcher, choice.chunks)
     assert dispatcher.name == choice.name, f"{dispatcher.name} is not {choice.name}"

@@ -9,6 +9,9 @@ Autograd sees two functions for one exchange. In the backward they swap their ro
 between launch and land in the forward is differentiated between them in the backward.
 
 A tensor that is under way is read by nobody: only `land` gives it away.
+
+With `fp8` rows travel in e4m3, each with its scale in four bytes behind it, and land in the type in which they set off; their gradients
+travel as they are.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_moe.kernels.fp8 import pack_rows, unpack_rows
 from megatron_moe.moe.dispatch.base import add_up
 from megatron_moe.utils.compat import all_gather_rows
 
@@ -28,8 +32,8 @@ Sizes = list[int]
 class _Link:
     """One exchange and its reverse. At most one of them is under way at a time."""
 
-    def __init__(self, receive: Sizes, send: Sizes, group: dist.ProcessGroup):
-        self.receive, self.send, self.group = receive, send, group
+    def __init__(self, receive: Sizes, send: Sizes, group: dist.ProcessGroup, fp8: bool):
+        self.receive, self.send, self.group, self.fp8 = receive, send, group, fp8
         self.under_way: tuple[Any, Tensor, Tensor] | None = None
 
     def start(self, x: Tensor, receive: Sizes, send: Sizes) -> Tensor:
@@ -52,7 +56,10 @@ class _Launch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, link: _Link) -> Tensor:
         ctx.link = link
-        return link.start(x, link.receive, link.send)
+        if not link.fp8:
+            return link.start(x, link.receive, link.send)
+        link.start(pack_rows(x), link.receive, link.send)
+        return x.new_empty(1).expand(sum(link.receive), x.shape[1])  # stands for what will land: bytes have no gradient
 
     @staticmethod
     def backward(ctx, _: Tensor):
@@ -63,8 +70,8 @@ class _Land(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, link: _Link) -> Tensor:
         ctx.link = link
-        link.wait()
-        return y.view_as(y)
+        landed = link.wait()
+        return unpack_rows(landed, y.dtype) if link.fp8 else y.view_as(y)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -82,9 +89,9 @@ class Flight:
         return _Land.apply(self._rows, self._link)
 
 
-def launch(x: Tensor, receive: Sizes, send: Sizes, group: dist.ProcessGroup) -> Flight:
-    """Rows [sum(send), ...] set off to the ranks of `group`; [sum(receive), ...] will land here."""
-    link = _Link(receive, send, group)
+def launch(x: Tensor, receive: Sizes, send: Sizes, group: dist.ProcessGroup, fp8: bool = False) -> Flight:
+    """Rows [sum(send), ...] set off to the ranks of `group`; [sum(receive), ...] will land here. fp8: of [sum(send), D] alone."""
+    link = _Link(receive, send, group, fp8)
     return Flight(_Launch.apply(x, link), link)
 
 

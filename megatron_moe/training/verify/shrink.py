@@ -361,10 +361,11 @@ def _experts(run: RunConfig, layout: _Layout, notes: _Notes) -> tuple[MoEConfig,
         notes.changed.append(f"--moe-loss-warmup-iters {old.moe_loss_warmup_iters} -> {STEPS}")
     if old.moe_token_dropping and old.moe_min_capacity > 1 and run.moe.has_experts:
         notes.changed.append(f"--moe-min-capacity {old.moe_min_capacity} -> 1: so few tokens would else never be dropped")
-    if old.moe_fp8_experts:
-        notes.changed.append("--moe-fp8-experts is left out: its rounding would hide a wrong sum")
+    for option, is_on in (("--moe-fp8-experts", old.moe_fp8_experts), ("--moe-fp8-dispatch", old.moe_fp8_dispatch)):
+        if is_on:
+            notes.changed.append(f"{option} is left out: its rounding would hide a wrong sum")
     moe = dataclasses.replace(
-        old, moe_fp8_experts=False, num_experts=slots, expert_interval=interval, moe_first_k_dense_replace=interval if old.moe_first_k_dense_replace else 0, topk=k, moe_expert_parallel_size=ep, moe_router_num_groups=groups[0],
+        old, moe_fp8_experts=False, moe_fp8_dispatch=False, num_experts=slots, expert_interval=interval, moe_first_k_dense_replace=interval if old.moe_first_k_dense_replace else 0, topk=k, moe_expert_parallel_size=ep, moe_router_num_groups=groups[0],
         moe_router_group_topk=groups[1], moe_router_group_best=best, moe_top2_2nd_expert_sampling=sampling, moe_token_drop_policy=order,
         moe_loss_warmup_iters=min(old.moe_loss_warmup_iters, STEPS), moe_min_capacity=min(old.moe_min_capacity, 1),
     )  # fmt: skip
@@ -502,7 +503,11 @@ def _taken(moe: MoEConfig, experts: Sequence[int], etp: int) -> list[tuple[int, 
     """(experts, what `auto` takes) of the layers whose rows travel."""
     factor = 1.0 if moe.moe_router_policy == "expert_choice" else moe.moe_train_capacity_factor if moe.moe_token_dropping else math.inf
     chunks, degree = moe.moe_overlap_chunks, moe.expert_parallel_degree
-    return [(n, choose("auto", n, moe.topk, degree(n), etp, factor, chunks=chunks).kind) for n in experts if n > 1 and degree(n) * etp > 1]
+    return [
+        (n, choose("auto", n, moe.topk, degree(n), etp, factor, chunks=chunks, fp8=moe.moe_fp8_dispatch).kind)
+        for n in experts
+        if n > 1 and degree(n) * etp > 1
+    ]
 
 
 def lines(small: Small) -> Iterator[str]:
