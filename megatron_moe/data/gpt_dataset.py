@@ -13,6 +13,8 @@ samples a run wants, nor on ranks, workers or batch sizes, so a run can be prolo
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,15 +100,35 @@ class GPTDataset:
         return self._count
 
     def __getitem__(self, index: int) -> dict:
-        if index < 0:
-            raise IndexError(f"sample {index}: samples are counted from 0, without end")
-        return {"text": self._text(int(index)).astype(np.int64), "sample_id": int(index)}
+        return {"text": self.texts([int(index)])[0].astype(np.int64), "sample_id": int(index)}
 
-    def _text(self, index: int) -> np.ndarray:
-        """The seq_length + 1 tokens of a sample."""
-        epoch, position = divmod(index, self._count)
-        window = int(self._order(epoch)[position]) if self.shuffle else position
-        return self.indexed.read(self.first_token + window * self.seq_length, self.seq_length + 1)
+    @property
+    def dtype(self) -> np.dtype:
+        """What `texts` are in."""
+        return self.indexed.dtype
+
+    def texts(self, indices: Sequence[int]) -> np.ndarray:
+        """The tokens of several samples: [len(indices), seq_length + 1] in the dtype of the data. The fast way to read."""
+        if min(indices, default=0) < 0:
+            raise IndexError(f"sample {min(indices)}: samples are counted from 0, without end")
+        texts = np.empty((len(indices), self.seq_length + 1), self.dtype)
+        done = 0
+        for number, group in itertools.groupby(indices, lambda index: index // self._order_length):
+            positions = [index % self._order_length for index in group]
+            self._fill(texts[done : done + len(positions)], number, positions)
+            done += len(positions)
+        return texts
+
+    @property
+    def _order_length(self) -> int:
+        """Samples until the next order begins."""
+        return self._count
+
+    def _fill(self, texts: np.ndarray, number: int, positions: list[int]) -> None:
+        """Put the samples at these positions of an order into the rows."""
+        windows = self._order(number)[positions].tolist() if self.shuffle else positions
+        for row, window in zip(texts, windows):
+            self.indexed.read_into(row, self.first_token + window * self.seq_length)
 
     # ------------------------------------------------------------ the order of an epoch
 

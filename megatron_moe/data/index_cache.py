@@ -53,7 +53,8 @@ def load_or_draw(paths: Sequence[Path], draw: Callable[[], Sequence[np.ndarray]]
 
 
 def _loaded(paths: Sequence[Path], check: Callable[..., None]) -> list[np.ndarray]:
-    arrays = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
+    # Plain arrays over the maps: an element of np.memmap takes several times as long.
+    arrays = [np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)) for path in paths]
     check(*arrays)
     return arrays
 

@@ -65,7 +65,7 @@ def fit(tokens: Sequence[int] | np.ndarray, dtype: np.dtype) -> np.ndarray:
 class IndexedDataset:
     """Read-only sequences of tokens under one prefix, fully checked when opened.
 
-    `sizes` int32[n]: tokens per sequence. `document_indices` int64[d]. `meta`: the side file, {} without one.
+    `sizes` int32[n]: tokens per sequence. `starts` int64[n + 1]: tokens before each, and of all. `document_indices` int64[d]. `meta`: the side file, {} without one.
     Raises ValueError, naming both files, for anything that is missing, cut short or foreign.
     """
 
@@ -78,9 +78,10 @@ class IndexedDataset:
         self.sizes = np.frombuffer(self._index, "<i4", count, offset).astype(np.int32)
         pointers = np.frombuffer(self._index, "<i8", count, offset + 4 * count)
         self.document_indices = np.frombuffer(self._index, "<i8", documents, offset + 12 * count).astype(np.int64)
-        self._starts = self._checked_starts(pointers)
+        self.starts = self._checked_starts(pointers)
         self._check_documents()
-        self._tokens = self._map(".bin").view(self.dtype)
+        # A plain array over the map: slices of np.memmap take six times as long.
+        self._tokens = self._map(".bin").view(np.ndarray).view(self.dtype)
         self.meta = self._read_meta()
 
     def __reduce__(self):
@@ -92,7 +93,7 @@ class IndexedDataset:
 
     @property
     def num_tokens(self) -> int:
-        return int(self._starts[-1])
+        return int(self.starts[-1])
 
     @property
     def num_documents(self) -> int:
@@ -114,13 +115,23 @@ class IndexedDataset:
 
     def start_of(self, index: int) -> int:
         """Tokens before sequence `index`; start_of(len(self)) is the number of tokens."""
-        return int(self._starts[index])
+        return int(self.starts[index])
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length) of all sequences laid end to end, as a copy: a view could outlive the map."""
         if start < 0 or length < 0 or start + length > self.num_tokens:
             raise IndexError(f"tokens [{start}, {start + length}) of {self.num_tokens} in {self.prefix}")
         return np.array(self._tokens[start : start + length])
+
+    def join_into(self, out: np.ndarray, heads: Sequence[int], tails: Sequence[int]) -> None:
+        """`read` of the pieces [head, tail), one after another, into a contiguous array of `dtype` that they must fill."""
+        np.concatenate([self._tokens[a:b] for a, b in zip(heads, tails)], out=out.reshape(-1))
+
+    def read_into(self, row: np.ndarray, start: int) -> None:
+        """`read` of len(row) tokens into a row of `dtype`."""
+        if start < 0 or start + len(row) > len(self._tokens):
+            raise IndexError(f"tokens [{start}, {start + len(row)}) of {self.num_tokens} in {self.prefix}")
+        row[:] = self._tokens[start : start + len(row)]
 
     def digest(self) -> str:
         """Hash of the .idx contents: another one means that sequences moved, so that indices built over them are stale."""

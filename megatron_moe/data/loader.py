@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from megatron_moe.config.data import DataConfig, blend_of
-from megatron_moe.data.batch import Batch
+from megatron_moe.data.batch import Batch, Samples
 from megatron_moe.data.blended import BlendedDataset
 from megatron_moe.data.gpt_dataset import GPTDataset, split_ranges
 from megatron_moe.data.indexed_dataset import IndexedDataset
@@ -284,6 +284,12 @@ class _Endless(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         return self.dataset[index]
 
+    def __getitems__(self, indices: list[int]) -> Samples | list[dict]:
+        """What DataLoader asks for a whole micro-batch."""
+        if hasattr(self.dataset, "texts"):
+            return Samples(self.dataset.texts(indices), indices)
+        return [self.dataset[index] for index in indices]
+
 
 def build_loader(
     dataset: Any,
@@ -293,11 +299,12 @@ def build_loader(
     data_parallel_size: int,
     num_microbatches: int | Callable[[int], int],
     num_workers: int,
-    collate: Callable[[Sequence[dict]], Batch],
+    collate: Callable[[Sequence[dict] | Samples], Batch],
     num_steps: int | None = None,
 ) -> Iterator[Batch]:
     """Micro-batches of one data-parallel rank from `first_sample` on (the samples consumed so far, when resuming).
 
+    collate: is given Samples by datasets that have `texts`, items by others.
     num_microbatches: per rank and step, a number or a function of the samples consumed before the step. Endless without `num_steps`. With num_workers > 0 processes read ahead; the order
     is the same.
     """

@@ -85,14 +85,16 @@ def window_starts(lengths: np.ndarray, seq_length: int, count: int) -> np.ndarra
 
     Window k begins at token k * seq_length of the documents laid end to end.
     """
-    ends = np.cumsum(lengths, dtype=np.int64)
+    bounds = np.zeros(len(lengths) + 1, np.int64)  # tokens before each document, and of all
+    np.cumsum(lengths, dtype=np.int64, out=bounds[1:])
     tokens = np.arange(count + 1, dtype=np.int64) * seq_length
     # the first document that ends behind the token: empty ones are passed over, but for those before the very first token
-    places = np.searchsorted(ends, tokens, side="right")
-    offsets = tokens - (ends[places] - lengths[places])
+    places = np.searchsorted(bounds[1:], tokens, side="right")
     places[0] = 0
-    dtype = np.int32 if len(lengths) < 2**31 else np.int64
-    return np.stack([places, offsets], axis=1).astype(dtype)
+    starts = np.empty((count + 1, 2), np.int32 if len(lengths) < 2**31 else np.int64)
+    starts[:, 0] = places
+    np.subtract(tokens, bounds[places], out=starts[:, 1], casting="same_kind")  # a place within a document fits: sizes are int32
+    return starts
 
 
 def _windows(plan: Plan, generator: np.random.RandomState) -> np.ndarray:
@@ -135,36 +137,49 @@ class MegatronDataset(GPTDataset):
         """Draw the order or find it in the cache now, before several processes look for it at once."""
         self._order(0)
 
-    def _text(self, index: int) -> np.ndarray:
-        epochs, position = divmod(index, self.plan.num_samples)
-        if epochs and self.exact_epochs:
+    @property
+    def _order_length(self) -> int:
+        return self.plan.num_samples
+
+    def _fill(self, texts: np.ndarray, number: int, positions: list[int]) -> None:
+        if number and self.exact_epochs:
             raise ValueError(
-                f"sample {index} of {self.indexed.prefix}: --train-data-exact-num-epochs {self.exact_epochs} has "
-                f"{self.plan.num_samples} samples; shorten the run, or start anew from its weights with --finetune"
+                f"sample {number * self._order_length + positions[0]} of {self.indexed.prefix}: --train-data-exact-num-epochs "
+                f"{self.exact_epochs} has {self.plan.num_samples} samples; shorten the run, or start anew from its weights with --finetune"
             )
-        order = self._order(epochs)
+        order = self._order(number)
         try:
-            return self._read(order, int(order.windows[position]))
+            self.indexed.join_into(texts, *self._pieces(order, order.windows[positions].tolist()))
         except IndexError as error:  # damage of a cached file that no cheap check sees
             raise ValueError(
-                f"sample {index} of {self.indexed.prefix}: {error}; the index cache in {self._cache} is damaged: delete its files and resume"
+                f"samples {number * self._order_length + positions[0]} and so on of {self.indexed.prefix}: {error}; the index cache in "
+                f"{self._cache} is damaged: delete its files and resume"
             ) from None
 
-    def _read(self, order: Order, window: int) -> np.ndarray:
-        """The tokens of a window. IndexError if there is no such window in the data."""
-        (first, begin), (last, end) = order.starts[window].tolist(), order.starts[window + 1].tolist()
-        pieces = [
-            self._piece(order.documents[d], begin if d == first else 0, end + 1 if d == last else None) for d in range(first, last + 1)
-        ]
-        text = np.concatenate(pieces)
-        if len(text) != self.seq_length + 1:
-            raise IndexError(f"a window of {len(text)} tokens, not {self.seq_length + 1}")
-        return text
+    def _pieces(self, order: Order, windows: list[int]) -> tuple[list[int], list[int]]:
+        """[head, tail) of every piece of these windows, one per document and window, in tokens of the .bin.
 
-    def _piece(self, document: np.integer, begin: int, end: int | None) -> np.ndarray:
-        """Tokens [begin, end) of a document."""
-        size = int(self.indexed.sizes[document])
-        return self.indexed.get(int(document), begin, (size if end is None else end) - begin)
+        IndexError if a window is none of seq_length + 1 tokens within its documents.
+        """
+        heads, tails = [], []
+        # Plain numbers: the arrays of a micro-batch are so short that operations on them would take twice as long.
+        first_token, document = self.indexed.starts.item, order.documents.item
+        for window in windows:
+            (place, begin), (last, end) = order.starts[window : window + 2].tolist()
+            missing = self.seq_length + 1
+            for at in range(place, last + 1):
+                sequence = document(at)
+                head, tail = first_token(sequence), first_token(sequence + 1)
+                stop = tail if at < last else head + end + 1
+                if not head <= head + begin <= stop <= tail:
+                    raise IndexError(f"tokens [{begin}, {stop - head}) of sequence {sequence}, which has {tail - head}")
+                heads.append(head + begin)
+                tails.append(stop)
+                missing -= stop - head - begin
+                begin = 0
+            if missing:
+                raise IndexError(f"a window of {self.seq_length + 1 - missing} tokens, not {self.seq_length + 1}")
+        return heads, tails
 
     def _make_order(self, epoch: int) -> Order:
         """`epoch` counts whole orders, each of several epochs of the data."""

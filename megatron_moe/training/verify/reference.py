@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.training import OptimizerConfig
-from megatron_moe.data.batch import Batch, make_batch
+from megatron_moe.data.batch import Batch, Samples, make_batch
 from megatron_moe.data.mock import MockDataset
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.init import build_on_meta, initialize_parameters
@@ -69,7 +69,7 @@ def text(run: RunConfig, vocab_size: int) -> MockDataset:
     return MockDataset(vocab_size, run.training.seq_length, run.training.seed)
 
 
-def holed_batch(run: RunConfig, items: Sequence[dict]) -> Batch:
+def holed_batch(run: RunConfig, items: Sequence[dict] | Samples) -> Batch:
     """A micro-batch whose loss mask leaves another number of tokens to every rank, to every fourth sequence hardly any."""
     d = run.data
     batch = make_batch(items, EOD, d.reset_position_ids, d.reset_attention_mask, d.eod_mask_loss)
