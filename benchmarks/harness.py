@@ -290,4 +290,11 @@ def versions() -> dict[str, str]:
 
 def missing(peers: dict[str, str]) -> dict[str, str]:
     """Of {package: what it is for}, those that cannot be imported, with the reason."""
-    return {name: f"not installed ({use}); pip install {name}" for name, use in peers.items() if importlib.util.find_spec(name) is None}
+    return {name: f"not installed ({use}); pip install {name}" for name, use in peers.items() if not _is_there(name)}
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of a package that `name` is part of
+        return False

@@ -10,6 +10,7 @@ import re
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from megatron_moe.moe.experts import STACKS
 from megatron_moe.moe.gate import Gate
@@ -87,7 +88,20 @@ def build_on_meta(build, dtype: torch.dtype) -> nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"):
+        with _Undrawn(), torch.device("meta"):
             return build()
     finally:
         torch.set_default_dtype(before)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Modules do not draw the values that they begin with. On the meta device there are none, and torch would import its compiler to
+    work out their shape: more than a second of every start."""
+
+    DRAWS = frozenset({nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_})
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

@@ -122,7 +122,7 @@ def sent_by_dispatchers(kind: str, experts: int, k: int, hidden: int) -> tuple[i
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("kind", "world"), [("alltoall", 2), ("alltoall", 4), ("allgather", 4)])
+@pytest.mark.parametrize(("kind", "world"), [("alltoall", 2), ("alltoall", 4), ("allgather", 4), ("hierarchical", 4)])
 def test_the_formula_has_the_bytes_that_a_dispatcher_sends(kind, world):
     r = Routed(tokens=math.comb(8, 3), k=3, experts=8, ranks=world, here=min(world, 2), row=16 * 4.0)
     found = run_distributed(sent_by_dispatchers, world, kind, 8, 3, 16)
