@@ -25,7 +25,8 @@ class Block(nn.Module):
     softmax: c_0 experts(x) + c_1 mlp(x) (DeepSpeed-MoE, arXiv 2201.05596 section 4.1.1; coefficients as in its code), or as
     they are. A shared expert is a dense MLP of a width of its own, added to the experts, gated or not.
     `run_attention` and `run_mlp` are swapped for recomputing runners; routing is outside of both. `attend`, `feed_forward`,
-    `normalise` and `finish` may be compiled.
+    `normalise`, `branch` and `finish` may be compiled. The dense branch is computed while rows travel to the experts, and its backward
+    while their gradients travel back, where rows travel and neither is recomputed.
     """
 
     def __init__(self, layer: int, num_experts: int, config: ModelConfig, moe: MoEConfig, expert_factory: ExpertFactory | None = None):
@@ -52,10 +53,14 @@ class Block(nn.Module):
         h_TD = self.normalise(x_BSD)
         # in training every rank has a micro-batch of the same size; evaluation asks the others
         known = h_TD.shape[0] if self.training or self.has_equal_batches else None
-        y_TD = self.moe(h_TD, context.of_stream.token_info(*x_BSD.shape[:2], known))
+        tokens = context.of_stream.token_info(*x_BSD.shape[:2], known)
         has_branch = self.mlp is not None or self.shared_expert is not None
+        if has_branch and self.moe.has_gap and self.run_mlp is call:
+            found: list[Tensor] = []
+            y_TD = self.moe(h_TD, tokens, lambda: found.append(self.branch(h_TD.view_as(x_BSD))))
+            return self.finish(x_BSD, h_TD, y_TD, mine, found[0])
         run = self.run_mlp if has_branch else call  # without a dense branch there is nothing worth recomputing
-        return run(self.finish, x_BSD, h_TD, y_TD, mine)
+        return run(self.finish, x_BSD, h_TD, self.moe(h_TD, tokens), mine)
 
     def attend(self, x_BSD: Tensor, context: Context) -> Tensor:
         y_BSD = self.attn(self.attn_norm(x_BSD), context)
@@ -67,19 +72,27 @@ class Block(nn.Module):
     def normalise(self, x_BSD: Tensor) -> Tensor:
         return self.mlp_norm(x_BSD).flatten(0, 1)
 
-    def finish(self, x_BSD: Tensor, h_TD: Tensor, y_TD: Tensor, context: Context) -> Tensor:
+    def branch(self, h_BSD: Tensor) -> Tensor:
+        """The dense branch: the MLP of a residual layer, or the shared expert. It needs nothing of the experts, so it can be computed
+        while their rows are under way."""
+        return self._branch(h_BSD)
+
+    def _branch(self, h_BSD: Tensor) -> Tensor:
+        if self.shared_expert is None:
+            return self.mlp(h_BSD)
+        shared_BSD = self.shared_expert(h_BSD)
+        return shared_BSD if self.shared_expert_gate is None else shared_BSD * torch.sigmoid(self.shared_expert_gate(h_BSD))
+
+    def finish(self, x_BSD: Tensor, h_TD: Tensor, y_TD: Tensor, context: Context, branch_BSD: Tensor | None = None) -> Tensor:
         """Mix the experts' answer with the dense branch's, where there is one, and add it to the stream."""
         h_BSD, y_BSD = h_TD.view_as(x_BSD), y_TD.view_as(x_BSD)
+        if branch_BSD is None and (self.mlp is not None or self.shared_expert is not None):
+            branch_BSD = self._branch(h_BSD)
         if self.coefficient is not None:
             c_BS2 = F.softmax(self.coefficient(h_BSD), dim=-1)
-            y_BSD = y_BSD * c_BS2[..., :1] + self.mlp(h_BSD) * c_BS2[..., 1:]
-        elif self.mlp is not None:
-            y_BSD = y_BSD + self.mlp(h_BSD)
-        if self.shared_expert is not None:
-            shared_BSD = self.shared_expert(h_BSD)
-            if self.shared_expert_gate is not None:
-                shared_BSD = shared_BSD * torch.sigmoid(self.shared_expert_gate(h_BSD))
-            y_BSD = y_BSD + shared_BSD
+            y_BSD = y_BSD * c_BS2[..., :1] + branch_BSD * c_BS2[..., 1:]
+        elif branch_BSD is not None:
+            y_BSD = y_BSD + branch_BSD
         return x_BSD + self._dropout(y_BSD, context, Purpose.MLP_OUTPUT_DROPOUT)
 
     def _dropout(self, y_BSD: Tensor, context: Context, purpose: Purpose) -> Tensor:

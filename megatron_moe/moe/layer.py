@@ -84,21 +84,29 @@ class MoELayer(nn.Module):
         self.loss_weight, self.batch_counts_E = loss_weight, None
         self.stats.reset()
 
-    def forward(self, x_TD: Tensor, tokens: TokenInfo = NO_INFO) -> Tensor:
-        return self.routed(x_TD, tokens)[0]
+    def forward(self, x_TD: Tensor, tokens: TokenInfo = NO_INFO, meanwhile: Callable[[], None] | None = None) -> Tensor:
+        """meanwhile: with `has_gap`, called when rows are under way; what it computes is its caller's."""
+        return self.routed(x_TD, tokens, meanwhile)[0]
 
-    def routed(self, x_TD: Tensor, tokens: TokenInfo = NO_INFO) -> tuple[Tensor, Routing]:
+    @property
+    def has_gap(self) -> bool:
+        """Rows are under way for a while, and what is computed meanwhile is computed once: not where rows are sent again to recompute."""
+        return self.dispatcher.has_gap and self.run is call
+
+    def routed(self, x_TD: Tensor, tokens: TokenInfo = NO_INFO, meanwhile: Callable[[], None] | None = None) -> tuple[Tensor, Routing]:
         """The same, and how the tokens were routed."""
         routing, limits = self.route(x_TD, tokens)
         plan = self.dispatcher.plan(routing.ids_TK, limits)
-        y_TD = self.run(self.compute, x_TD, routing.ids_TK, routing.weights_TK, plan)
+        also = () if meanwhile is None else (meanwhile,)
+        y_TD = self.run(self.compute, x_TD, routing.ids_TK, routing.weights_TK, plan, *also)
         self.stats.add_sent(plan.sent_bytes, torch.is_grad_enabled(), self.run is not call)
         return y_TD, routing
 
-    def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: Any) -> Tensor:
+    def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: Any, meanwhile: Callable[[], None] | None = None) -> Tensor:
         """The part that may be recomputed: it decides nothing."""
         x_TD = x_TD if self.latent_down is None else self.latent_down(x_TD)
-        y_TD = self.dispatcher.through(self.experts, x_TD, ids_TK, weights_TK, plan)
+        also = () if meanwhile is None else (meanwhile,)
+        y_TD = self.dispatcher.through(self.experts, x_TD, ids_TK, weights_TK, plan, *also)
         return y_TD if self.latent_up is None else self.latent_up(y_TD)
 
     def route(self, x_TD: Tensor, tokens: TokenInfo) -> tuple[Routing, Limits]:

@@ -28,7 +28,7 @@ from megatron_moe.moe.layer import MoELayer
 REGIONS: dict[type[nn.Module], tuple[str, ...]] = {
     GPT: ("embed", "embed_ahead", "losses", "losses_of"),
     MultiTokenModule: ("merge",),
-    Block: ("attend", "feed_forward", "normalise", "finish"),
+    Block: ("attend", "feed_forward", "normalise", "branch", "finish"),
     MoELayer: ("jittered", "decide"),
     Experts: ("forward",),
 }

@@ -93,7 +93,7 @@ def slice_tokens(moe: MoELayer, group: dist.ProcessGroup) -> None:
         x_TD, info = (*args, TokenInfo())[:2]
         count[:] = [x_TD.shape[0]]
         most_tokens = None if info.most_tokens is None else _longest(info.most_tokens, group)
-        return _Slice.apply(x_TD, group), info.of(_bounds(x_TD.shape[0], group), most_tokens, x_TD)
+        return _Slice.apply(x_TD, group), info.of(_bounds(x_TD.shape[0], group), most_tokens, x_TD), *args[2:]
 
     def after(_: nn.Module, args: tuple[Any, ...], y_tD: Tensor) -> Tensor:
         return _Gather.apply(y_tD, count[0], group)

@@ -56,6 +56,7 @@ COMPILED = [
     ("noisy", 2, f"{TP} {EP} --recompute-granularity selective"),
     ("losses", 2, f"{TP} {EP} --recompute-granularity full"),
     ("modules", 2, f"{EP} --zero-stage 3"),
+    ("shared", 2, f"{EP} --zero-stage 1"),  # the shared expert beside rows that travel
 ]
 MORE_COMPILED = [  # with --full
     ("shared", 2, f"{EP} --zero-stage 3 --moe-pad-expert-input-to-capacity"),

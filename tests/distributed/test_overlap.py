@@ -197,6 +197,96 @@ def test_the_clock_sees_the_overlap_in_both_directions(kind, world, legs):
         assert four < one - 0.25, (one, four)
 
 
+# ---------------------------------------------------------------- the dense branch in the gap
+
+
+class _Noted(torch.autograd.Function):
+    """The end of the dense branch in the forward, and its beginning in the backward."""
+
+    @staticmethod
+    def forward(ctx, y, events):
+        ctx.events = events
+        events.append("dense")
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.events.append("dense")
+        return grad, None
+
+
+def events_of_a_step(model_name: str, flags: str) -> dict[str, list[str]]:
+    """What happens in the only layer of a model with several experts, in a forward and in its backward."""
+    c = parity.config(model_name, f"{EP} {flags}")
+    mesh = build_parallel_mesh(c, "cpu")
+    model = build_parallel_model(c, parity.VOCAB, mesh, torch.device("cpu"))
+    block = [block for block in model.blocks if block.moe is not None][-1]
+    diary, through, branch = Diary(), block.moe.dispatcher.through, block._branch
+    is_mine: list[bool] = []
+
+    def noting(*args):
+        is_mine.append(True)
+        try:
+            return through(*args)
+        finally:
+            is_mine.clear()
+
+    start, wait = exchange._Link.start, exchange._Link.wait
+    links: dict[int, str] = {}
+
+    def starts(link, *args):
+        if is_mine:
+            links[id(link)] = str(len(links))
+            diary.kept.append(link)
+        if id(link) in links:
+            diary.events.append(f"start {links[id(link)]}")
+        return start(link, *args)
+
+    def waits(link):
+        if id(link) in links:
+            diary.events.append(f"wait {links[id(link)]}")
+        return wait(link)
+
+    block.moe.dispatcher.through, block._branch = noting, lambda h: _Noted.apply(branch(h), diary.events)
+    with mock.patch.object(exchange._Link, "start", starts), mock.patch.object(exchange._Link, "wait", waits):
+        batch = parity.microbatches(0, mesh.rank("dp"), mesh.size("dp"), c.training.micro_batch_size)[:1]
+        ends = {}
+        with mock.patch.object(torch.Tensor, "backward", _noting_the_half(diary, ends)):
+            forward_backward(model, batch, count_loss_tokens(batch, mesh), mesh, parity.SEED, 0)
+    return {"forward": diary.events[: ends["forward"]], "backward": diary.events[ends["forward"] :]}
+
+
+def _noting_the_half(diary: Diary, ends: dict[str, int]):
+    original = torch.Tensor.backward
+
+    def backward(self, *args, **kwargs):
+        ends.setdefault("forward", len(diary.events))
+        return original(self, *args, **kwargs)
+
+    return backward
+
+
+@pytest.mark.parametrize(("model", "zero"), [("shared", 1), ("pyramid", 3), ("latent", 0)])
+def test_the_dense_branch_is_computed_while_rows_travel_and_its_backward_while_their_gradients_do(model, zero):
+    """0 and 1 are rows and weights on their way out, 2 is the way back: launch, dense, land - in the backward too."""
+    for found in run_distributed(events_of_a_step, 2, model, f"--zero-stage {zero}"):
+        assert found["forward"] == ["start 0", "start 1", "dense", "wait 0", "wait 1", "start 2", "wait 2"]
+        assert found["backward"][:2] == ["start 2", "wait 2"]
+        assert found["backward"][2:5] in (["start 1", "start 0", "dense"], ["start 0", "start 1", "dense"])
+        assert sorted(found["backward"][5:]) == ["wait 0", "wait 1"]
+
+
+def test_behind_the_first_of_several_parts_comes_the_dense_branch():
+    for found in run_distributed(events_of_a_step, 2, "shared", "--moe-overlap-chunks 2"):
+        assert found["forward"][:5] == ["start 0", "start 1", "dense", "start 2", "start 3"]
+        assert found["backward"].index("dense") > max(found["backward"].index(f"start {n}") for n in range(4))
+
+
+def test_a_branch_that_is_recomputed_waits_for_the_experts():
+    for found in run_distributed(events_of_a_step, 2, "shared", "--recompute-granularity full"):
+        assert found["forward"].index("dense") > found["forward"].index("wait 2")
+
+
 # ---------------------------------------------------------------- under FSDP
 
 

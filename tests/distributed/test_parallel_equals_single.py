@@ -64,6 +64,7 @@ QUICK = [  # model, world size, flags: always
     ("deepseek", 4, "--zero-stage 3 --moe-expert-parallel-size 4 --recompute-granularity full"),
     ("dropping", 2, f"--zero-stage 1 --moe-expert-parallel-size 2 {PADDED}"),
     ("shared", 2, "--zero-stage 2 --moe-expert-parallel-size 2 --moe-token-dispatcher allgather"),
+    ("shared", 2, "--zero-stage 3 --moe-expert-parallel-size 2 --moe-token-dispatcher alltoall --tensor-model-parallel-size 2"),
     ("latent", 4, "--zero-stage 3 --tensor-model-parallel-size 2 --moe-expert-parallel-size 4 --recompute-granularity full"),
     ("modules", 2, "--zero-stage 0 --tensor-model-parallel-size 2"),
     ("modules", 4, "--zero-stage 1 --moe-expert-parallel-size 2 --moe-token-dispatcher allgather"),

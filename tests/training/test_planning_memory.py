@@ -73,11 +73,20 @@ def measure(flags: str) -> Measured:
         for moe in moe_layers(model):
             compute = moe.compute
 
-            def counted(*args, compute=compute):
-                start = live.look() - 4 * live_parameters.parameters()
-                out = compute(*args)
+            def now():
                 live_parameters.look()
-                found["routed"] += live.look() - 4 * live_parameters.parameters() - start
+                return live.look() - 4 * live_parameters.parameters()
+
+            def counted(*args, compute=compute, now=now):
+                start = now()
+
+                def not_counted(meanwhile=args[-1]):  # the dense branch
+                    begin = now()
+                    meanwhile()
+                    found["routed"] -= now() - begin
+
+                out = compute(*args[:-1], not_counted) if callable(args[-1]) else compute(*args)
+                found["routed"] += now() - start
                 return out
 
             moe.compute = counted

@@ -7,9 +7,10 @@ travel in several parts (overlap.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,6 +73,7 @@ class AllToAllDispatcher(LocalDispatcher):
     """Experts are split over the ranks of `group`, which exchange rows directly. fp8: on the way out in e4m3, also rows to themselves."""
 
     name = "alltoall"
+    has_gap = True
 
     def __init__(self, num_experts: int, group: dist.ProcessGroup, slices: Slices | None = None, fp8: bool = False):
         super().__init__(num_experts)
@@ -103,6 +105,17 @@ class AllToAllDispatcher(LocalDispatcher):
         return plans
 
     # ------------------------------------------------------------ the way out, and back
+
+    def through(
+        self, experts: Callable[..., Tensor], x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: Any,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`meanwhile` is called when rows have set off, and its backward when the gradients of rows have."""
+        flights = self.depart(x_TD, weights_TK, plan)
+        if meanwhile is not None:
+            meanwhile()
+        rows_RD, row_weights_R = self.arrive(flights, plan)
+        return self.combine(experts(rows_RD, plan.offsets_e, row_weights_R, plan.has_spare_rows), plan)
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: AllToAllPlan | None = None):
         plan = plan or self.plan(ids_TK)

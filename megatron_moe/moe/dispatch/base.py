@@ -47,6 +47,7 @@ class LocalDispatcher:
 
     name = "local"
     why = ""  # the choice, where nobody asked for this one
+    has_gap = False  # rows are under way between leaving and arriving: something else can be computed meanwhile
 
     def __init__(self, num_experts: int):
         self.num_experts = num_experts

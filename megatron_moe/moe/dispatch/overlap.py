@@ -42,6 +42,7 @@ class OverlappedDispatcher:
     a node, and slices of an expert, are waited for."""
 
     why = ""
+    has_gap = True
 
     def __init__(self, exchange: AllToAllDispatcher, chunks: int):
         self.exchange, self.chunks = exchange, chunks
@@ -54,15 +55,23 @@ class OverlappedDispatcher:
         parts = ids_TK.tensor_split(self.chunks)  # the last ones shorter, or empty
         return OverlappedPlan(self.exchange.plans(parts), [len(ids_tK) for ids_tK in parts])
 
-    def through(self, experts: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: OverlappedPlan) -> Tensor:
+    def through(
+        self, experts: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: OverlappedPlan,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`meanwhile` is called when the first part has set off, for which the experts would wait; in the backward it comes last."""
         # one call of the experts in the eyes of FSDP, which gathers their parameters, and reduces the gradients, once per call
-        return experts.in_one_call(partial(self._pipeline, weights_TK, plan), x_TD)
+        return experts.in_one_call(partial(self._pipeline, weights_TK, plan, meanwhile), x_TD)
 
-    def _pipeline(self, weights_TK: Tensor, plan: OverlappedPlan, experts: Callable[..., Tensor], x_TD: Tensor) -> Tensor:
+    def _pipeline(
+        self, weights_TK: Tensor, plan: OverlappedPlan, meanwhile: Callable[[], None] | None, experts: Callable[..., Tensor], x_TD: Tensor
+    ) -> Tensor:
         exchange = self.exchange
         parts = list(zip(x_TD.split(plan.tokens), weights_TK.split(plan.tokens), plan.parts))
         returning = []
         coming = exchange.depart(*parts[0])
+        if meanwhile is not None:
+            meanwhile()
         for number, part in enumerate(plan.parts):
             arriving = coming
             if number + 1 < len(parts):
