@@ -39,7 +39,7 @@ class Compiled:
 
         names = kernel.arg_names
         signature = {n: "constexpr" if n in constants else types[n] for n in names}
-        aligned = [n for n in names if signature[n].startswith("*") or n in ("width", "K", "N")]
+        aligned = [n for n in names if signature[n].startswith("*") or (n in ("width", "K", "N") and n not in constants)]
         attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
         made = triton.compile(
             ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),

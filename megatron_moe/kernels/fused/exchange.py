@@ -136,7 +136,7 @@ class Exchange:
             self.reserve(tokens)
         is_exact = (policy or self.policy) == "exact"
         limit = 2**31 - 1 if is_exact else self.capacity
-        sizes = self._tiles()
+        sizes = tiles(E, self.k)
         steps = -(-max(tokens, 1) // (sizes["BT"] * BLOCKS))
         blocks = -(-max(tokens, 1) // (sizes["BT"] * steps))
         block_counts, base = self._empty(blocks, E), self._empty(E)
@@ -158,10 +158,6 @@ class Exchange:
             **sizes,
         )  # fmt: skip
         return RowMap(owner_TK, row_TK, choice_TK, start_e, filled_e, ends_e, info, rows)
-
-    def _tiles(self) -> dict[str, int]:
-        experts, choices = power_of_two(self.num_experts), power_of_two(self.k)
-        return {"K": self.k, "KP2": choices, "EP2": experts, "BT": min(max(TILE // (experts * choices), 2), 64)}
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=self.memory.device)
@@ -239,6 +235,12 @@ class _Buffers:
         self.received, self.staged = (memory.alloc((capacity, width), dtype) for _ in range(2))
         self.received_weights, self.staged_scalars = (memory.alloc((capacity,), self.wide) for _ in range(2))
         self.columns = {"H": width, "BH": min(power_of_two(width), 1024)}
+
+
+def tiles(num_experts: int, k: int) -> dict[str, int]:
+    """How the kernels of a plan cut the ids: BT tokens at a time, so that tokens x choices x experts fit in registers."""
+    experts, choices = power_of_two(num_experts), power_of_two(k)
+    return {"K": k, "KP2": choices, "EP2": experts, "BT": min(max(TILE // (experts * choices), 2), 64)}
 
 
 def _in_triton(dtype: torch.dtype) -> Any:
