@@ -122,13 +122,21 @@ class MoEConfig:
     moe_router_z_loss_coeff: float = flag(
         0.0, "weight of the router z-loss, the mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906)",
         names=("moe-z-loss-coeff",), minimum=0)  # fmt: skip
-    moe_token_dispatcher: Literal["auto", "alltoall", "allgather", "hierarchical"] = flag(
+    moe_token_dispatcher: Literal["auto", "alltoall", "allgather", "hierarchical", "fused"] = flag(
         "auto", "how tokens travel to their experts. alltoall: each row to its expert, in exact sizes. hierarchical: each token "
-        "once to every node that has experts of it, then its rows within the node; sums come back. allgather: all tokens to all ranks. auto: nothing travels for EP 1 and "
-        "ETP 1; all-gather when k reaches EP and reserves at most 1.25 times the rows of equally busy experts (a capacity bounds them), else "
+        "once to every node that has experts of it, then its rows within the node; sums come back. allgather: all tokens to all ranks. "
+        "fused: kernels write rows into the memory of the other GPUs of the node, and no host waits. auto: nothing travels for EP 1 and "
+        "ETP 1; fused where it can run; else all-gather when k reaches EP and reserves at most 1.25 times the rows of equally busy experts (a capacity bounds them), else "
         "all-to-all; the log says which, and why", names=("moe-token-dispatcher-type",))  # fmt: skip
     moe_node_size: int | None = flag(
         None, "ranks per node, for --moe-token-dispatcher hierarchical; LOCAL_WORLD_SIZE, which torchrun sets, when not given", minimum=1
+    )
+    moe_fused_capacity: Literal["static", "exact", "worst"] = flag(
+        "static", "how many rows a rank has room for with --moe-token-dispatcher fused. static: --moe-fused-capacity-factor times an even "
+        "share; a step that brings more is repeated with more room before the weights move. exact: the host waits for the number, once per "
+        "layer. worst: as many as can come at most")  # fmt: skip
+    moe_fused_capacity_factor: float = flag(
+        1.5, "rows that a rank has room for under --moe-fused-capacity static, over those of equally busy experts", minimum=1
     )
     moe_overlap_chunks: int = flag(
         1, "cut the tokens of an MoE layer in this many parts: while one is computed the next is under way, and the results of the last one "
@@ -229,6 +237,20 @@ class MoEConfig:
         if pad and kind == "hierarchical":
             yield ("--moe-pad-expert-input-to-capacity sends zero rows too, and --moe-token-dispatcher hierarchical sends none between nodes; use "
                    "alltoall or auto, or drop the padding")  # fmt: skip
+        if pad and kind == "fused":
+            yield ("--moe-pad-expert-input-to-capacity makes exchanges of equal sizes so that no host waits, and with --moe-token-dispatcher fused "
+                   "none does; drop one of the two")  # fmt: skip
+        if chunks > 1 and kind == "fused":
+            yield (f"--moe-overlap-chunks ({chunks}) cuts the exchanges of an all-to-all, and --moe-token-dispatcher fused has none; use alltoall, "
+                   "hierarchical or auto, or drop the chunks")  # fmt: skip
+        default = {s.name: s.default for s in fields_of(MoEConfig)}
+        names = ("moe_fused_capacity", "moe_fused_capacity_factor")
+        if kind not in ("auto", "fused") and (given := [name for name in names if getattr(self, name) != default[name]]):
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            yield f"{flags}: about --moe-token-dispatcher fused, not {kind}; drop it, or take fused"
+        elif self.moe_fused_capacity != "static" and self.moe_fused_capacity_factor != default["moe_fused_capacity_factor"]:
+            yield (f"--moe-fused-capacity-factor ({self.moe_fused_capacity_factor:g}) is about --moe-fused-capacity static, not "
+                   f"{self.moe_fused_capacity}; drop one of the two")  # fmt: skip
         if chunks > 1 and pad:
             yield (f"--moe-overlap-chunks ({chunks}) cuts the tokens, and --moe-pad-expert-input-to-capacity would fill up every part to the capacity "
                    "of all of them; drop one of the two")  # fmt: skip

@@ -160,6 +160,7 @@ class RunConfig:
                    "to predict within a sequence; the published models have 1")  # fmt: skip
         yield from pipeline_problems(self.parallel, m, t, self.distillation.is_on)
         yield from self._ring_problems()
+        yield from self._fused_problems()
         yield from upcycling_problems(self)
         if self.data.data_order == "megatron" and t.seed >= 2**32:
             yield f"--data-order megatron takes a --seed below {2**32}, not {t.seed}: that is all that Megatron's generator can be given"
@@ -200,6 +201,21 @@ class RunConfig:
             yield f"{what} merges partial softmaxes that know of no sinks, which --softmax-type learnable asks for; drop them, {instead}"
         if self.training.compile:
             yield f"{what} is a loop that --compile does not trace; leave one of them out"
+
+    def _fused_problems(self) -> Iterator[str]:
+        """What the kernels of --moe-token-dispatcher fused cannot do."""
+        m, etp, bytes_each = self.moe, self.parallel.etp, self.training.bytes_per_activation
+        if m.moe_token_dispatcher != "fused" or m.moe_expert_parallel_size == 1:
+            return
+        if etp > 1:
+            yield (f"--moe-token-dispatcher fused sends rows to whole experts, and the expert-tensor-parallel degree is {etp}; set "
+                   "--expert-tensor-parallel-size 1, or take --moe-token-dispatcher alltoall")  # fmt: skip
+        width, option = (m.moe_latent_size, "--moe-latent-size") if m.moe_latent_size else (self.model.hidden_size, "--hidden-size")
+        step = 16 // bytes_each
+        if width % step:
+            nearest = " or ".join(str(n) for n in (width // step * step, -(-width // step) * step) if n)
+            yield (f"--moe-token-dispatcher fused moves 16 bytes at a time, and {option} ({width}) times {bytes_each} bytes is not a multiple of that; "
+                   f"use {nearest}, or --moe-token-dispatcher alltoall")  # fmt: skip
 
     def _length_problems(self) -> Iterator[str]:
         """Sequences are cut into equal parts, the short ones of a curriculum too."""
@@ -424,6 +440,10 @@ class RunConfig:
                 degree += f" x the expert-tensor-parallel degree ({etp}) = {ep * etp}"
             option, legal = ("expert-tensor-parallel-size", stage) if stage % etp else ("moe-expert-parallel-size", stage // etp)
             yield f"{ranks} must be divisible by {degree}; set --{option} to one of {_one_of(legal)}"
+        elif self.moe.moe_token_dispatcher == "fused" and (here := int(os.environ.get("LOCAL_WORLD_SIZE", world_size))) % ep:
+            yield (f"--moe-token-dispatcher fused reaches the GPUs of one node, and {ep} ranks of an expert-parallel group do not share nodes of "
+                   f"{here} ranks; set --moe-expert-parallel-size to one of {_one_of(here)}, or take --moe-token-dispatcher "
+                   f"{'hierarchical' if ep % here == 0 and here > 1 else 'alltoall'}")  # fmt: skip
         elif (node_size := self.node_size(world_size)) is not None:
             try:
                 split_over_nodes(ep, etp, node_size)

@@ -99,6 +99,11 @@ class TrainingConfig:
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else None
 
     @property
+    def bytes_per_activation(self) -> int:
+        """Of one number that is computed in."""
+        return 2 if self.half else 8 if self.params_dtype == "float64" else 4
+
+    @property
     def recompute(self) -> str | None:
         """None, 'full' or 'selective'."""
         return self.recompute_granularity or (

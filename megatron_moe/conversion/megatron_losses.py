@@ -30,7 +30,7 @@ EXPRESSIBLE = {
         "moe_noisy_gate_policy", "moe_loss_coeff",
         # of the training or of the kernels, not of the model
         "moe_seq_loss_coeff", "moe_global_loss_coeff", "moe_loss_warmup_iters", "moe_router_z_loss_coeff", "moe_token_dispatcher",
-        "moe_node_size", "moe_overlap_chunks", "moe_pad_expert_input_to_capacity", "moe_identical_expert_init", "moe_token_drop_policy",
+        "moe_node_size", "moe_fused_capacity", "moe_fused_capacity_factor", "moe_overlap_chunks", "moe_pad_expert_input_to_capacity", "moe_identical_expert_init", "moe_token_drop_policy",
         "moe_router_bias_update_rate",
     },
 }  # fmt: skip

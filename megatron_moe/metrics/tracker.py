@@ -13,7 +13,7 @@ from typing import Any
 from megatron_moe.config.output import LoggingConfig
 from megatron_moe.metrics.writers import ConsoleWriter, JsonlWriter, Record, TensorBoardWriter, Writer
 
-EVENTS = ("start", "save", "load", "alert", "stop")
+EVENTS = ("start", "save", "load", "alert", "repeat", "stop")
 
 
 class Tracker:
@@ -71,7 +71,7 @@ class Tracker:
         })  # fmt: skip
 
     def event(self, name: str, **values: Any) -> None:
-        """start, save, load, alert or stop (with reason=...). An alert about experts also has condition, layer, layers, value and flag."""
+        """start, save, load, alert, repeat (of a step) or stop (with reason=...). An alert about experts also has condition, layer, layers, value and flag."""
         assert name in EVENTS, f"{name} is not one of {EVENTS}"
         assert name != "stop" or "reason" in values, f"stop wants a reason, not only {values}"
         self._write({"event": name, **values})

@@ -14,6 +14,7 @@ from megatron_moe.mpu.mesh import ParallelMesh, build_mesh
 from megatron_moe.parallel.compile import apply_compile
 from megatron_moe.parallel.context import apply_context_parallel
 from megatron_moe.parallel.expert import apply_expert_parallel, share_counts
+from megatron_moe.parallel.fused import apply_fused_dispatch
 from megatron_moe.parallel.offload import apply_activation_offload, is_offloaded, materialise
 from megatron_moe.parallel.pipeline import PipelinedGPT, stages_here
 from megatron_moe.parallel.recompute import apply_recompute
@@ -30,6 +31,7 @@ def parallelize(model: GPT, mesh: ParallelMesh, config: RunConfig) -> None:
     is_split = mesh.stage_ranks > 1 or half is not None or on_host
     if is_split:
         apply_expert_parallel(model, mesh, config.moe.moe_token_dispatcher)  # edits parameters by name: before anything wraps them
+        apply_fused_dispatch(model, mesh, config)
     if mesh.size("cp") > 1:
         apply_context_parallel(model, mesh.group("cp"), config.parallel.has_ring)
     if mesh.size("tp") > 1:

@@ -28,7 +28,8 @@ def apply_expert_parallel(model: GPT, mesh: ParallelMesh, dispatcher: str) -> No
     their gradients comes from there.
     """
     for moe in moe_layers(model):
-        split_experts(moe, mesh, expert_degree(model, moe), dispatcher)
+        # fused: what it replaces, once it has shown that it runs here (parallel/fused.py)
+        split_experts(moe, mesh, expert_degree(model, moe), "alltoall" if dispatcher == "fused" else dispatcher)
 
 
 def split_experts(moe: MoELayer, mesh: ParallelMesh, ep: int, dispatcher: str) -> None:

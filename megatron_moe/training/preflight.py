@@ -21,6 +21,7 @@ from megatron_moe.kernels.fp8 import gpu_problems
 from megatron_moe.optimizer.apex_adam import apex_problems
 from megatron_moe.optimizer.schedule import build_schedule
 from megatron_moe.parallel.compile import compiler_problems
+from megatron_moe.parallel.fused import device_problem
 from megatron_moe.tokenizers import Tokenizer, build_tokenizer
 
 
@@ -62,6 +63,8 @@ def prepare(run: RunConfig, world_size: int) -> Prepared:
         problems += teacher_problems(run, run.teacher().architecture(vocab_size), fingerprint)
     problems += apex_problems(run.optimizer)
     problems += expert_problems(run)
+    if run.moe.moe_token_dispatcher == "fused" and max(run.expert_degrees(), default=1) > 1 and (reason := device_problem()):
+        problems.append(f"--moe-token-dispatcher fused {reason}; use --moe-token-dispatcher auto, or alltoall")
     if run.training.compile:
         problems += compiler_problems("cuda" if torch.cuda.is_available() else "cpu")
     if (switch := run.training.kill_switch_file) and os.path.exists(switch):

@@ -45,6 +45,7 @@ from megatron_moe.training.evaluate import evaluate
 from megatron_moe.training.last_words import LastWords, open_store
 from megatron_moe.training.preflight import Prepared
 from megatron_moe.training.replicas import ReplicaDriftError, ReplicaWatch
+from megatron_moe.training.room import Room, build_room
 from megatron_moe.training.saving import Saver, saving_group
 from megatron_moe.training.signals import Stopper
 from megatron_moe.training.stages import idle_of, layer_ranges, schedule_name, stages_of
@@ -82,6 +83,7 @@ class Run:
     progress: Progress
     total_iterations: int
     distillation: Distillation | None  # until its stage is over
+    room: Room | None  # of rows, where a step may lack it
 
     @property
     def config(self) -> RunConfig:
@@ -188,7 +190,7 @@ def set_up(
     if config.logging.moe_alerts and config.moe.has_experts:
         alerts = ExpertAlerts(config.moe, config.logging.moe_alert_dropped_fraction)
     return Run(prepared, world, mesh, model, optimizer, loss_scale, schedule, weight_decay, pace, datasets, tracker, alerts, stopper, watchdog,
-               replicas, saver, lock, progress, total, distillation)  # fmt: skip
+               replicas, saver, lock, progress, total, distillation, build_room(model, world.device))  # fmt: skip
 
 
 def build_saver(config: RunConfig, world: World, tracker: Tracker) -> Saver:
@@ -259,8 +261,9 @@ def train(run: Run) -> None:
         decay = run.weight_decay.at(progress.consumed_samples + samples)
         seed, clip = config.training.seed, config.optimizer.clip_grad
         result = train_step(run.model, run.optimizer, microbatches, run.mesh, rate, clip, seed, progress.iteration, run.distillation, decay,
-                            run.loss_scale)  # fmt: skip
+                            run.loss_scale, run.room)  # fmt: skip
         progress.advance(samples, tokens)
+        tell_repeats(run)
         throughput.add(tokens)
         i = progress.iteration
         if run.replicas and i % config.training.check_replicas_interval == 0:
@@ -283,6 +286,23 @@ def train(run: Run) -> None:
     run.tracker.event("stop", iteration=progress.iteration, reason=reason)
     if run.saver and run.world.rank == 0:
         write_exit_marker(run, reason)
+
+
+def tell_repeats(run: Run) -> None:
+    """Of the step that has just ended."""
+    for repeat in run.room.of_step if run.room else ():
+        logger.warning(
+            "step %d was done again: experts of a rank got %d rows and had room for %d; now for %d (--moe-fused-capacity-factor)",
+            run.progress.iteration, repeat.rows, repeat.room, repeat.new_room,
+        )  # fmt: skip
+        run.tracker.event(
+            "repeat",
+            iteration=run.progress.iteration,
+            rows=repeat.rows,
+            room=repeat.room,
+            new_room=repeat.new_room,
+            repeats=run.room.repeats,
+        )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from megatron_moe.parallel.context import part_of
 from megatron_moe.parallel.pipeline import PipelinedGPT
 from megatron_moe.parallel.zero import sync_gradients
 from megatron_moe.training.distillation import Distillation
+from megatron_moe.training.room import Room
 from megatron_moe.utils.random import token_keys
 
 
@@ -113,12 +114,15 @@ def train_step(
     distillation: Distillation | None = None,
     weight_decay: float | None = None,
     loss_scale: LossScale | None = None,
+    room: Room | None = None,
 ) -> StepResult:
-    """Forward and backward of all microbatches, clip, update. Collective."""
+    """Forward and backward of all microbatches - with `room`, until their rows have some -, clip, update. Collective."""
     scale = None if loss_scale is None else loss_scale.scale
     if model.config.mtp_num_layers:
         microbatches = [look_ahead(batch, model.config.mtp_num_layers) for batch in microbatches]
-    lm_loss = forward_backward(model, microbatches, count_loss_tokens(microbatches, mesh), mesh, seed, iteration, distillation, scale)
+    divisor = count_loss_tokens(microbatches, mesh)
+    work = partial(forward_backward, model, microbatches, divisor, mesh, seed, iteration, distillation, scale)
+    lm_loss = work() if room is None else room.until_it_fits(work, optimizer)
     kd_loss = distillation.divergence if distillation is not None else None
     for loss in (lm_loss,) if kd_loss is None else (lm_loss, kd_loss):
         mesh.sum(loss, "dp", "cp", "pp")

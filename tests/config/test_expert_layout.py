@@ -61,6 +61,27 @@ def test_expert_tensor_parallel_size_is_that_of_tp_only_where_it_is_asked_for(wo
             "--moe-token-dispatcher hierarchical --moe-node-size 3 --moe-expert-parallel-size 8",
             "ranks of a node (3) to divide the 8 ranks that hold the experts of a layer once",
         ),
+        (
+            "--moe-token-dispatcher fused --moe-pad-expert-input-to-capacity",
+            "with --moe-token-dispatcher fused none does; drop one of the two",
+        ),
+        (
+            "--moe-token-dispatcher fused --moe-overlap-chunks 2",
+            "and --moe-token-dispatcher fused has none; use alltoall, hierarchical or auto",
+        ),
+        (
+            "--moe-token-dispatcher fused --moe-expert-parallel-size 2 --expert-tensor-parallel-size 2",
+            "the expert-tensor-parallel degree is 2; set --expert-tensor-parallel-size 1, or take --moe-token-dispatcher alltoall",
+        ),
+        (
+            "--moe-token-dispatcher fused --moe-expert-parallel-size 2 --moe-latent-size 30 --bf16",
+            "--moe-latent-size (30) times 2 bytes is not a multiple of that; use 24 or 32, or --moe-token-dispatcher alltoall",
+        ),
+        (
+            "--moe-token-dispatcher alltoall --moe-fused-capacity worst --moe-fused-capacity-factor 2",
+            "--moe-fused-capacity and --moe-fused-capacity-factor: about --moe-token-dispatcher fused, not alltoall",
+        ),
+        ("--moe-fused-capacity exact --moe-fused-capacity-factor 2", "(2) is about --moe-fused-capacity static, not exact; drop one"),
         ("--moe-token-dispatcher hierarchical --moe-pad-expert-input-to-capacity", "use alltoall or auto, or drop the padding"),
         (
             "--moe-overlap-chunks 2 --moe-pad-expert-input-to-capacity --moe-expert-parallel-size 2",
@@ -104,3 +125,13 @@ def test_the_ranks_of_a_node_are_those_of_the_launcher_unless_somebody_says_so(m
     assert run.node_size(16) == 4
     assert parse_args(f"{TINY} --moe-token-dispatcher hierarchical --moe-node-size 2".split()).run.node_size(16) == 2
     assert parse_args(TINY.split()).run.node_size(16) is None
+
+
+def test_fused_stays_on_a_node(monkeypatch):
+    words = "--moe-token-dispatcher fused --moe-expert-parallel-size 8"
+    assert parse_args(f"{TINY} {words}".split()).run.moe.moe_fused_capacity == "static"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    (said,) = problems_of(words)
+    assert "8 ranks of an expert-parallel group do not share nodes of 4 ranks" in said
+    assert "--moe-expert-parallel-size to one of 1, 2, 4" in said and "hierarchical" in said
+    assert list(parse_args(f"{TINY} {words.replace('8', '4')}".split()).run.world_problems(8)) == []

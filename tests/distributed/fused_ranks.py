@@ -5,17 +5,28 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import Tensor
 
 from megatron_moe.kernels.fused import exchange as fused
 from megatron_moe.kernels.fused.exchange import CHANNELS, Exchange
 from megatron_moe.kernels.fused.memory import ProcessMemory, VirtualRanks
 from megatron_moe.moe.dispatch.alltoall import AllToAllDispatcher
-from megatron_moe.moe.dispatch.fused import FusedDispatcher
+from megatron_moe.moe.dispatch.fused import FusedDispatcher, first_difference
+from megatron_moe.moe.layer import moe_layers
+from megatron_moe.optimizer.groups import build_optimizer
+from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
+from megatron_moe.parallel.fused import use_fused_dispatch
+from megatron_moe.parallel.pipeline import PipelinedGPT
+from megatron_moe.training.room import build_room
+from megatron_moe.training.step import train_step
+from tests.distributed import parity
 
 SPINS = 200_000  # looks of the interpreter: more than any test waits, and an end
 
@@ -188,9 +199,12 @@ def through(case: Case, dispatcher) -> dict[str, Tensor]:
     y = dispatcher.through(experts, x, ids, weights, dispatcher.plan(ids))
     (y.square().sum() + y.sum()).backward()
     end = int(experts.offsets[-1])
+    plan = dispatcher.plan(ids)
+    dispatcher.dispatch(x, ids, weights, plan)
     return {
         "rows": experts.rows[:end], "offsets": experts.offsets, "row_weights": experts.row_weights[:end],
         "y": y.detach(), "dx": x.grad, "dw": weights.grad,
+        "sent": torch.tensor([int(n) for n in plan.sent_bytes]),
     }  # fmt: skip
 
 
@@ -254,3 +268,89 @@ def wait_for_nobody() -> str:
         except RuntimeError as error:
             return str(error)
     return ""
+
+
+def in_flight(case: Case) -> bool:
+    """Two micro-batches forward before the first goes back, and one recomputed: the same numbers as one after another."""
+    rank = dist.get_rank()
+    dispatcher = build(case)
+
+    def forward(seed: int, again: bool = False):
+        x, ids, weights = tokens_of(Case(case.tokens, case.k, case.experts, case.width, seed=seed), rank)
+        x.requires_grad_(), weights.requires_grad_()
+        experts, plan = Scaled(rank * case.experts // case.ranks), dispatcher.plan(ids)
+        work = lambda x, w: dispatcher.through(experts, x, ids, w, plan)  # noqa: E731
+        y = torch.utils.checkpoint.checkpoint(work, x, weights, use_reentrant=False) if again else work(x, weights)
+        return x, weights, y
+
+    alone = []
+    for seed in (1, 2):
+        x, weights, y = forward(seed)
+        y.square().sum().backward()
+        alone.append((x.grad, weights.grad, y))
+    together = [forward(1), forward(2, again=True)]
+    for _, _, y in together:
+        y.square().sum().backward()
+    return all(torch.equal(a, b) for (x, w, y), expected in zip(together, alone) for a, b in zip((x.grad, w.grad, y), expected))
+
+
+class LosesARow(Exchange):
+    """Planted: rank 1 pushes the row of its token 5 twice as large."""
+
+    def push(self, x_TD, weights_TK, where):
+        if self.memory.rank == 1 and weights_TK is not None:
+            x_TD = x_TD.clone()
+            x_TD[5] *= 2
+        return super().push(x_TD, weights_TK, where)
+
+
+def differences_at_the_start(has_fault: bool) -> str | None:
+    exchange = (LosesARow if has_fault else Exchange)(ProcessMemory(dist.group.WORLD), 4, 2, "worst", spins=SPINS)
+    return first_difference(FusedDispatcher(4, exchange), AllToAllDispatcher(4, dist.group.WORLD), 8, torch.float32, tokens=9)
+
+
+SMALL = (
+    "--num-layers 2 --num-experts 1 4 --hidden-size 16 --num-attention-heads 2 --seq-length 5 --hidden-dropout 0.2 --moe-expert-parallel-size 2 "
+    "--optimizer sgd"
+)
+
+
+def with_kernels(policy: str = "worst", factor: float = 1.0) -> Callable[..., Any]:
+    """build_parallel_model, and the kernels in the place of the exchange."""
+
+    def build(c, vocab_size, mesh, device, expert_factory=None):
+        model = build_parallel_model(c, vocab_size, mesh, device, expert_factory)
+        for stage in model.stages.values() if isinstance(model, PipelinedGPT) else [model]:
+            use_fused_dispatch(
+                stage,
+                mesh,
+                lambda moe, group: Exchange(ProcessMemory(group), moe.num_experts, moe.config.topk, policy, factor, spins=SPINS),
+            )
+        return model
+
+    return build
+
+
+def trained(factors: tuple[float, ...]) -> list[tuple[list[Tensor], int]]:
+    """Of a small model with so much room for an even share of rows: its weights after two steps, and how many steps were done again."""
+    c, done = parity.config("noisy", SMALL), []
+    fused.ROUND_UP = 1
+    for factor in factors:
+        mesh = build_parallel_mesh(c, "cpu")
+        model = with_kernels("static", factor)(c, parity.VOCAB, mesh, torch.device("cpu"))
+        optimizer, room = build_optimizer(model, c.optimizer), build_room(model, torch.device("cpu"))
+        for step in range(2):
+            batches = parity.microbatches(step, mesh.rank("dp"), mesh.size("dp"), 2, c)
+            train_step(model, optimizer, batches, mesh, 0.5, 1.0, parity.SEED, step, room=room)
+            assert all(isinstance(moe.dispatcher, FusedDispatcher) for moe in moe_layers(model))
+        done.append(([parity.whole(p) for p in model.parameters()], room.repeats))
+    return done
+
+
+def layout(model: str, flags: str) -> dict[str, Tensor] | None:
+    """parity.layout, with the kernels."""
+    build, parity.build_parallel_model = parity.build_parallel_model, with_kernels()
+    try:
+        return parity.layout(model, flags)
+    finally:
+        parity.build_parallel_model = build

@@ -11,7 +11,19 @@ from distributed_pool import run_distributed
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.distributed.fused_ranks import Case, check_kernels, check_kernels_of_few_blocks, differences, soak, wait_for_nobody
+from tests.distributed import parity
+from tests.distributed.fused_ranks import (
+    Case,
+    check_kernels,
+    check_kernels_of_few_blocks,
+    differences,
+    differences_at_the_start,
+    in_flight,
+    layout,
+    soak,
+    trained,
+    wait_for_nobody,
+)
 
 pytestmark = [
     pytest.mark.distributed,
@@ -73,3 +85,33 @@ def test_the_soak_finds_a_missing_meeting():
 def test_who_did_not_come_is_named_and_nobody_waits_for_ever():
     said, _ = run_distributed(wait_for_nobody, 2, interpret=True)
     assert "rank 1" in said and "'staged'" in said and "20 looks" in said
+
+
+def test_micro_batches_in_flight_and_recomputed_are_those_one_by_one():
+    assert run_distributed(in_flight, 2, Case((5, 4), 2, 4, 8), interpret=True) == [True, True]
+
+
+def test_the_test_at_the_start_names_the_first_token_that_differs():
+    assert run_distributed(differences_at_the_start, 2, False, interpret=True) == [None, None]
+    said = run_distributed(differences_at_the_start, 2, True, interpret=True)
+    assert said[0] is None and "token 5 of rank 1" in said[1] and "output" in said[1]
+
+
+def test_steps_that_lacked_room_give_the_weights_of_steps_that_had_it():
+    (tight, again), (roomy, none) = run_distributed(trained, 2, (0.01, 4.0), interpret=True)[0]
+    assert again > 0 and none == 0
+    assert all(torch.equal(a, b) for a, b in zip(tight, roomy, strict=True))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("model", "world", "flags"),
+    [
+        ("modern", 2, "--moe-expert-parallel-size 2"),
+        ("pyramid", 4, "--moe-expert-parallel-size 4 --recompute-granularity full"),
+        ("deep", 4, "--moe-expert-parallel-size 2 --pipeline-model-parallel-size 2"),
+    ],
+)
+def test_a_model_with_the_kernels_is_trained_as_on_one_process(model, world, flags):
+    found = run_distributed(layout, world, model, f"{parity.FP64} {flags}", timeout=280, interpret=True)[0]
+    parity.check(found, parity.expected(model, world, f"{parity.FP64} {flags}"), 1e-10)

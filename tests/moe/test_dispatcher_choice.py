@@ -31,6 +31,8 @@ from megatron_moe.moe.dispatch.alltoall import turned
         ("hierarchical", 2, 8, 1, {"nodes": 2, "chunks": 3}, "hierarchical in 3 chunks"),
         ("hierarchical", 2, 8, 1, {}, "alltoall"),
         ("auto", 2, 8, 1, {"pad": True}, "padded"),
+        ("fused", 2, 8, 1, {}, "fused"),
+        ("fused", 2, 1, 1, {}, "local"),
     ],
 )
 def test_the_choice(kind, k, ep, etp, options, name):

@@ -42,6 +42,15 @@ def test_compiling_without_a_compiler_is_refused_before_the_start(monkeypatch):
     assert not problems_of(f"{TINY} --mock-data --compile")
 
 
+def test_fused_dispatch_without_a_gpu_is_refused_before_the_start(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    flags = f"{TINY} --mock-data --num-experts 4 --moe-token-dispatcher fused"
+    said = problems_of(f"{flags} --moe-expert-parallel-size 2", 2)
+    assert "torch sees no GPU here; use --moe-token-dispatcher auto, or alltoall" in said
+    assert not problems_of(flags)  # one rank has nothing to send
+    assert not problems_of(f"{TINY} --mock-data --num-experts 4 --moe-expert-parallel-size 2", 2)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return runs.write_text(tmp_path_factory.mktemp("text") / "corpus")

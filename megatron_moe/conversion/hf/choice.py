@@ -26,7 +26,7 @@ _NOT_THE_FORWARD_PASS = {
     "moe_min_capacity", "moe_rts", "moe_token_drop_policy", "moe_top2_2nd_expert_sampling", "moe_noisy_gate_policy", "moe_router_hash_seed",
     "moe_router_sinkhorn_iterations", "moe_router_zipf_exponent", "moe_router_normalize", "moe_router_pre_softmax",
     "moe_router_bias_update_rate", "moe_loss_coeff", "moe_seq_loss_coeff", "moe_global_loss_coeff", "moe_loss_warmup_iters",
-    "moe_router_z_loss_coeff", "moe_token_dispatcher", "moe_node_size", "moe_overlap_chunks", "moe_pad_expert_input_to_capacity",
+    "moe_router_z_loss_coeff", "moe_token_dispatcher", "moe_node_size", "moe_fused_capacity", "moe_fused_capacity_factor", "moe_overlap_chunks", "moe_pad_expert_input_to_capacity",
     "moe_ffn_hidden_size", "moe_residual_combine", "window_size", "window_attn_skip_freq", "rope_original_max_position_embeddings",
     "moe_router_group_best", "mtp_loss_scaling_factor", "create_moe_param_group", "use_tutel",
 }  # fmt: skip

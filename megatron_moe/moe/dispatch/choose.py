@@ -23,7 +23,7 @@ MOST_ROOM = 1.25  # that `auto` lets an all-gather reserve
 class Choice:
     """Of a layer."""
 
-    kind: str  # local, padded, allgather, alltoall, hierarchical
+    kind: str  # local, padded, allgather, alltoall, hierarchical, fused
     chunks: int = 1
     why: str = ""  # nothing, where it is what was asked for
 
@@ -36,7 +36,8 @@ def choose(
     kind: str, num_experts: int, k: int, ep: int, etp: int = 1, capacity_factor: float = math.inf, pad: bool = False, chunks: int = 1,
     nodes: int = 1, fp8: bool = False,
 ) -> Choice:  # fmt: skip
-    """For experts over `ep` ranks, each cut into `etp` slices. kind: that of --moe-token-dispatcher. capacity_factor: inf when nothing is
+    """For experts over `ep` ranks, each cut into `etp` slices. kind: that of --moe-token-dispatcher, whose auto is of a
+    machine without GPUs: where kernels may take its place, parallel/fused.py finds out. capacity_factor: inf when nothing is
     dropped. pad: fill up to the capacity. nodes: over how many the `ep` ranks are spread, several of them on each.
     fp8: rows are to travel in FP8.
     """

@@ -26,6 +26,7 @@ from megatron_moe.optimizer.groups import build_optimizer
 from megatron_moe.parallel.apply import build_parallel_model
 from megatron_moe.training.distillation import Distillation, build_teacher
 from megatron_moe.training.replicas import Drift, ReplicaWatch
+from megatron_moe.training.room import build_room
 from megatron_moe.training.step import train_step
 from megatron_moe.training.verify.reference import STEPS, Say, Trace, fill, holed_batch, rates, text
 
@@ -57,7 +58,7 @@ def _train_layout(
 ) -> tuple[Trace, list[Drift]]:
     trace = Trace(clip=clip)
     model = fill(build_parallel_model(run, vocab_size, mesh, device), run, run.training.seed)
-    optimizer = build_optimizer(model, run.optimizer)
+    optimizer, room = build_optimizer(model, run.optimizer), build_room(model, device)
     distillation = None
     if run.distillation.is_on:
         teacher = fill(build_teacher(run, vocab_size, mesh, device), run.teacher(), run.training.seed + 1)
@@ -71,7 +72,7 @@ def _train_layout(
         say(f"the layout: step {step + 1} of {STEPS}")
         mine = [next(batches).to(device) for _ in range(each)]
         done = train_step(
-            model, optimizer, mine, mesh, now.learning_rate, clip, run.training.seed, step, distillation, now.weight_decay
+            model, optimizer, mine, mesh, now.learning_rate, clip, run.training.seed, step, distillation, now.weight_decay, None, room
         )  # fmt: skip
         unclip = max((float(done.grad_norm) + 1e-6) / clip, 1.0) if clip else 1.0
         for name, gradient in clipped.items():
