@@ -126,10 +126,13 @@ class MoEConfig:
         "auto", "how tokens travel to their experts. alltoall: each row to its expert, in exact sizes. hierarchical: each token "
         "once to every node that has experts of it, then its rows within the node; sums come back. allgather: all tokens to all ranks. "
         "fused: kernels write rows into the memory of the other GPUs of the node, and no host waits. auto: nothing travels for EP 1 and "
-        "ETP 1; fused where it can run; else all-gather when k reaches EP and reserves at most 1.25 times the rows of equally busy experts (a capacity bounds them), else "
-        "all-to-all; the log says which, and why", names=("moe-token-dispatcher-type",))  # fmt: skip
+        "ETP 1; fused where it can run; else all-gather when k reaches EP and reserves at most 1.25 times the rows of equally busy experts "
+        "(a capacity bounds them); hierarchical when EP spans nodes and enough rows of a token go to the same one; else all-to-all. The log "
+        "says which, and why", names=("moe-token-dispatcher-type",))  # fmt: skip
     moe_node_size: int | None = flag(
-        None, "ranks per node, for --moe-token-dispatcher hierarchical; LOCAL_WORLD_SIZE, which torchrun sets, when not given", minimum=1
+        None,
+        "ranks per node, for --moe-token-dispatcher hierarchical and auto; LOCAL_WORLD_SIZE, which torchrun sets, when not given",
+        minimum=1,
     )
     moe_fused_capacity: Literal["static", "exact", "worst"] = flag(
         "static", "how many rows a rank has room for with --moe-token-dispatcher fused. static: --moe-fused-capacity-factor times an even "

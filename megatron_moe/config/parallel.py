@@ -91,6 +91,12 @@ class ParallelConfig:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
 
+def divides_over_nodes(ep: int, etp: int, node_size: int) -> bool:
+    """Whether `split_over_nodes` can."""
+    block = ep * etp
+    return (node_size % etp == 0 and block % node_size == 0) or node_size % block == 0
+
+
 def split_over_nodes(ep: int, etp: int, node_size: int) -> tuple[int, int]:
     """(nodes, ranks on each) of an expert-parallel group of `ep` ranks, each of which has `etp` - 1 neighbours that share its experts.
 
@@ -98,10 +104,8 @@ def split_over_nodes(ep: int, etp: int, node_size: int) -> tuple[int, int]:
     it is (4, 2), as each node has two whole sets of slices; EP 4 is (1, 4).
     """
     block = ep * etp
-    if node_size % etp == 0 and block % node_size == 0:
-        return block // node_size, node_size // etp
-    if node_size % block == 0:
-        return 1, ep
+    if divides_over_nodes(ep, etp, node_size):
+        return (1, ep) if node_size % block == 0 else (block // node_size, node_size // etp)
     cut = f" and a multiple of the expert-tensor-parallel degree ({etp})" if etp > 1 else ""
     legal = [n for n in divisors(block) if n % etp == 0]
     raise ValueError(

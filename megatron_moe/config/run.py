@@ -20,7 +20,7 @@ from megatron_moe.config.model import ModelConfig, divisors
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.output import CheckpointConfig, LoggingConfig
 from megatron_moe.config.pace import Consumed, Pace, RampUp
-from megatron_moe.config.parallel import ParallelConfig, split_over_nodes
+from megatron_moe.config.parallel import ParallelConfig, divides_over_nodes, split_over_nodes
 from megatron_moe.config.pipeline import (
     Split,
     layers_of_stages,
@@ -323,8 +323,8 @@ class RunConfig:
         if p.etp > 1 and not m.has_experts:
             name = "--enable-expert-tensor-parallelism" if p.enable_expert_tensor_parallelism else "--expert-tensor-parallel-size"
             yield f"{name} has no effect without experts; see --num-experts"
-        if m.moe_node_size is not None and m.moe_token_dispatcher != "hierarchical":
-            yield f"--moe-node-size ({m.moe_node_size}) has no effect without --moe-token-dispatcher hierarchical"
+        if m.moe_node_size is not None and m.moe_token_dispatcher not in ("hierarchical", "auto"):
+            yield f"--moe-node-size ({m.moe_node_size}) has no effect with --moe-token-dispatcher {m.moe_token_dispatcher}"
         if m.moe_overlap_chunks > 1 and m.moe_expert_parallel_size == 1:
             yield f"--moe-overlap-chunks ({m.moe_overlap_chunks}) has no effect with --moe-expert-parallel-size 1: no rows are exchanged"
 
@@ -444,17 +444,20 @@ class RunConfig:
             yield (f"--moe-token-dispatcher fused reaches the GPUs of one node, and {ep} ranks of an expert-parallel group do not share nodes of "
                    f"{here} ranks; set --moe-expert-parallel-size to one of {_one_of(here)}, or take --moe-token-dispatcher "
                    f"{'hierarchical' if ep % here == 0 and here > 1 else 'alltoall'}")  # fmt: skip
-        elif (node_size := self.node_size(world_size)) is not None:
+        elif self.moe.moe_token_dispatcher == "hierarchical":
             try:
-                split_over_nodes(ep, etp, node_size)
+                split_over_nodes(ep, etp, self.node_size(world_size))
             except ValueError as error:
                 yield str(error)
 
     def node_size(self, world_size: int) -> int | None:
-        """Ranks per node where rows travel in two stages, None where they do not. Without anybody's word all ranks are on one node."""
-        if self.moe.moe_token_dispatcher != "hierarchical":
-            return None
-        return self.moe.moe_node_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        """Ranks per node where rows may travel in two stages, None where they do not. Without anybody's word all ranks are on one node,
+        and `auto` takes no two stages of nodes among which the ranks do not divide."""
+        kind, given = self.moe.moe_token_dispatcher, self.moe.moe_node_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        if kind == "hierarchical":
+            return given
+        degrees, etp = self.expert_degrees(), self.parallel.etp
+        return given if kind == "auto" and all(divides_over_nodes(ep, etp, given) for ep in degrees) else None
 
     def world_warnings(self, world_size: int) -> Iterator[str]:
         """What is allowed on so many ranks but probably not meant, of a run without `world_problems`."""

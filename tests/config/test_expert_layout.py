@@ -109,7 +109,10 @@ def test_what_does_not_go_together_is_refused_with_the_way_out(words, said):
             "--enable-expert-tensor-parallelism has no effect without experts; see --num-experts",
         ),
         ("--enable-expert-tensor-parallelism", "--enable-expert-tensor-parallelism has no effect with --tensor-model-parallel-size 1"),
-        ("--moe-node-size 4", "--moe-node-size (4) has no effect without --moe-token-dispatcher hierarchical"),
+        (
+            "--moe-node-size 4 --moe-token-dispatcher alltoall",
+            "--moe-node-size (4) has no effect with --moe-token-dispatcher alltoall",
+        ),
         ("--moe-overlap-chunks 2", "--moe-overlap-chunks (2) has no effect with --moe-expert-parallel-size 1: no rows are exchanged"),
     ],
 )
@@ -124,7 +127,10 @@ def test_the_ranks_of_a_node_are_those_of_the_launcher_unless_somebody_says_so(m
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert run.node_size(16) == 4
     assert parse_args(f"{TINY} --moe-token-dispatcher hierarchical --moe-node-size 2".split()).run.node_size(16) == 2
-    assert parse_args(TINY.split()).run.node_size(16) is None
+    auto = "--moe-expert-parallel-size 8 --num-experts 8"
+    assert parse_args(f"{TINY} {auto}".split()).run.node_size(16) == 4
+    assert parse_args(f"{TINY} {auto} --moe-node-size 3".split()).run.node_size(16) is None  # no two stages, and no error
+    assert parse_args(f"{TINY} {auto} --moe-token-dispatcher alltoall".split()).run.node_size(16) is None
 
 
 def test_fused_stays_on_a_node(monkeypatch):

@@ -9,8 +9,12 @@ import torch
 import torch.distributed as dist
 from distributed_pool import run_distributed
 
+from distributed import parity
 from megatron_moe.moe.dispatch import AllGatherDispatcher, Limits, LocalDispatcher, build_dispatcher, room
+from megatron_moe.moe.layer import moe_layers
 from megatron_moe.mpu.mesh import build_mesh
+from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
+from megatron_moe.training.plan import _layers
 
 pytestmark = pytest.mark.distributed
 
@@ -140,6 +144,20 @@ def test_auto_takes_allgather_when_k_reaches_the_ranks_and_the_room_is_small():
     gather, exchange = "allgather", "alltoall"
     assert run_distributed(names_of_dispatchers, 2)[0] == [exchange, gather, exchange, exchange, gather, exchange, gather]
     assert build_dispatcher("auto", EXPERTS, 1, None).name == "local"
+
+
+def names_and_plan(flags: str) -> tuple[str, str]:
+    """Of the dispatcher of the last layer, as it is built and as the plan of the run has it."""
+    c = parity.config("modern", flags)
+    mesh = build_parallel_mesh(c, "cpu")
+    built = moe_layers(build_parallel_model(c, parity.VOCAB, mesh, torch.device("cpu")))[-1].dispatcher
+    return built.name, next(x["dispatcher"] for x in reversed(list(_layers(c, dist.get_world_size()))) if x["dispatcher"])
+
+
+@pytest.mark.parametrize(("node", "name"), [(2, "hierarchical"), (4, "alltoall"), (1, "alltoall"), (3, "alltoall")])
+def test_auto_takes_two_legs_over_two_nodes(node, name):
+    found = run_distributed(names_and_plan, 4, f"--zero-stage 0 --moe-expert-parallel-size 4 --moe-node-size {node}")
+    assert found == [(name, name)] * 4
 
 
 @pytest.mark.parametrize(

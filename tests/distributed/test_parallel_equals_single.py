@@ -124,6 +124,7 @@ EXPERT_LAYOUTS = [
     ("pyramid", 4, f"--zero-stage 3 --moe-expert-parallel-size 4 {NODES2} {FULL}"),
     ("dropping", 4, f"--zero-stage 1 --moe-expert-parallel-size 4 {NODES2}"),
     ("modern", 4, f"--zero-stage 2 {TP2} --moe-expert-parallel-size 4 {NODES2}"),
+    ("modern", 4, "--zero-stage 1 --moe-expert-parallel-size 4 --moe-node-size 2"),  # auto takes two legs
     ("latent", 4, f"--zero-stage 0 --moe-expert-parallel-size 4 {NODES2} --moe-overlap-chunks 2"),
     ("pyramid", 8, f"--zero-stage 1 {TP2} --moe-expert-parallel-size 8 {NODES2}"),
     (

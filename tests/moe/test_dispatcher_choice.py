@@ -11,6 +11,8 @@ import torch
 from megatron_moe.config.parallel import split_over_nodes
 from megatron_moe.moe.dispatch import choose
 from megatron_moe.moe.dispatch.alltoall import turned
+from megatron_moe.moe.dispatch.choose import Crossing
+from megatron_moe.training.planning.exchange import distinct
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,10 @@ from megatron_moe.moe.dispatch.alltoall import turned
         ("auto", 2, 8, 1, {"pad": True}, "padded"),
         ("fused", 2, 8, 1, {}, "fused"),
         ("fused", 2, 1, 1, {}, "local"),
+        ("auto", 4, 8, 1, {"nodes": 2}, "hierarchical"),  # of four rows two or so go to the same node
+        ("auto", 4, 8, 1, {"nodes": 2, "chunks": 2}, "hierarchical in 2 chunks"),
+        ("auto", 1, 8, 1, {"nodes": 2}, "alltoall"),  # a token has one row
+        ("auto", 2, 16, 1, {"nodes": 8}, "alltoall"),  # and two seldom go to one of eight
     ],
 )
 def test_the_choice(kind, k, ep, etp, options, name):
@@ -53,6 +59,20 @@ def test_a_choice_gives_the_numbers_that_decided_it_and_obedience_no_reason():
     assert "EP 8: alltoall" in choose("hierarchical", 16, 2, 8).why
     assert "--moe-overlap-chunks 2" in choose("auto", 16, 4, 4, chunks=2).why
     assert [choose(kind, 16, 2, 4, nodes=2).why for kind in ("alltoall", "allgather", "hierarchical")] == [""] * 3
+
+
+@pytest.mark.parametrize(("experts", "k", "nodes"), [(64, 8, 4), (16, 2, 2), (16, 1, 4), (8, 8, 8), (256, 8, 32)])
+def test_nodes_of_a_token_are_those_that_the_planner_counts(experts, k, nodes):
+    crossing = Crossing(experts, k, nodes, 2)
+    assert crossing.once == pytest.approx(distinct(nodes, experts, k, None, None) * (nodes - 1) / nodes)
+    assert crossing.once <= crossing.by_row + 1e-12
+
+
+def test_what_crosses_between_nodes_is_in_the_reason():
+    why = choose("auto", 64, 8, 32, nodes=4).why
+    for part in ("64 experts, k 8, EP 32: hierarchical", "4 nodes 6 rows", "2.74 if it crosses once", "7 then travel", "9 times as fast"):
+        assert part in why
+    assert "2 nodes 0.5 rows of a token cross one by one, 0.5 if" in choose("auto", 16, 1, 8, nodes=2).why
 
 
 @pytest.mark.parametrize(

@@ -162,10 +162,11 @@ def test_seconds_of_a_step_are_those_of_its_exchanges():
 
 def test_the_planner_takes_the_path_of_the_command_where_it_can_be_taken():
     flat, two_legs = run_of(), run_of("--moe-token-dispatcher hierarchical --moe-expert-parallel-size 4")
-    assert path_of(flat, 8, 8) == path_of(flat, 16, 8) == "alltoall"
-    assert path_of(two_legs, 16, 8) == "hierarchical"
-    assert path_of(two_legs, 8, 8) == path_of(two_legs, 8, 1) == path_of(two_legs, 12, 8) == "alltoall"
-    assert path_of(run_of("--moe-token-dispatcher allgather --moe-expert-parallel-size 4"), 16, 8) == "allgather"
+    assert path_of(flat, 8, 8, 64) == path_of(flat, 16, 8, 64) == "alltoall"  # auto, k 2: two rows seldom cross to one node
+    assert path_of(run_of("--topk 8 --num-experts 64"), 32, 8, 64) == "hierarchical"
+    assert path_of(two_legs, 16, 8, 64) == "hierarchical"
+    assert path_of(two_legs, 8, 8, 64) == path_of(two_legs, 8, 1, 64) == path_of(two_legs, 12, 8, 64) == "alltoall"
+    assert path_of(run_of("--moe-token-dispatcher allgather --moe-expert-parallel-size 4"), 16, 8, 64) == "allgather"
     nodes = replace(H100, devices_per_node=2)
     assert step_time(two_legs, Layout(16, ep=8), 64, 16, nodes, EXACT) == step_time(
         flat, Layout(16, ep=8), 64, 16, nodes, EXACT, "hierarchical"

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.flops import attention_matrices, flops_per_token, score_flops
+from megatron_moe.moe.dispatch.choose import Crossing
 from megatron_moe.training.planning import activations as act
 from megatron_moe.training.planning.exchange import HOST_WAITS, NOTHING, Routed, Sent, around, copied, on_a_node, ring, routed
 from megatron_moe.training.planning.layout import Layout
@@ -173,13 +174,15 @@ def _tensor_parallel(x: act.Shapes, num_experts: int, machine: Machine, assumed:
     return attention + branch + (NOTHING if x.layout.sp else 2 * one)
 
 
-def path_of(run: RunConfig, ranks: int, here: int) -> str:
-    """How rows travel among `ranks`, `here` of them on each node. `auto` is counted as alltoall, and so is what has no use for its two
-    legs or cannot reach all ranks (moe/dispatch/choose.py)."""
+def path_of(run: RunConfig, ranks: int, here: int, num_experts: int) -> str:
+    """How rows of a layer travel among `ranks`, `here` of them on each node. `auto` is counted as what it takes between nodes, as alltoall
+    within one; so is what has no use for its two legs or cannot reach all ranks (moe/dispatch/choose.py)."""
     kind = run.moe.moe_token_dispatcher
     spans = ranks > here
-    if kind == "hierarchical" and spans and here > 1 and ranks % here == 0:
-        return kind
+    if spans and here > 1 and ranks % here == 0:
+        crossing = Crossing(num_experts, run.moe.topk, ranks // here, here)
+        if kind == "hierarchical" or (kind == "auto" and not run.moe.moe_fp8_dispatch and crossing.pays_in_two_legs):
+            return "hierarchical"
     return kind if kind == "allgather" or (kind == "fused" and not spans) else "alltoall"
 
 
@@ -196,7 +199,7 @@ def _expert_parallel(
     sent, copies, waits = NOTHING, 0.0, 0
     if ep > 1:
         r = routed_of(x, num_experts, machine)
-        path = path or path_of(run, r.ranks, r.here)
+        path = path or path_of(run, r.ranks, r.here, num_experts)
         sent = passes * routed(path, r, rows / (r.tokens * r.k), machine, assumed)
         copies, waits = passes * copied(path, r), HOST_WAITS[path]
     if etp > 1:  # rows of all that share an expert are gathered, and its answers scattered
