@@ -96,10 +96,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 path, keep_torch = sys.argv[1], sys.argv[2] == "1"
 for line in open(path, encoding="utf-8"):
-    pin = line.partition("#")[0].strip()
+    pin, _, marker = (part.strip() for part in line.partition("#")[0].partition(";"))
     name, _, wanted = pin.partition("==")
     if not pin or (name == "torch" and keep_torch):
         continue
+    if marker:  # the only kind that requirements.txt has; a reader of all of them is not part of Python
+        variable, _, platform = marker.partition(" == ")
+        assert variable == "sys_platform", f"{path}: {marker}"
+        if platform.strip("'\"") != sys.platform:
+            continue
     try:
         have = version(name).partition("+")[0]  # 2.13.0+cpu is 2.13.0
     except PackageNotFoundError:
