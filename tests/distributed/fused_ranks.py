@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from megatron_moe.kernels.fused import exchange as fused
 from megatron_moe.kernels.fused.exchange import CHANNELS, Exchange
-from megatron_moe.kernels.fused.memory import ProcessMemory, VirtualRanks
+from megatron_moe.kernels.fused.memory import IpcMemory, ProcessMemory, SymmetricMemory, VirtualRanks
 from megatron_moe.moe.dispatch.alltoall import AllToAllDispatcher
 from megatron_moe.moe.dispatch.fused import FusedDispatcher, first_difference
 from megatron_moe.moe.layer import moe_layers
@@ -179,7 +180,9 @@ class Scaled:
     def __call__(self, rows: Tensor, offsets: Tensor, row_weights: Tensor, has_spare_rows: bool) -> Tensor:
         self.rows, self.offsets, self.row_weights = rows.detach(), offsets, row_weights.detach()
         sizes = torch.diff(offsets, prepend=offsets.new_zeros(1)).tolist()
-        scale = torch.cat([torch.full((n,), self.first_expert + e + 1.0, dtype=rows.dtype) for e, n in enumerate(sizes)])
+        scale = torch.cat(
+            [torch.full((n,), self.first_expert + e + 1.0, dtype=rows.dtype, device=rows.device) for e, n in enumerate(sizes)]
+        )
         scale = torch.nn.functional.pad(scale, (0, len(rows) - len(scale)))
         # no sin: its last bit depends on how many rows there are
         return (rows * scale[:, None]).square() * row_weights[:, None].to(rows.dtype)
@@ -190,10 +193,10 @@ def build(case: Case, policy: str = "static", factor: float = 3.0, exchange: typ
     return FusedDispatcher(case.experts, exchange(memory, case.experts, case.k, policy, factor, case.align, SPINS))
 
 
-def through(case: Case, dispatcher) -> dict[str, Tensor]:
+def through(case: Case, dispatcher, device: str = "cpu") -> dict[str, Tensor]:
     """To experts and back, forward and backward."""
     rank = dist.get_rank()
-    x, ids, weights = tokens_of(case, rank)
+    x, ids, weights = (t.to(device) for t in tokens_of(case, rank))
     x.requires_grad_(), weights.requires_grad_()
     experts = Scaled(rank * case.experts // case.ranks)
     y = dispatcher.through(experts, x, ids, weights, dispatcher.plan(ids))
@@ -214,6 +217,19 @@ def differences(case: Case, policy: str = "static") -> list[str]:
     found, expected = through(case, dispatcher), through(case, AllToAllDispatcher(case.experts, dist.group.WORLD))
     assert dispatcher.exchange.overflow() == 0
     return [name for name in expected if not same(found[name], expected[name])]
+
+
+def differences_on_gpu(case: Case, policy: str, kind: str) -> list[str]:
+    """The same of ranks that share a GPU, with the all-to-all on the CPU."""
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    memory = {"symmetric": SymmetricMemory, "ipc": IpcMemory}[kind](dist.group.WORLD, "cuda:0")
+    dispatcher = FusedDispatcher(case.experts, Exchange(memory, case.experts, case.k, policy, 3.0))
+    found, expected = through(case, dispatcher, "cuda:0"), through(case, AllToAllDispatcher(case.experts, dist.group.WORLD))
+    assert dispatcher.exchange.overflow() == 0
+    # a square may be rounded otherwise there, and sums of hundreds of products are; what only travels is the same bit by bit
+    exact = {"rows", "offsets", "row_weights", "sent"}
+    near = {name: torch.allclose(found[name].cpu(), expected[name], rtol=1e-5, atol=1e-4) for name in expected}
+    return [name for name in expected if not (torch.equal(found[name].cpu(), expected[name]) if name in exact else near[name])]
 
 
 def same(found: Tensor, expected: Tensor) -> bool:

@@ -166,50 +166,67 @@ class Exchange:
 
     def push(self, x_TD: Tensor, weights_TK: Tensor | None, where: RowMap) -> tuple[Tensor, Tensor | None]:
         """Collective. Every token's row to the owners of its experts: (rows [R, H] by expert, their weights [R])."""
+        if not self._is_received_free:
+            self._meet("free")
+        self.send(x_TD, weights_TK, where)
+        self._is_received_free, self._is_staged_free = False, True
+        return self.land(x_TD.shape[1], x_TD.dtype, weights_TK is not None, where)
+
+    def send(self, x_TD: Tensor, weights_TK: Tensor | None, where: RowMap) -> None:
+        """The first half: into everyone's `received`, which must be free, until all have ended."""
         m, b = self.memory, self._rows(x_TD.shape[1], x_TD.dtype)
         x_TD, tokens = x_TD.contiguous(), len(x_TD)
         weights = b.received_weights.tensor if weights_TK is None else weights_TK.to(b.wide).contiguous()
-        if not self._is_received_free:
-            self._meet("free")
         self.kernels.send_kernel[(max(min(tokens, self.programs), 1),)](
             x_TD, weights, where.owner_TK, where.row_TK, where.choice_TK, b.received.pointers, b.received_weights.pointers,
             self._signals.pointers, self._epochs, self._error, self._ticket, m.rank, self.spins, tokens,
-            K=self.k, WORLD=m.ranks, HAS_W=weights_TK is not None, DT=_in_triton(b.dtype), WDT=_in_triton(b.wide),
-            **b.columns,
+            K=self.k, WORLD=m.ranks, HAS_W=weights_TK is not None, DT=_in_triton(b.dtype), WDT=_in_triton(b.wide), **b.columns,
         )  # fmt: skip
-        self._is_received_free, self._is_staged_free = False, True
-        rows_RD = x_TD.new_empty(where.rows, b.width)
-        row_weights_R = None if weights_TK is None else weights.new_empty(where.rows)
+
+    def land(self, width: int, dtype: torch.dtype, has_weights: bool, where: RowMap) -> tuple[Tensor, Tensor | None]:
+        """The second half: what has been received, in tensors of its own."""
+        b = self._rows(width, dtype)
+        rows_RD = b.received.tensor.new_empty(where.rows, width)
+        weights_R = b.received_weights.tensor.new_empty(where.rows) if has_weights else None
         if where.rows:
             self.kernels.land_kernel[(min(where.rows, self.programs),)](
                 b.received.tensor, b.received_weights.tensor, where.start_e, where.filled_e, rows_RD,
-                rows_RD if row_weights_R is None else row_weights_R, where.rows,
-                EL=self.experts_here, ELP2=power_of_two(self.experts_here), HAS_W=row_weights_R is not None, **b.columns,
+                rows_RD if weights_R is None else weights_R, where.rows,
+                EL=self.experts_here, ELP2=power_of_two(self.experts_here), HAS_W=has_weights, **b.columns,
             )  # fmt: skip
-        return rows_RD, row_weights_R
+        return rows_RD, weights_R
 
     def pull(self, rows_RD: Tensor, scalars_R: Tensor | None, where: RowMap) -> tuple[Tensor, Tensor | None]:
         """Collective. The sum of every token's rows [T, H], and the scalars beside them [T, K], 0 for assignments of nobody."""
-        b, tokens = self._rows(rows_RD.shape[1], rows_RD.dtype), len(where.owner_TK)
         assert len(rows_RD) == where.rows, f"{len(rows_RD)} rows for a map of {where.rows}"
         if not self._is_staged_free:
             self._meet("free")
-        rows_RD = rows_RD.contiguous()
+        self.stage(rows_RD, scalars_R, where)
+        self._meet("staged")
+        found = self.gather_sum(scalars_R, where, rows_RD.shape[1], rows_RD.dtype)
+        self._is_staged_free, self._is_received_free = False, True
+        return found
+
+    def stage(self, rows_RD: Tensor, scalars_R: Tensor | None, where: RowMap) -> None:
+        """The first half: to `staged`, which must be free."""
+        b, rows_RD = self._rows(rows_RD.shape[1], rows_RD.dtype), rows_RD.contiguous()
         scalars = b.staged_scalars.tensor if scalars_R is None else scalars_R.to(b.wide).contiguous()
         if where.rows:
             self.kernels.stage_kernel[(min(where.rows, self.programs),)](
                 rows_RD, scalars, where.ends_e, b.staged.tensor, b.staged_scalars.tensor, where.rows,
                 EL=self.experts_here, HAS_S=scalars_R is not None, **b.columns,
             )  # fmt: skip
-        self._meet("staged")
-        out_TD = rows_RD.new_empty(tokens, b.width)
-        out_TK = None if scalars_R is None else scalars.new_zeros(tokens, self.k)
-        self.kernels.gather_sum_kernel[(max(tokens, 1), -(-b.width // b.columns["BH"]))](
+
+    def gather_sum(self, scalars_R: Tensor | None, where: RowMap, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The second half, when all have staged: out of everyone's `staged`."""
+        b, tokens = self._rows(width, dtype), len(where.owner_TK)
+        out_TD = b.staged.tensor.new_empty(tokens, width)
+        out_TK = None if scalars_R is None else b.staged_scalars.tensor.new_zeros(tokens, self.k)
+        self.kernels.gather_sum_kernel[(max(tokens, 1), -(-width // b.columns["BH"]))](
             b.staged.pointers, b.staged_scalars.pointers, where.owner_TK, where.row_TK, where.choice_TK, out_TD,
-            scalars if out_TK is None else out_TK, tokens,
+            out_TD if out_TK is None else out_TK, tokens,
             K=self.k, HAS_S=out_TK is not None, DT=_in_triton(b.dtype), WDT=_in_triton(b.wide), **b.columns,
         )  # fmt: skip
-        self._is_staged_free, self._is_received_free = False, True
         return out_TD, out_TK
 
     def _meet(self, channel: str) -> None:
