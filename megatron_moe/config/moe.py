@@ -141,6 +141,9 @@ class MoEConfig:
     moe_fused_capacity_factor: float = flag(
         1.5, "rows that a rank has room for under --moe-fused-capacity static, over those of equally busy experts", minimum=1
     )
+    moe_fused_kernels: Literal["triton", "cuda"] = flag(
+        "triton", "what moves the rows of --moe-token-dispatcher fused. cuda: bulk copies of compute capability 9.0 and newer, in CUDA C++ that nvcc "
+        "compiles when it is first used and keeps in ~/.cache/megatron_moe. Not yet measured on a GPU")  # fmt: skip
     moe_overlap_chunks: int = flag(
         1, "cut the tokens of an MoE layer in this many parts: while one is computed the next is under way, and the results of the last one "
         "(alltoall and hierarchical; the arithmetic is the same). Pays where the network is slow and parts are large", minimum=1)  # fmt: skip
@@ -247,7 +250,7 @@ class MoEConfig:
             yield (f"--moe-overlap-chunks ({chunks}) cuts the exchanges of an all-to-all, and --moe-token-dispatcher fused has none; use alltoall, "
                    "hierarchical or auto, or drop the chunks")  # fmt: skip
         default = {s.name: s.default for s in fields_of(MoEConfig)}
-        names = ("moe_fused_capacity", "moe_fused_capacity_factor")
+        names = ("moe_fused_capacity", "moe_fused_capacity_factor", "moe_fused_kernels")
         if kind not in ("auto", "fused") and (given := [name for name in names if getattr(self, name) != default[name]]):
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
             yield f"{flags}: about --moe-token-dispatcher fused, not {kind}; drop it, or take fused"

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe.config.run import RunConfig
+from megatron_moe.kernels.fused import cuda_exchange
 from megatron_moe.kernels.fused.exchange import Exchange, row_problem
 from megatron_moe.kernels.fused.memory import IpcMemory, Memory, SymmetricMemory
 from megatron_moe.kernels.on_gpu import has_triton
@@ -80,14 +81,28 @@ def _tried_exchange(moe: MoELayer, group: dist.ProcessGroup, config: RunConfig) 
     memory = open_memory(group, device)
     if isinstance(memory, str):
         return memory
-    exchange = Exchange(memory, moe.num_experts, c.topk, c.moe_fused_capacity, c.moe_fused_capacity_factor)
-    trial = Exchange(memory, moe.num_experts, c.topk, "worst", spins=TRIAL_SPINS)
+    kernels = _cuda_kernels(device, width, dtype, c.topk) if c.moe_fused_kernels == "cuda" else None
+    if reason := _first_of_all(kernels if isinstance(kernels, str) else None, group):
+        return reason
+    exchange = Exchange(memory, moe.num_experts, c.topk, c.moe_fused_capacity, c.moe_fused_capacity_factor, kernels=kernels)
+    trial = Exchange(memory, moe.num_experts, c.topk, "worst", spins=TRIAL_SPINS, kernels=kernels)
     try:
         difference = first_difference(FusedDispatcher(moe.num_experts, trial), AllToAllDispatcher(moe.num_experts, group), width, dtype)
     except RuntimeError as error:
         difference = f"{type(error).__name__}: {error}"
     difference = _first_of_all(difference, group)
     return exchange if difference is None else f"it failed its test at the start: {difference}"
+
+
+def _cuda_kernels(device: torch.device, width: int, dtype: torch.dtype, k: int) -> cuda_exchange.CudaKernels | str:
+    """Of --moe-fused-kernels cuda; or why there are none."""
+    reason = cuda_exchange.problem(torch.cuda.get_device_capability(device), width, dtype, k)
+    if reason is None:
+        try:
+            return cuda_exchange.kernels_for(device)
+        except (RuntimeError, OSError) as error:
+            reason = str(error)
+    return f"--moe-fused-kernels cuda: {reason}; leave it out for Triton's kernels"
 
 
 def open_memory(group: dist.ProcessGroup, device: torch.device) -> Memory | str:

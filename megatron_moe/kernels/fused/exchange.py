@@ -59,16 +59,16 @@ class RowMap:
 
 class Exchange:
     """For layers of `num_experts` experts over the ranks of `memory`, `k` per token. `align`: every expert's rows are padded to a
-    multiple of it with zeros of weight 0."""
+    multiple of it with zeros of weight 0. `kernels`: those of triton_exchange.py, or what has the same names (cuda_exchange.py)."""
 
     def __init__(self, memory: Memory, num_experts: int, k: int, policy: Policy = "static", factor: float = 1.5, align: int = 1,
-                 spins: int = SPINS):  # fmt: skip
+                 spins: int = SPINS, kernels: Any = None):  # fmt: skip
         assert num_experts % memory.ranks == 0, f"{num_experts} experts, {memory.ranks} ranks"
         self.memory, self.num_experts, self.k, self.policy, self.factor, self.align = memory, num_experts, k, policy, factor, align
         self.experts_here, self.spins, self.capacity = num_experts // memory.ranks, spins, 0
-        from megatron_moe.kernels.fused import triton_exchange  # imports triton
-
-        self.kernels = triton_exchange
+        if kernels is None:
+            from megatron_moe.kernels.fused import triton_exchange as kernels  # imports triton
+        self.kernels = kernels
         self.programs = 264 if memory.device.type == "cuda" else 4  # of kernels that walk over rows: two per multiprocessor of an H100
         self._counts, self._signals = (
             memory.alloc((2, memory.ranks, num_experts), torch.int32),
