@@ -13,7 +13,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 from benchmarks.harness import Options, missing, print_report, write_report
 from megatron_moe.config.flags import format_problems, parse_tool
 
-NAMES = ("preprocess", "step", "dialects", "dropping", "digits", "async_saving", "convert_memory", "scale_model", "startup", "fused")
+NAMES = (
+    "preprocess", "data_reading", "step", "dialects", "dropping", "digits", "async_saving", "convert_memory", "scale_model", "startup", "fused",
+)  # fmt: skip
 
 
 def listing() -> str:

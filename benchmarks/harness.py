@@ -35,7 +35,7 @@ import numpy as np
 from megatron_moe.config.flags import checked, flag
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "numpy", "tokenizers", "transformers")
+PACKAGES = ("torch", "numpy", "tokenizers", "transformers", "gigatoken", "megatron-core")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from megatron_moe.tokenizers.gigatoken import GigatokenTokenizer, first_differen
 from megatron_moe.utils.atomic import remove_if_there
 
 PROG = "tools/preprocess_data.py"
+HANDFUL = 8  # batches
 WORK = ("reading", "parsing", "tokenizing", "writing")
 SAMPLED_INPUTS, SAMPLED_DOCUMENTS, SAMPLED_CHARACTERS = 16, 32, 1 << 14  # that two engines are compared on
 WORKERS_FROM = 64 << 20  # bytes of input below which gigatoken is done before another process has started
@@ -195,6 +196,10 @@ def encode_in_worker(batch: Batch) -> Tokenized:
     return _encoder(batch)
 
 
+def encode_handful(batches: list[Batch]) -> list[Tokenized]:
+    return [_encoder(batch) for batch in batches]
+
+
 # ---------------------------------------------------------------- in the parent
 
 
@@ -257,7 +262,7 @@ def read_batches(paths: Iterable[str], config: PreprocessConfig) -> Iterator[Bat
         source.close()
 
 
-def tokenize(batches: Iterable[Batch], tokenizer_config: TokenizerConfig, config: PreprocessConfig) -> Iterator[Tokenized]:
+def tokenize(batches: Iterator[Batch], tokenizer_config: TokenizerConfig, config: PreprocessConfig) -> Iterator[Tokenized]:
     """Results in the order of the batches. A few are under way at a time, so memory does not grow with the corpus."""
     if config.workers == 0:
         yield from map(make_encoder(tokenizer_config, config), batches)
@@ -296,27 +301,30 @@ def _handed_out(batches: Iterable[Batch], pool: ProcessPoolExecutor, most: int) 
 
 
 def _shared_out(
-    batches: Iterable[Batch], pool: ProcessPoolExecutor, starting: list[Future], encoder: Encoder, most: int
+    batches: Iterator[Batch], pool: ProcessPoolExecutor, starting: list[Future], encoder: Encoder, most: int
 ) -> Iterator[Tokenized]:
-    """This process takes the batches that no worker can take at once: all of them until the workers are there."""
+    """This process takes the batches that no worker can take at once: all of them until the workers are there.
+
+    Workers get a handful at a time: what a pool does for each task waits for this process's interpreter, which is busy.
+    """
     under_way: deque[Future] = deque()
     for batch in batches:
         if sum(not f.done() for f in under_way) < most and all(f.done() for f in starting):
-            under_way.append(pool.submit(encode_in_worker, batch))
+            under_way.append(pool.submit(encode_handful, [batch, *itertools.islice(batches, HANDFUL - 1)]))
         else:
-            under_way.append(_done(encoder(batch)))
+            under_way.append(_done([encoder(batch)]))
         # A worker that falls behind is waited for, so that what is ready does not pile up behind it.
-        while under_way and (under_way[0].done() or len(under_way) > 8 * most):
-            yield under_way.popleft().result()
+        while under_way and (under_way[0].done() or len(under_way) > 8 * HANDFUL * most):
+            yield from under_way.popleft().result()
     while under_way:
-        yield under_way.popleft().result()
+        yield from under_way.popleft().result()
     for started in starting:  # there may have been too little to do
         started.result()
 
 
-def _done(result: Tokenized) -> Future:
+def _done(results: list[Tokenized]) -> Future:
     future: Future = Future()
-    future.set_result(result)
+    future.set_result(results)
     return future
 
 

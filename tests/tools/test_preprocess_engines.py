@@ -111,7 +111,7 @@ def test_workers_and_the_parent_share_the_work_and_change_nothing(run, stand_in,
 
     def counted_submit(self, function, *args):
         future = submit(self, function, *args)
-        if function is preprocess_data.encode_in_worker:
+        if function is preprocess_data.encode_handful:
             taken["workers"] += 1
         else:
             starting.append(future)
@@ -128,7 +128,7 @@ def test_workers_and_the_parent_share_the_work_and_change_nothing(run, stand_in,
     monkeypatch.setattr(preprocess_data.Encoder, "__call__", counted_call)
     shared = run("gigatoken", "--append-eod", "--workers", "2")
     assert shared.code == 0 and shared.files == alone.files, shared.err
-    assert taken["parent"] >= 3 and taken["workers"] > 3, taken
+    assert taken["parent"] >= 3 and taken["workers"] > 1, taken
 
 
 def test_auto_takes_it_where_it_is_installed_and_says_so(run, stand_in):
