@@ -63,7 +63,7 @@ def gathered_product(
             right = tl.load(b, mask=(k < K - start)[:, None] & (n < N)[None, :], other=0.0)
             total = tl.dot(left, right, total)
             a += BK
-            b += BK * N.to(tl.int64)
+            b += BK * N
         tl.store(y + r.to(tl.int64)[:, None] * N + n[None, :], total.to(y.dtype.element_ty), mask=is_row[:, None] & (n < N)[None, :])
 
 
