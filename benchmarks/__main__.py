@@ -16,6 +16,7 @@ from megatron_moe.config.flags import format_problems, parse_tool
 NAMES = (
     "preprocess", "data_reading", "step", "dialects", "dropping", "digits", "async_saving", "convert_memory", "scale_model", "startup", "fused",
     "grouped_gemm",
+    "moe_layer",
 )  # fmt: skip
 
 
@@ -39,8 +40,9 @@ def main(argv: list[str]) -> int:
     if name not in NAMES:
         print(format_problems("python -m benchmarks", [f"there is no benchmark {name!r}; use one of {', '.join(NAMES)}"]), file=sys.stderr)
         return 2
-    options = parse_tool(Options, f"python -m benchmarks {name}", rest)
-    report = importlib.import_module(f"benchmarks.{name}").run(options)
+    module = importlib.import_module(f"benchmarks.{name}")
+    options = parse_tool(getattr(module, "Options", Options), f"python -m benchmarks {name}", rest)
+    report = module.run(options)
     print_report(report)
     print(f"\n{write_report(report, options.out)}")
     return 0

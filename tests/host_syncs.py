@@ -7,8 +7,8 @@
 Some of it are operators (reading a scalar; operators whose output size depends on values), which a dispatch mode sees, also in
 the backward and from C++; the rest are methods of Tensor. Each entry names the operation and the nearest line of megatron_moe.
 
-A kernel for CPU tensors alone (kernels/expert_mlp_cpu.py) may read what it likes, and no device would run it. So here nothing takes it:
-inside of HostSyncs the CPU stands for a device, and the experts compute as they do on one.
+A kernel for CPU tensors alone (kernels/expert_mlp_cpu.py, a part of kernels/rows.py) may read what it likes, and no device would run it. So here nothing takes it:
+inside of HostSyncs the CPU stands for a device, and the same lines run as on one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_moe
-from megatron_moe.kernels import expert_mlp
+from megatron_moe.kernels import expert_mlp, rows
 
 PACKAGE = Path(megatron_moe.__file__).parent
 
@@ -43,6 +43,7 @@ class HostSyncs(TorchDispatchMode):
             self.patches.append(mock.patch.object(torch.Tensor, name, self._noting(name)))
         self.patches.append(mock.patch.object(torch.Tensor, "to", self._to))
         self.patches.append(mock.patch.object(expert_mlp, "is_one_operator", return_value=False))
+        self.patches.append(mock.patch.object(rows, "looks_like_a_device", return_value=True))
         for patch in self.patches:
             patch.start()
         return super().__enter__()

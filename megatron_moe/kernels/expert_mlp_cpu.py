@@ -142,19 +142,23 @@ def _backward(
     w, ends, is_gated = Stacks.of(weights, activation), offsets_E.tolist(), activation == GATED
     used, F = ends[-1], w.w1.shape[2]
     dx_RD, *gradients = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x_RD, *weights))
-    dz_RD, drow_weights_R = _before_weights(dy_RD, z_RD, row_weights_R, used)
+    drow_weights_R = torch.zeros_like(row_weights_R)
     groups, e_w, e_d = list(_groups(ends, F)), w.unbind(), Stacks.of(gradients, activation).unbind()
     most = max((group.stop - group.start for group, _ in groups), default=0)
     da_rF, a_rF, dg_rF = x_RD.new_empty(most, F), x_RD.new_empty(most, F), x_RD.new_empty(most if is_gated else 0, F)
+    dz_rD = x_RD.new_empty(most, z_RD.shape[1])
     for group, experts in groups:
         size, first = group.stop - group.start, group.start
         dh, a, dg = da_rF[:size], a_rF[:size], dg_rF[:size]
+        torch.sum(dy_RD[group] * z_RD[group], -1, dtype=row_weights_R.dtype, out=drow_weights_R[group])
+        dz_r = torch.mul(dy_RD[group], row_weights_R[group, None].to(z_RD.dtype), out=dz_rD[:size])
         for expert, start, end in experts:
-            torch.mm(dz_RD[start:end], e_w.w2[expert].t(), out=dh[start - first : end - first])
+            own = slice(start - first, end - first)
+            torch.mm(dz_r[own], e_w.w2[expert].t(), out=dh[own])
         _differentiate(activation, dh, h_RF[group], g_RF[group], a, dg)
         for expert, start, end in experts:
             own = slice(start - first, end - first)
-            x, dz = x_RD[start:end], dz_RD[start:end]
+            x, dz = x_RD[start:end], dz_r[own]
             torch.mm(a[own].t(), dz, out=e_d.w2[expert])
             torch.mm(x.t(), dh[own], out=e_d.w1[expert])
             dx = torch.mm(dh[own], e_w.w1[expert].t(), out=dx_RD[start:end])
@@ -173,17 +177,6 @@ def _backward(
                     d[expert].zero_()
     dx_RD[used:].zero_()
     return [dx_RD, drow_weights_R, *gradients]
-
-
-def _before_weights(dy_RD: Tensor, z_RD: Tensor, row_weights_R: Tensor, used: int) -> tuple[Tensor, Tensor]:
-    """Gradients of z_RD and of row_weights_R: y = weight z."""
-    dz_RD, drow_weights_R = torch.empty_like(z_RD), torch.zeros_like(row_weights_R)
-    step = block_rows(z_RD.shape[1], z_RD.device)
-    for start in range(0, used, step):
-        rows = slice(start, min(start + step, used))  # none behind the last expert's: they may hold anything
-        torch.sum(dy_RD[rows] * z_RD[rows], -1, dtype=row_weights_R.dtype, out=drow_weights_R[rows])
-        torch.mul(dy_RD[rows], row_weights_R[rows, None].to(z_RD.dtype), out=dz_RD[rows])
-    return dz_RD, drow_weights_R
 
 
 def _product(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_moe.kernels.router_linear import router_linear
 from megatron_moe.utils.dtensor import local_weight
 
 
@@ -21,10 +21,7 @@ class Gate(nn.Module):
         self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32) if has_bias else None)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        weight_ED = local_weight(self.weight)
-        dtype = torch.promote_types(weight_ED.dtype, torch.float32)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
+        return router_linear(x_TD, local_weight(self.weight))
 
     @torch.no_grad()
     def move_bias(self, counts_E: Tensor, rate: float | Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_moe.kernels.rows import add_rows
 from megatron_moe.moe.routing import count_assignments
 
 
@@ -102,10 +103,7 @@ def sum_rows(rows_RD: Tensor, addend_R: Tensor, num_tokens: int, addends: int = 
     In at least float32: k roundings to bf16 would not be those of one process. On CUDA the order within an addend of three rows or
     more is fixed under torch.use_deterministic_algorithms only.
     """
-    wide = torch.promote_types(rows_RD.dtype, torch.float32)
-    y_AD = torch.zeros(num_tokens * addends, rows_RD.shape[1], dtype=wide, device=rows_RD.device)
-    y_AD = y_AD.index_add(0, addend_R, rows_RD.to(wide))
-    return add_up(y_AD.view(num_tokens, addends, rows_RD.shape[1]).unbind(1)).to(rows_RD.dtype)
+    return _Sum.apply(rows_RD, addend_R, num_tokens, addends)
 
 
 def gather_rows(x_TD: Tensor, addend_R: Tensor, addends: int = 1) -> Tensor:
@@ -113,17 +111,41 @@ def gather_rows(x_TD: Tensor, addend_R: Tensor, addends: int = 1) -> Tensor:
     return _Gather.apply(x_TD, addend_R, addends)
 
 
+def _source(addend_R: Tensor, addends: int) -> Tensor:
+    return addend_R if addends == 1 else addend_R // addends
+
+
+def _summed(rows_RD: Tensor, addend_R: Tensor, num_tokens: int, addends: int) -> Tensor:
+    y_AD = add_rows(rows_RD, addend_R, num_tokens * addends)
+    return add_up(y_AD.view(num_tokens, addends, rows_RD.shape[1]).unbind(1)).to(rows_RD.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """`sum_rows`, and its backward `gather_rows`. (That of index_add would keep the rows, and gather in float32.)"""
+
+    @staticmethod
+    def forward(ctx, rows_RD: Tensor, addend_R: Tensor, num_tokens: int, addends: int) -> Tensor:
+        ctx.save_for_backward(addend_R)
+        ctx.addends = addends
+        return _summed(rows_RD, addend_R, num_tokens, addends)
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor):
+        (addend_R,) = ctx.saved_tensors
+        return grad_TD.index_select(0, _source(addend_R, ctx.addends)), None, None, None
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, addend_R: Tensor, addends: int) -> Tensor:
         ctx.save_for_backward(addend_R)
         ctx.num_tokens, ctx.addends = len(x_TD), addends
-        return x_TD.index_select(0, addend_R if addends == 1 else addend_R // addends)
+        return x_TD.index_select(0, _source(addend_R, addends))
 
     @staticmethod
     def backward(ctx, grad_RD: Tensor):
         (addend_R,) = ctx.saved_tensors
-        return sum_rows(grad_RD, addend_R, ctx.num_tokens, ctx.addends), None, None
+        return _summed(grad_RD, addend_R, ctx.num_tokens, ctx.addends), None, None
 
 
 def add_up(parts: Sequence[Tensor]) -> Tensor:

@@ -16,8 +16,6 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.training.planning.layout import Layout
 from megatron_moe.training.planning.states import degree
 
-# moe/dispatch.py: rows are added up by index_add, which keeps them (its backward asks for their shape alone).
-KEEPS_SUMMED_ROWS = True
 BLOCKS_OF_LOSS = 2  # kernels/cross_entropy.py: one being computed while the last one has not gone
 CPU_BLOCK, BLOCK = 1 << 18, 1 << 26  # kernels/blocks.py: elements
 
@@ -186,7 +184,7 @@ def route(x: Shapes, num_experts: int) -> Kept:
     kept = norm(x).dense + x.s * D * x.a  # normed tokens
     if x.layout.tp > 1 and not x.layout.sp:
         kept += x.t * D * x.a  # the slice of this rank
-    if x.a != x.w:
+    if x.a != x.w and not x.is_cpu:
         kept += x.t * D * x.w  # the router's input in float32
     kept += x.t * num_experts * x.w * (2 if c.moe_router_score_function == "softmax" else 4)  # logits, scores (and shares of a sum)
     kept += x.t * (k * (8 + 8 + 2 * x.w + 2) + 3 * x.w)  # ids, weights and masks; z loss
@@ -194,7 +192,7 @@ def route(x: Shapes, num_experts: int) -> Kept:
 
 
 def compute(x: Shapes, num_experts: int) -> Kept:
-    """Dispatch, experts, combine. The rows that combine hands to index_add stay too."""
+    """Dispatch, experts, combine."""
     m, moe, rows, k = x.run.model, x.run.moe, x.rows(num_experts), x.run.moe.topk
     width, inner = moe.moe_latent_size or m.hidden_size, moe.expert_ffn_size(m.ffn_size) // x.layout.etp
     copies, _ = _activation_copies(m.activation)
@@ -207,9 +205,6 @@ def compute(x: Shapes, num_experts: int) -> Kept:
         kept += rows * x.a  # gate weights in the compute type
         if m.add_bias_linear:
             kept += rows * (width * x.a + 8)  # the last bias of every row, whose weight has a gradient; its expert's number
-    sums = x.t * k * min(1.0, self_rows(x, num_experts))  # rows that come back to this rank
-    if KEEPS_SUMMED_ROWS:
-        kept += sums * width * x.w
     kept += x.t * k * 8 * 3 + (rows * 8 * 2 if degree(x.run, x.layout, num_experts) > 1 else 0)  # order, places; of what arrived
     dense = x.t * width * x.a * 2 * bool(moe.moe_latent_size)  # narrow tokens, before and after
     work = x.t * m.hidden_size * x.a + rows * (width * (x.a + (x.w if x.a != x.w else 0)) + inner * x.a)  # of y, rows, weighted inner rows

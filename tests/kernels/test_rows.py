@@ -1,0 +1,84 @@
+"""Rows that are added up, and the router's product, against plain torch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_moe.kernels import router_linear as router
+from megatron_moe.kernels import rows as kernel
+from megatron_moe.kernels.router_linear import router_linear
+from megatron_moe.kernels.rows import add_rows
+
+
+def one_after_another(rows, number, numbers):
+    """The definition: a number's rows as they lie, each sum in at least float32."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    sums = torch.zeros(numbers, rows.shape[1], dtype=wide)
+    for row, n in zip(rows, number.tolist()):
+        sums[n] += row.to(wide)
+    return sums
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 40), k=st.integers(1, 5), D=st.integers(1, 7), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_as_many_rows_for_each_are_added_bit_for_bit_in_their_order(tokens, k, D, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    number = torch.randperm(tokens * k, generator=generator) % tokens
+    rows = torch.randn(tokens * k, D, generator=generator).to(dtype)
+    want = one_after_another(rows, number, tokens)
+    assert torch.equal(add_rows(rows, number, tokens).to(dtype), want.to(dtype))
+
+
+@settings(max_examples=40, deadline=None)
+@given(number=st.lists(st.integers(0, 4), max_size=12), seed=st.integers(0, 9))
+def test_any_numbers_of_rows_are_added_bit_for_bit_in_their_order(number, seed):
+    rows = torch.randn(len(number), 3, generator=torch.Generator().manual_seed(seed))
+    number = torch.tensor(number, dtype=torch.int64)
+    assert torch.equal(add_rows(rows, number, 5), one_after_another(rows, number, 5))
+
+
+def test_rows_of_two_are_not_mistaken_for_one_each():
+    """As many rows as numbers, but not one each."""
+    rows, number = torch.arange(8.0).view(4, 2), torch.tensor([0, 0, 2, 3])
+    assert torch.equal(add_rows(rows, number, 4), one_after_another(rows, number, 4))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_blocks_and_a_device_give_the_same(k, monkeypatch):
+    number = torch.randperm(30 * k) % 30
+    rows = torch.randn(30 * k, 5).bfloat16()
+    whole = add_rows(rows, number, 30).bfloat16()
+    monkeypatch.setattr(kernel, "row_blocks", lambda rows, width, device: (slice(i, i + 7) for i in range(0, rows, 7)))
+    assert torch.equal(add_rows(rows, number, 30).bfloat16(), whole)
+    monkeypatch.setattr(kernel, "looks_like_a_device", lambda: True)
+    assert torch.equal(add_rows(rows, number, 30).bfloat16(), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [0, 1, 29])
+def test_the_routers_product_in_blocks_equals_that_of_float32_tokens(dtype, tokens, monkeypatch):
+    monkeypatch.setattr(router, "row_blocks", lambda rows, width, device: (slice(i, i + 8) for i in range(0, rows, 8)))
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(tokens, 12).to(dtype), torch.randn(5, 12), torch.randn(tokens, 5)
+    results = []
+    for product in (router_linear, lambda x, w: torch.nn.functional.linear(x.float(), w)):
+        leaf, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = product(leaf, w)
+        results.append((y, *torch.autograd.grad(y, (leaf, w), grad)))
+    for got, want in zip(*results):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=1e-2 if want.dtype == dtype else 1e-5, atol=1e-5)
+
+
+def test_the_routers_product_is_wide_also_within_autocast():
+    x, weight = torch.randn(9, 12), torch.randn(5, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        for tokens in (x, x.bfloat16()):
+            assert router_linear(tokens, weight).dtype == torch.float32
+            torch.testing.assert_close(
+                router_linear(tokens, weight), tokens.float().double().matmul(weight.double().t()).float(), rtol=0, atol=1e-5
+            )
