@@ -38,7 +38,7 @@ def test_tokens_go_to_different_experts_as_the_case_wants(experts, routing):
     if routing == "balanced":
         assert counts.max() - counts.min() <= 1
     else:
-        assert counts.max() > 2 * counts.float().mean()
+        assert counts.max() > 1.5 * counts.float().mean()
 
 
 def test_what_was_recorded_is_whole():
