@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +134,10 @@ def check_kernels(case: Case) -> None:
         _check_plan(case, layout, rank, plan)
     for exchange, plan, (x, _, weights) in zip(ranks, plans, data):
         exchange.push(x, weights, plan)
+    for rank, exchange in enumerate(ranks):  # what others have left behind, where nobody writes now
+        buffers = exchange._buffers
+        stale = [n for n in range(exchange.capacity) if n >= len(layout.rows[rank]) or layout.rows[rank][n] is None]
+        buffers.received.tensor[stale] = buffers.received_weights.tensor[stale] = float("nan")
     pushed = [exchange.push(x, weights, plan) for exchange, plan, (x, _, weights) in zip(ranks, plans, data)]
     for rank, (rows, row_weights) in enumerate(pushed):
         expected = torch.zeros_like(rows), torch.zeros_like(row_weights)
@@ -211,6 +216,26 @@ def through(case: Case, dispatcher, device: str = "cpu") -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+@contextmanager
+def exact_room() -> Iterator[None]:
+    """Not rounded up: so few rows would always fit."""
+    before, fused.ROUND_UP = fused.ROUND_UP, 1
+    try:
+        yield
+    finally:
+        fused.ROUND_UP = before
+
+
+@exact_room()
+def grown(case: Case) -> tuple[int, int, list[str]]:
+    """Under `exact`: room before and after, and what is not as by the all-to-all."""
+    dispatcher = build(case, "exact")
+    dispatcher.exchange.reserve(max(case.tokens))
+    before = dispatcher.exchange.capacity
+    found, expected = through(case, dispatcher), through(case, AllToAllDispatcher(case.experts, dist.group.WORLD))
+    return before, dispatcher.exchange.capacity, [name for name in expected if not same(found[name], expected[name])]
+
+
 def differences(case: Case, policy: str = "static") -> list[str]:
     """What of a fused layer is not, bit by bit, that of the all-to-all."""
     dispatcher = build(case, policy)
@@ -239,35 +264,47 @@ def same(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, rtol=2**-5, atol=2**-5)
 
 
-class WithoutMeeting(Exchange):
-    """Planted: nobody waits until everyone has staged its rows."""
+class Delayed(Exchange):
+    """Ranks dawdle where others could overtake them. Planted: nobody waits at the meeting `without`."""
+
+    without: str | None = None
+
+    def land(self, *args):
+        time.sleep(random.random() * 0.02)
+        return super().land(*args)
+
+    def gather_sum(self, *args):
+        time.sleep(random.random() * 0.02)
+        return super().gather_sum(*args)
 
     def _meet(self, channel: str) -> None:
         assert channel in CHANNELS
-        if channel != "staged":
+        if channel != self.without:
             super()._meet(channel)
 
 
-def soak(case: Case, rounds: int, has_fault: bool) -> int:
-    """Random delays and sizes; how many rounds came out wrong."""
-    rank, delays = dist.get_rank(), random.Random(dist.get_rank())
-    memory = ProcessMemory(dist.group.WORLD)
-    exchange = (WithoutMeeting if has_fault else Exchange)(memory, case.experts, case.k, "worst", align=case.align, spins=SPINS)
+def soak(case: Case, rounds: int, without: str | None = None) -> int:
+    """Random delays and sizes; how many results came out wrong."""
+    rank = dist.get_rank()
+    random.seed(rank)
+    exchange = Delayed(ProcessMemory(dist.group.WORLD), case.experts, case.k, "worst", align=case.align, spins=SPINS)
+    exchange.without = without
     exchange.reserve(max(case.tokens))
     wrong = 0
     for number in range(rounds):
         x, ids, weights = tokens_of(Case(case.tokens, case.k, case.experts, case.width, seed=number), rank)
-        T = delays.choice((0, 1, len(x)))
+        T = random.choice((0, 1, len(x)))
         x, ids, weights = x[:T], ids[:T], weights[:T]
-        time.sleep(delays.random() * 0.01)
+        time.sleep(random.random() * 0.01)
         plan = exchange.plan(ids)
         rows, row_weights = exchange.push(x, weights, plan)
-        time.sleep(delays.random() * 0.02)
         y, _ = exchange.pull(rows * row_weights[:, None], None, plan)
-        again, _ = exchange.push(y, None, plan)  # as a backward does
-        time.sleep(delays.random() * 0.02)
-        dx, scalars = exchange.pull(again, row_weights, plan)
+        recomputed, _ = exchange.push(x, weights, plan)
+        back, _ = exchange.push(y, None, plan)  # as a backward does
+        time.sleep(random.random() * 0.02)
+        dx, scalars = exchange.pull(back, row_weights, plan)
         kept = weights * (ids >= 0)
+        wrong += not torch.equal(recomputed, rows)
         wrong += not torch.allclose(y, x * kept.sum(1)[:, None], rtol=1e-5, atol=1e-5)
         wrong += not (torch.allclose(dx, y * (ids >= 0).sum(1)[:, None], rtol=1e-5, atol=1e-5) and torch.equal(scalars, kept))
     assert exchange.overflow() == 0
@@ -347,10 +384,10 @@ def with_kernels(policy: str = "worst", factor: float = 1.0) -> Callable[..., An
     return build
 
 
+@exact_room()
 def trained(factors: tuple[float, ...]) -> list[tuple[list[Tensor], int]]:
     """Of a small model with so much room for an even share of rows: its weights after two steps, and how many steps were done again."""
     c, done = parity.config("noisy", SMALL), []
-    fused.ROUND_UP = 1
     for factor in factors:
         mesh = build_parallel_mesh(c, "cpu")
         model = with_kernels("static", factor)(c, parity.VOCAB, mesh, torch.device("cpu"))

@@ -18,6 +18,7 @@ from tests.distributed.fused_ranks import (
     check_kernels_of_few_blocks,
     differences,
     differences_at_the_start,
+    grown,
     in_flight,
     layout,
     soak,
@@ -74,12 +75,18 @@ def test_other_capacities_compute_the_same(policy):
     assert run_distributed(differences, 2, Case((6, 2), 2, 4, 8), policy, interpret=True) == [[]] * 2
 
 
+def test_exact_room_grows_with_the_rows_of_the_busiest_rank():
+    (before, after, differing), other = run_distributed(grown, 2, Case((6, 6), 1, 4, 8, kept=1.0, busy=1), interpret=True)
+    assert (before, differing) == (6, []) and after >= 12 and other == (before, after, [])
+
+
 def test_random_delays_change_nothing():
-    assert run_distributed(soak, 2, Case((6, 9), 2, 4, 8), 8, False, interpret=True) == [0, 0]
+    assert run_distributed(soak, 2, Case((5, 6), 2, 4, 4), 6, interpret=True) == [0, 0]
 
 
-def test_the_soak_finds_a_missing_meeting():
-    assert sum(run_distributed(soak, 2, Case((6, 9), 2, 4, 8), 8, True, interpret=True)) > 0
+@pytest.mark.parametrize("meeting", ["staged", "free"])
+def test_the_soak_finds_a_missing_meeting(meeting):
+    assert sum(run_distributed(soak, 2, Case((5, 6), 2, 4, 4), 6, meeting, interpret=True)) > 0
 
 
 def test_who_did_not_come_is_named_and_nobody_waits_for_ever():
