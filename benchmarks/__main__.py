@@ -17,6 +17,7 @@ NAMES = (
     "preprocess", "data_reading", "step", "dialects", "dropping", "digits", "async_saving", "convert_memory", "scale_model", "startup", "fused",
     "grouped_gemm",
     "moe_layer",
+    "overlap",
 )  # fmt: skip
 
 
