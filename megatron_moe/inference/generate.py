@@ -76,7 +76,7 @@ def stream(
     steps = int(limits_B.max())
     at_B, last_B = lengths_B - 1, lengths_B - 1
     ended_B = torch.zeros_like(lengths_B, dtype=torch.bool)
-    with evaluating(model), cached_attention(model, tokens_BS.shape[1] + steps):
+    with evaluating(model), unmeasured(model), cached_attention(model, tokens_BS.shape[1] + steps):
         for step in range(1, steps + 1):
             next_B = next_tokens_of(model, logits_at(model, tokens_BS, positions_BS, last_B), sampling, generator)
             next_tokens = next_B.tolist()
@@ -201,3 +201,17 @@ def evaluating(model: GPT) -> Iterator[None]:
     finally:
         model.train(was_training)
         reshard(model)
+
+
+@contextmanager
+def unmeasured(model: GPT) -> Iterator[None]:
+    """Routers keep no statistics inside: nobody reads those of a text that is being written."""
+    layers = moe_layers(model)
+    before = [layer.measures for layer in layers]
+    try:
+        for layer in layers:
+            layer.measures = False
+        yield
+    finally:
+        for layer, measured in zip(layers, before):
+            layer.measures = measured

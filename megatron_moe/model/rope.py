@@ -76,10 +76,15 @@ class Rotary:
 
     def __call__(self, x_BHSh: Tensor, positions_BS: Tensor) -> Tensor:
         """Angles in float32 at least, result in x's dtype."""
-        wide = torch.promote_types(x_BHSh.dtype, torch.float32)
-        angle = positions_BS[:, None, :, None] * self.frequencies(x_BHSh.device, wide)
-        cos, sin = angle.cos() * self.factor, angle.sin() * self.factor
-        turned, rest = x_BHSh[..., : self.width].to(wide), x_BHSh[..., self.width :]
+        return self.turned(x_BHSh, *self.turns(positions_BS, torch.promote_types(x_BHSh.dtype, torch.float32)))
+
+    def turns(self, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, 1, S, width / 2]."""
+        angle = positions_BS[:, None, :, None] * self.frequencies(positions_BS.device, dtype)
+        return angle.cos() * self.factor, angle.sin() * self.factor
+
+    def turned(self, x_BHSh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned, rest = x_BHSh[..., : self.width].to(cos.dtype), x_BHSh[..., self.width :]
         a, b = turned.unflatten(-1, (-1, 2)).unbind(-1) if self.is_interleaved else turned.chunk(2, dim=-1)
         pair = a * cos - b * sin, a * sin + b * cos
         turned = torch.stack(pair, -1).flatten(-2) if self.is_interleaved else torch.cat(pair, -1)

@@ -78,6 +78,7 @@ class MoELayer(nn.Module):
         self.loss_weight: float | Tensor = 0.0
         self.batch_counts_E: Tensor | None = None
         self.stats = RoutingStats(num_experts)
+        self.measures = True  # in evaluation; in training always. Generation asks for nothing but the output
 
     def begin_step(self, loss_weight: float | Tensor) -> None:
         """Before the first forward of a step."""
@@ -130,7 +131,8 @@ class MoELayer(nn.Module):
             counts_E = self.batch_counts_E
             counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=x_TD.device) if counts_E is None else counts_E
         routing = self.decide(logits_TE, tokens, capacity, loss_weight, self.gate.expert_bias, counts_E)
-        self.stats.add(routing.measured)
+        if routing.measured is not None:
+            self.stats.add(routing.measured)
         self.batch_counts_E = routing.batch_counts_E
         return routing, Limits(capacity is None and tokens.used_T is None, capacity, most_tokens)
 
@@ -141,13 +143,17 @@ class MoELayer(nn.Module):
         if tokens.used_T is not None:
             choice.ids_TK = torch.where(tokens.used_T[:, None], choice.ids_TK, -1)
         counts_E = count_assignments(choice.ids_TK, self.num_experts)
-        losses = auxiliary_losses(self.config, logits_TE, choice, tokens, self.reducer, batch_counts_E)
-        scores_TE = choice.scores_TE if loss_weight is None else AttachLoss.apply(choice.scores_TE, loss_weight * losses.total)
+        losses, scores_TE = None, choice.scores_TE
+        if self.training or self.measures:
+            losses = auxiliary_losses(self.config, logits_TE, choice, tokens, self.reducer, batch_counts_E)
+            scores_TE = scores_TE if loss_weight is None else AttachLoss.apply(scores_TE, loss_weight * losses.total)
         kept_TK = choice.ids_TK
         if capacity is not None and not self.policy.keeps_capacity:
             kept_TK = self._drop(choice, capacity, tokens.keys_T)
         c = self.config
         weights_TK = combine_weights(scores_TE, choice.ids_TK, kept_TK, c.normalize, c.moe_router_topk_scaling_factor)
+        if losses is None:
+            return Routing(kept_TK, weights_TK, counts_E, None)
         measured = measure(choice.probs_TE, counts_E, (kept_TK >= 0).sum(), losses.balance, losses.z)
         balance = losses.balance if loss_weight is None else None
         return Routing(kept_TK, weights_TK, counts_E, measured, losses.batch_counts_E, balance)

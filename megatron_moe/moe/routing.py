@@ -27,7 +27,7 @@ class Routing:
     ids_TK: Tensor  # int64; -1: dropped
     weights_TK: Tensor  # float; 0 where dropped
     counts_E: Tensor  # int64, before dropping
-    measured: Tensor  # for the statistics: moe.metrics.measure
+    measured: Tensor | None  # for the statistics: moe.metrics.measure; None where nobody asks for them
     batch_counts_E: Tensor | None = None  # for the global-batch loss: moe.losses
     # sum over the tokens here of the balance loss of the micro-batch, with its gradient, where it was not attached to the scores
     balance: Tensor | None = None
