@@ -153,13 +153,14 @@ class Made:
             self.y_TD = self.layer(self.x_TD)
 
     def turn(self, module: torch.nn.Module) -> Tensor:
-        """Forward and backward; gradients are new ones each time, as behind zero_grad(set_to_none=True)."""
+        """Forward and backward. Gradients are new memory each time, and are given back within the turn, as those of the floor: a system
+        that held on to them would find its own pages again, and the others would have to look for some."""
+        y = module(self.x_TD)
+        y.backward(self.upstream_TD.view(y.shape))
         self.x_TD.grad = None
         for p in module.parameters():
             p.grad = None
-        y = module(self.x_TD)
-        y.backward(self.upstream_TD.view(y.shape))
-        return y
+        return y.detach()
 
 
 def prescribed(case: Case) -> Tensor:
