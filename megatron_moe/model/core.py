@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_moe.kernels.causal_attention import causal_attention, is_faster
 from megatron_moe.moe.tokens import TokenInfo
 from megatron_moe.utils.random import Purpose, layer_keys, uniform
 
@@ -59,10 +60,13 @@ class CausalCore:
         self.dropout, self.scale, self.window, self.first_head = dropout, scale, window, 0
 
     def __call__(self, q_BHSh: Tensor, k_BGSh: Tensor, v_BGSw: Tensor, context: Context, sinks_H: Tensor | None = None) -> Tensor:
-        k_BHSh, v_BHSw = (repeat_heads(t, q_BHSh.shape[1]) for t in (k_BGSh, v_BGSw))
-        length = k_BHSh.shape[2]
+        length = k_BGSh.shape[2]
         sees_all = context.segments_BS is None and (self.window is None or self.window >= length)
-        if sees_all and sinks_H is None and not self.draws(context):
+        is_plain = sees_all and sinks_H is None and not self.draws(context)
+        if is_plain and is_faster(q_BHSh, k_BGSh, v_BGSw):
+            return causal_attention(q_BHSh, k_BGSh, v_BGSw, self.scale)
+        k_BHSh, v_BHSw = (repeat_heads(t, q_BHSh.shape[1]) for t in (k_BGSh, v_BGSw))
+        if is_plain:
             return F.scaled_dot_product_attention(q_BHSh, k_BHSh, v_BHSw, is_causal=True, scale=self.scale)
         return self.masked(q_BHSh, k_BHSh, v_BHSw, visible(context, window=self.window), context.keys_BS, length, sinks_H)
 

@@ -15,6 +15,7 @@ from megatron_moe.parallel.compile import apply_compile
 from megatron_moe.parallel.context import apply_context_parallel
 from megatron_moe.parallel.expert import apply_expert_parallel, share_counts
 from megatron_moe.parallel.fused import apply_fused_dispatch
+from megatron_moe.parallel.half import apply_half, can_cast
 from megatron_moe.parallel.offload import apply_activation_offload, is_offloaded, materialise
 from megatron_moe.parallel.pipeline import PipelinedGPT, stages_here
 from megatron_moe.parallel.recompute import apply_recompute
@@ -27,8 +28,10 @@ def parallelize(model: GPT, mesh: ParallelMesh, config: RunConfig) -> None:
     """Apply every parallelism of `config` in place, on a model without memory (meta device) or with it."""
     half = getattr(torch, config.training.half) if config.training.half else None
     on_host = is_offloaded(config, mesh.dense.device_type)
-    # One rank has nothing to split or to sum; FSDP would keep every parameter twice, and copy gradients twice. In 16 bits it casts.
-    is_split = mesh.stage_ranks > 1 or half is not None or on_host
+    # One rank has nothing to split or to sum; FSDP would keep every parameter twice, and copy gradients twice. In 16 bits it casts,
+    # but on a CPU something cheaper does.
+    casts = half is not None and not on_host and config.moe.moe_token_dispatcher != "fused" and can_cast(model, mesh)
+    is_split = mesh.stage_ranks > 1 or on_host or (half is not None and not casts)
     if is_split:
         apply_expert_parallel(model, mesh, config.moe.moe_token_dispatcher)  # edits parameters by name: before anything wraps them
         apply_fused_dispatch(model, mesh, config)
@@ -47,6 +50,8 @@ def parallelize(model: GPT, mesh: ParallelMesh, config: RunConfig) -> None:
     if is_split:
         # last: wraps whatever the blocks have become, and replaces the parameters
         apply_zero(model, mesh, half, on_host, torch.float16 if config.training.fp16_master_weights_and_grads else torch.float32)
+    elif casts:
+        apply_half(model, half)
 
 
 def build_parallel_mesh(config: RunConfig, device_type: str) -> ParallelMesh:

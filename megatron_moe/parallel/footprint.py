@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from megatron_moe.config.training import OptimizerConfig
 from megatron_moe.model.gpt import GPT
 from megatron_moe.optimizer.groups import is_orthogonalised, owner_of
+from megatron_moe.parallel.half import has_half_weights
 from megatron_moe.parallel.pipeline import PipelinedGPT
 from megatron_moe.parallel.zero import gathered_dtype
 
@@ -27,7 +28,8 @@ class Footprint:
     gradients: after the backward. whole_gradients: what stages 0 and 1 add up in when a step has several micro-batches, and every
     stage under pipeline parallelism. gathered: copies in the compute type, beside the shards - of all parameters from forward to
     backward in stages 0 to 2; in stage 3 of the largest block and of what lies outside of the blocks, but under pipeline
-    parallelism, where torch keeps them from a backward to the next forward, of all. One rank alone in float32 has neither.
+    parallelism, where torch keeps them from a backward to the next forward, of all. One rank alone in float32 has neither (and in
+    16 bits on a CPU no whole_gradients, which are counted all the same: who plans here may train on a GPU).
     """
 
     dense_parameters: int
@@ -60,6 +62,7 @@ def footprint(model: GPT | PipelinedGPT, optimizer: OptimizerConfig, zero_stage:
     outside = gathered.pop("", 0)
     blocks = gathered.values()
     is_wrapped = any(isinstance(module, FSDPModule) for module in model.modules())
+    is_wrapped = is_wrapped or has_half_weights(model)
     frees_blocks = zero_stage == 3 and not isinstance(model, PipelinedGPT)  # there they stay from a backward to the next forward
     return Footprint(
         dense_parameters=elements["dense"],

@@ -22,6 +22,7 @@ from megatron_moe.model.gpt import GPT
 from megatron_moe.moe.layer import MoELayer
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.parallel.expert import expert_degree
+from megatron_moe.parallel.half import release
 
 
 def apply_zero(
@@ -110,8 +111,8 @@ def gathered_dtype(name: str, p: nn.Parameter, half: torch.dtype | None) -> torc
 
 def sync_gradients(model: nn.Module, zero_stage: int, is_last_microbatch: bool) -> None:
     """Before each microbatch: stages 0 and 1 reduce whole gradients once per step, 2 and 3 after every microbatch; stage 3
-    frees gathered parameters after every backward, the others keep them until the last one of the step. (One rank alone in
-    float32 has no FSDP.)"""
+    frees gathered parameters after every backward, the others keep them until the last one of the step. (One rank alone has no
+    FSDP in float32, and none on a CPU.)"""
     if not isinstance(model, FSDPModule):
         return
     model.set_requires_gradient_sync(is_last_microbatch or zero_stage >= 2)
@@ -124,6 +125,7 @@ def sync_gradients(model: nn.Module, zero_stage: int, is_last_microbatch: bool) 
 def reshard(model: nn.Module) -> None:
     """Free gathered parameters after a forward without backward. Until then `model.parameters()` are the gathered ones, which
     neither the optimizer nor a checkpoint knows."""
+    release(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -21,6 +21,7 @@ from megatron_moe.optimizer.groups import set_rates
 from megatron_moe.optimizer.half_adam import HalfAdamW
 from megatron_moe.optimizer.loss_scale import LossScale, update_weights
 from megatron_moe.parallel.context import part_of
+from megatron_moe.parallel.half import release
 from megatron_moe.parallel.pipeline import PipelinedGPT
 from megatron_moe.parallel.zero import sync_gradients
 from megatron_moe.training.distillation import Distillation
@@ -85,6 +86,7 @@ def forward_backward(
         loss, lm_loss = objective(model, *part_of(batch, keys_BS, mesh), divisor)
         backward(loss, loss_scale)
         total += lm_loss
+    release(model)
     return total
 
 

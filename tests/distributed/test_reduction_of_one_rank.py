@@ -25,7 +25,8 @@ def gradients(flags: str, own: bool) -> tuple[dict[str, torch.Tensor], bool]:
 
     original = torch.Tensor.copy_
     no_comm = mock.patch.object(FSDPModule, "set_custom_reduce_scatter") if not own else mock.MagicMock()
-    with no_comm, mock.patch.object(torch.Tensor, "copy_", copied):
+    by_fsdp = mock.patch("megatron_moe.parallel.apply.can_cast", return_value=False)  # as on a GPU
+    with no_comm, by_fsdp, mock.patch.object(torch.Tensor, "copy_", copied):
         model = build_parallel_model(c, 60, mesh, torch.device("cpu"))
         batches = microbatches(0, mesh.rank("dp"), mesh.size("dp"), 2)[:2]
         same.clear()
