@@ -111,7 +111,7 @@ def test_the_list_has_every_benchmark_and_its_peers(words, capsys):
 
 def test_mistakes_are_answered_with_what_there_is(capsys, tmp_path):
     assert command.main(["stepp"]) == 2
-    assert "use one of preprocess, step, dialects" in capsys.readouterr().err
+    assert "use one of preprocess, data_reading, step, dialects" in capsys.readouterr().err
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as caught:
         command.main(["step", "--out", str(tmp_path / "file"), "--rounds", "0"])

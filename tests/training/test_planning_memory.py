@@ -5,6 +5,7 @@ Experts are equally busy (--moe-router-policy balanced), so that a load skew of 
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 import pytest
@@ -74,6 +75,7 @@ def measure(flags: str) -> Measured:
             compute = moe.compute
 
             def now():
+                time.sleep(0.05)  # gloo's threads hold what was sent for a moment longer than the wait for it
                 live_parameters.look()
                 return live.look() - 4 * live_parameters.parameters()
 
