@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from megatron_moe.config.moe import MoEConfig
+from megatron_moe.config.parallel import split_over_nodes
 from megatron_moe.model.gpt import GPT
-from megatron_moe.moe.dispatch import build_dispatcher
+from megatron_moe.moe.dispatch import build_dispatcher, choose
+from megatron_moe.moe.dispatch.choose import Choice
 from megatron_moe.moe.layer import MoELayer, moe_layers
 from megatron_moe.moe.module_experts import set_parameter
 from megatron_moe.moe.policies import build_policy
@@ -43,6 +45,17 @@ def split_experts(moe: MoELayer, mesh: ParallelMesh, ep: int, dispatcher: str) -
     moe.dispatcher = build_dispatcher(
         dispatcher, moe.num_experts, c.topk, mesh.expert_group(ep), capacity_factor_of(c), c.moe_pad_expert_input_to_capacity,
         slices=mesh.expert_tensor_group(ep), nodes=mesh.expert_node_groups(ep), chunks=c.moe_overlap_chunks, fp8=c.moe_fp8_dispatch,
+    )  # fmt: skip
+
+
+def choice_of(moe: MoEConfig, num_experts: int, etp: int, node_size: int | None, kind: str | None = None) -> Choice:
+    """What `split_experts` builds for a layer with so many experts, before there are ranks. node_size: `RunConfig.node_size`; kind: in
+    place of the configuration's."""
+    ep = moe.expert_parallel_degree(num_experts)
+    across, within = (1, ep) if node_size is None else split_over_nodes(ep, etp, node_size)
+    return choose(
+        kind or moe.moe_token_dispatcher, num_experts, moe.topk, ep, etp, capacity_factor_of(moe), moe.moe_pad_expert_input_to_capacity,
+        moe.moe_overlap_chunks, across if within > 1 else 1, moe.moe_fp8_dispatch,
     )  # fmt: skip
 
 

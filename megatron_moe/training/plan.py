@@ -63,7 +63,6 @@ import torch
 
 from megatron_moe.checkpoint.preflight import dense_problems, load_problems, teacher_problems
 from megatron_moe.config.flags import ConfigError, fields_of
-from megatron_moe.config.parallel import split_over_nodes
 from megatron_moe.config.pipeline import stages_of_rank
 from megatron_moe.config.presets import GPT2_VOCAB_SIZE
 from megatron_moe.config.run import GROUPS, RunConfig
@@ -72,11 +71,11 @@ from megatron_moe.config.upcycling import inexact_because, router_std
 from megatron_moe.data.loader import data_problems, prefixes_of, training_sizes
 from megatron_moe.model.flops import ParameterCounts, flops_per_token, parameter_counts
 from megatron_moe.model.loss import columns_at_a_time
-from megatron_moe.moe.dispatch.choose import Choice, choose
+from megatron_moe.moe.dispatch.choose import Choice
 from megatron_moe.mpu.groups import Groups, dense_groups, expert_groups, expert_tensor_groups, hybrid_groups
 from megatron_moe.optimizer.schedule import build_schedule
 from megatron_moe.parallel.apply import build_parallel_mesh, build_sharded_model
-from megatron_moe.parallel.expert import capacity_factor_of
+from megatron_moe.parallel.expert import choice_of
 from megatron_moe.parallel.footprint import Footprint, footprint
 from megatron_moe.tokenizers import Tokenizer, build_tokenizer
 from megatron_moe.training.preflight import schedule_problems, start_problems, tokenizer_problems, vocab_size_of
@@ -247,14 +246,7 @@ def _dispatch_reasons(run: RunConfig, world_size: int) -> list[str]:
 
 def _dispatcher(run: RunConfig, world_size: int, experts: int) -> Choice:
     """Of a layer with so many experts, as parallel/expert.py would build it."""
-    ep = run.moe.expert_parallel_degree(experts)
-    node_size = run.node_size(world_size)
-    across, within = (1, ep) if node_size is None else split_over_nodes(ep, run.parallel.etp, node_size)
-    c = run.moe
-    return choose(
-        c.moe_token_dispatcher, experts, c.topk, ep, run.parallel.etp, capacity_factor_of(c), c.moe_pad_expert_input_to_capacity,
-        c.moe_overlap_chunks, across if within > 1 else 1, c.moe_fp8_dispatch,
-    )  # fmt: skip
+    return choice_of(run.moe, experts, run.parallel.etp, run.node_size(world_size))
 
 
 def _pipeline(run: RunConfig, world_size: int, vocab_size: int) -> dict[str, Any] | None:

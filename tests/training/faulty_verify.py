@@ -27,6 +27,13 @@ def expert_gradients_doubled():
     step.gradient_norm = gradient_norm
 
 
+def sums_of_nodes_lost():
+    from megatron_moe.moe.dispatch.hierarchical import HierarchicalDispatcher
+
+    original = HierarchicalDispatcher.arrive_back
+    HierarchicalDispatcher.arrive_back = lambda self, flight, plan: original(self, flight, plan) * 0.5
+
+
 def in_the_first_step(fault):
     from megatron_moe.training.verify import layout
 
@@ -47,6 +54,7 @@ def broken():
 FAULTS = {
     "none": lambda: None,
     "expert gradients doubled": expert_gradients_doubled,
+    "sums of nodes lost": sums_of_nodes_lost,
     "raises": lambda: in_the_first_step(broken),
     "dies": lambda: in_the_first_step(lambda: os._exit(7)),
     "hangs": lambda: in_the_first_step(lambda: time.sleep(600)),

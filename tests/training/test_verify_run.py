@@ -62,6 +62,16 @@ def test_one_process_says_what_is_wrong_and_exits_with_3(tmp_path, fault, said):
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize(("fault", "code"), [("none", 0), ("sums of nodes lost", 3)])
+def test_two_stages_that_auto_takes_are_compared(tmp_path, fault, code):
+    flags = (
+        f"{launches.TINY} --num-experts 8 --topk 2 --moe-expert-parallel-size 4 --moe-node-size 2 --verify-parallelism --exit-after-verify"
+    )
+    done = alone(f"{flags} --verify-world-size 4", tmp_path, fault)
+    assert done.returncode == code and "auto -> hierarchical" in done.stderr, done.stderr
+
+
+@pytest.mark.matrix
 def test_a_process_that_hangs_does_not_keep_the_others(tmp_path):
     started = time.monotonic()
     done = alone(f"{launches.TINY} --moe-expert-parallel-size 2 --verify-parallelism --exit-after-verify", tmp_path, "hangs")

@@ -14,6 +14,7 @@ from megatron_moe.arguments import parse_args
 from megatron_moe.config.flags import ConfigError, fields_of
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.presets import PRESETS
+from megatron_moe.parallel.expert import choice_of
 from megatron_moe.training.verify.shrink import DEGREES, MOST_PROCESSES, NO_DEGREES, fold, lines, shrink
 
 BASE = "--num-layers 16 --hidden-size 1024 --num-attention-heads 16 --seq-length 2048 --max-position-embeddings 2048 --mock-data --train-iters 10"
@@ -132,6 +133,27 @@ def test_rows_that_travel_in_two_stages_still_do():
     run = run_of(f"{BASE} --num-experts 64 --moe-expert-parallel-size 16 --moe-token-dispatcher hierarchical --moe-node-size 8")
     (small,) = fold(run, 16)
     assert small.run.expert_degrees() == [4] and small.run.node_size(4) == 2 and small.run.moe.moe_token_dispatcher == "hierarchical"
+
+
+def ways(run, world: int) -> set[str]:
+    """How rows travel in the layers of a run."""
+    experts = [n for n in run.moe.experts_per_layer(run.model.num_layers) if n > 1]
+    return {choice_of(run.moe, n, run.parallel.etp, run.node_size(world)).kind for n in experts}
+
+
+# what `auto` takes on nodes of so many ranks: two stages where enough rows of a token go to the same node
+@pytest.mark.parametrize(("experts", "k", "ranks", "node", "taken"), [
+    (64, 8, 32, 8, "hierarchical"), (48, 4, 24, 8, "hierarchical"), (8, 2, 4, 2, "hierarchical"), (16, 3, 8, 4, "hierarchical"),
+    (8, 2, 8, 4, "alltoall"), (8, 1, 4, 2, "alltoall"), (16, 4, 4, 2, "allgather"), (64, 8, 32, 3, "alltoall"), (64, 8, 32, 32, "alltoall"),
+])  # fmt: skip
+def test_what_auto_takes_over_nodes_is_what_is_compared(experts, k, ranks, node, taken, monkeypatch):
+    flags = f"{BASE} --num-experts {experts} --topk {k} --moe-expert-parallel-size {ranks} --global-batch-size 96"
+    by_flag, by_launcher = run_of(f"{flags} --moe-node-size {node}"), run_of(flags)
+    assert ways(by_flag, ranks) == {taken}
+    for small in (shrink(by_flag, ranks), *fold(by_flag, ranks), *fold(by_flag, None)):
+        assert ways(small.run, small.world_size) == {taken} and small.not_compared == ()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(node))
+    assert ways(shrink(by_launcher, ranks).run, ranks) == {taken}
 
 
 def test_windows_and_full_layers_dense_and_sparse_ones_are_all_there():

@@ -24,7 +24,7 @@ from megatron_moe.config.output import CheckpointConfig, LoggingConfig
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.pipeline import fits_rounds, num_stages
 from megatron_moe.config.run import RunConfig
-from megatron_moe.moe.dispatch import choose
+from megatron_moe.parallel.expert import choice_of
 
 MOST_PROCESSES = 8
 STEPS = 2
@@ -106,7 +106,7 @@ def _folded(run: RunConfig, world_size: int | None, fixed: dict[str, int]) -> _L
     )  # fmt: skip
     parallel = dataclasses.replace(p, **degrees)
     etp = parallel.etp
-    experts = _folded_experts(run.expert_degrees(), run.moe.moe_token_dispatcher == "hierarchical")
+    experts = _folded_experts(run.expert_degrees(), _has_two_legs(run, world_size))
     most = max(experts.values()) * etp if experts else 1
     has_data = world_size is None or run.data_parallel_size(world_size) > 1
     dp = 2 if has_data else 1
@@ -150,7 +150,7 @@ def _small(run: RunConfig, world_size: int | None, layout: _Layout) -> Small:
     tp, cp = layout.parallel.tensor_model_parallel_size, layout.parallel.context_parallel_size
     if tp * cp > 1:
         moe = _same_under_every_split(moe, notes)
-    moe = _dispatch_as_now(moe, run, sizes, layout, notes)
+    moe = _dispatch_as_now(moe, run, world_size, sizes, layout, notes)
     etp = layout.parallel.etp
     data_ranks = layout.world_size // layout.parallel.model_parallel_size
     training = _training(run, world_size, layout, data_ranks, notes)
@@ -478,36 +478,47 @@ def _same_under_every_split(moe: MoEConfig, notes: _Notes) -> MoEConfig:
     return moe
 
 
-def _dispatch_as_now(moe: MoEConfig, run: RunConfig, sizes: dict[int, int], layout: _Layout, notes: _Notes) -> MoEConfig:
-    """What `auto` takes depends on the sizes: name what it takes in the run."""
-    old = run.moe
-    if old.moe_token_dispatcher == "hierarchical" and layout.folded:  # two nodes of two ranks
-        notes.size("moe_node_size", old.moe_node_size or "(of the machines)", 2 * layout.parallel.etp)
-        return dataclasses.replace(moe, moe_node_size=2 * layout.parallel.etp)
+def _dispatch_as_now(
+    moe: MoEConfig, run: RunConfig, world_size: int | None, sizes: dict[int, int], layout: _Layout, notes: _Notes
+) -> MoEConfig:
+    """What `auto` takes depends on the sizes, and on the nodes: name what it takes in the run."""
+    old, etp, small_nodes = run.moe, layout.parallel.etp, _node_size(run, world_size)
+    if layout.folded:
+        small_nodes = 2 * etp if _has_two_legs(run, world_size) else None  # two nodes of two ranks, or all on one
+        if small_nodes:
+            notes.size("moe_node_size", old.moe_node_size or "(of the machines)", small_nodes)
+        moe = dataclasses.replace(moe, moe_node_size=small_nodes)
     if old.moe_token_dispatcher != "auto" or old.moe_pad_expert_input_to_capacity:
         return moe
-    taken = {(sizes[n], kind): None for n, kind in _taken(old, old.experts_per_layer(run.model.num_layers), run.parallel.etp)}
-    if not taken or set(taken) == set(_taken(moe, moe.num_experts, layout.parallel.etp)):
+    taken = {(sizes[n], kind) for n, kind in _taken(run, world_size).items()}
+    fits = lambda kind: sum(choice_of(moe, n, etp, small_nodes, kind).kind == one for n, one in taken)  # noqa: E731
+    if fits("auto") == len(taken):
         return moe
-    kinds = sorted(kind for _, kind in taken)  # the same order on every rank
-    kind = max(dict.fromkeys(kinds), key=kinds.count)
-    if len(set(kinds)) > 1:
-        notes.not_compared.append(
-            f"--moe-token-dispatcher auto takes {' and '.join(dict.fromkeys(kinds))}; compared with {kind} in all layers"
-        )
+    kinds = sorted({kind for _, kind in taken})  # the same order on every rank
+    kind = max(kinds, key=fits)  # hierarchical is alltoall where a layer's ranks are on one node
+    if fits(kind) < len(taken):
+        notes.not_compared.append(f"--moe-token-dispatcher auto takes {' and '.join(kinds)}; compared with {kind} in all layers")
     notes.changed.append(f"--moe-token-dispatcher auto -> {kind}, what it takes in this run")
-    return dataclasses.replace(moe, moe_token_dispatcher=kind)
+    return dataclasses.replace(moe, moe_token_dispatcher=kind, moe_node_size=moe.moe_node_size if kind == "hierarchical" else None)
 
 
-def _taken(moe: MoEConfig, experts: Sequence[int], etp: int) -> list[tuple[int, str]]:
-    """(experts, what `auto` takes) of the layers whose rows travel."""
-    factor = 1.0 if moe.moe_router_policy == "expert_choice" else moe.moe_train_capacity_factor if moe.moe_token_dropping else math.inf
-    chunks, degree = moe.moe_overlap_chunks, moe.expert_parallel_degree
-    return [
-        (n, choose("auto", n, moe.topk, degree(n), etp, factor, chunks=chunks, fp8=moe.moe_fp8_dispatch).kind)
-        for n in experts
-        if n > 1 and degree(n) * etp > 1
-    ]
+def _taken(run: RunConfig, world_size: int | None) -> dict[int, str]:
+    """How rows travel, by the experts of a layer; of layers whose rows do."""
+    etp, nodes = run.parallel.etp, _node_size(run, world_size)
+    experts = [n for n in run.moe.experts_per_layer(run.model.num_layers) if n > 1]
+    return {n: choice_of(run.moe, n, etp, nodes).kind for n in experts if run.moe.expert_parallel_degree(n) * etp > 1}
+
+
+def _has_two_legs(run: RunConfig, world_size: int | None) -> bool:
+    """Whether rows of a layer travel between nodes and then within them; whoever asks for that is shown it whatever the nodes are."""
+    return run.moe.moe_token_dispatcher == "hierarchical" or "hierarchical" in _taken(run, world_size).values()
+
+
+def _node_size(run: RunConfig, world_size: int | None) -> int | None:
+    """Ranks of a node where they may matter. Without --moe-node-size nothing is known of the nodes of an unknown number of ranks."""
+    if world_size is None and run.moe.moe_node_size is None:
+        return None
+    return run.node_size(world_size or 1)
 
 
 def lines(small: Small) -> Iterator[str]:
