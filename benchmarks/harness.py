@@ -21,11 +21,13 @@ import os
 import platform
 import re
 import resource
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,48 +80,80 @@ class System:
         return timed(self.run)
 
 
-Build = Callable[[], contextlib.AbstractContextManager[Callable[[], float]]]
+Build = Callable[[], contextlib.AbstractContextManager[Callable[..., float]]]
 
 
 class Apart:
-    """A system in a process of its own, which waits while the others run.
+    """A system in a process of its own, which waits while the others run; or in several, the ranks of one world.
 
     Systems that share a process share its memory: who comes last gets what pages the first ones have left, and a step of the same
     code took up to 1.3 times as long. `build` (picklable) is a context over there: the callable that does one turn and returns a number.
+    With `ranks` there are so many processes, each with the environment that torchrun would give it; a turn is over when all are
+    done, takes the wall time of the slowest and the CPU time of all, and its number is that of rank 0.
     """
 
-    def __init__(self, name: str, build: Build):
+    def __init__(self, name: str, build: Build, ranks: int | None = None):
         self.name = name
         context = multiprocessing.get_context("spawn")
-        self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(build, there), daemon=True)
-        self._process.start()
-        there.close()
+        self._pipes, self._processes = [], []
+        for environment in [{}] if ranks is None else environments(ranks):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(build, there, environment), daemon=True)
+            process.start()
+            there.close()  # so that the pipe ends when the process does
+            self._pipes.append(here)
+            self._processes.append(process)
 
     def run(self) -> float:
-        return self._ask()[0]
+        return self.results()[0]
 
     def turn(self) -> Times:
-        return self._ask()[1]
+        times = [times for _, times in self._ask()]
+        return Times(max(t.wall for t in times), sum(t.cpu for t in times))
 
-    def _ask(self) -> tuple[float, Times]:
+    def results(self, *args: Any) -> list[Any]:
+        """What the callable returns for these arguments, by rank."""
+        return [result for result, _ in self._ask(*args)]
+
+    def _ask(self, *args: Any) -> list[tuple[Any, Times]]:
+        replies: dict[Connection, tuple[Any, Times]] = {}
         try:
-            self._pipe.send("turn")
-            return self._pipe.recv()
+            for pipe in self._pipes:
+                pipe.send(args)
+            while left := [pipe for pipe in self._pipes if pipe not in replies]:
+                for pipe in connection.wait(left):
+                    replies[pipe] = pipe.recv()
         except (EOFError, OSError):
-            self._process.join()
-            raise RuntimeError(f"{self.name} ended with code {self._process.exitcode}; what went wrong is above") from None
+            lost = self._processes[self._pipes.index(pipe)]
+            lost.join()
+            for process in self._processes:
+                process.kill()  # the others wait for it
+            raise RuntimeError(f"{self.name} ended with code {lost.exitcode}; what went wrong is above") from None
+        return [replies[pipe] for pipe in self._pipes]
 
     def close(self) -> None:
-        self._pipe.close()  # the end of its loop
-        self._process.join()
+        for pipe in self._pipes:
+            pipe.close()  # the end of its loop
+        for process in self._processes:
+            process.join()
 
 
-def _serve(build: Build, pipe: Connection) -> None:
+def environments(ranks: int) -> list[dict[str, str]]:
+    """Of torchrun's processes on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def _serve(build: Build, pipe: Connection, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     with build() as run, contextlib.suppress(EOFError):
-        while pipe.recv():
+        while True:
+            args = pipe.recv()
             before = clocks()
-            result = run()
+            result = run(*args)
             after = clocks()
             pipe.send((result, Times(after.wall - before.wall, after.cpu - before.cpu)))
 

@@ -1,4 +1,4 @@
-"""A training run of the product, on one rank in this process, that a benchmark drives step by step.
+"""A training run of the product, on one rank in this process or on several, that a benchmark drives step by step.
 
 Flags, meshes, model, optimizer, schedule, data and `train_step` are those of pretrain_gpt_moe.py; what is left out is the
 loop around them (logging, checkpoints, signals), which is not what is measured.
@@ -24,10 +24,10 @@ from megatron_moe.training.step import StepResult, train_step
 
 
 @contextlib.contextmanager
-def one_rank(flags: str) -> Iterator[tuple[World, ParallelMesh]]:
-    """The process group and the meshes of a world of one. One pair serves every run of a process: a dense run needs no other
-    mesh than one with experts, and torch remembers meshes by their ranks."""
-    config = prepared(flags).run
+def one_rank(flags: str, ranks: int = 1) -> Iterator[tuple[World, ParallelMesh]]:
+    """The process group and the meshes of a world of one - or of so many, in an environment as torchrun makes it. One pair serves every
+    run of a process: a dense run needs no other mesh than one with experts, and torch remembers meshes by their ranks."""
+    config = prepared(flags, ranks).run
     world = init_distributed(config.parallel)
     try:
         yield world, build_parallel_mesh(config, world.device.type)
@@ -35,32 +35,37 @@ def one_rank(flags: str) -> Iterator[tuple[World, ParallelMesh]]:
         end_distributed()
 
 
-def prepared(flags: str) -> Prepared:
+def prepared(flags: str, ranks: int = 1) -> Prepared:
     parsed = parse_args(flags.split())
-    check_to_train(parsed, 1)
-    return prepare(parsed.run, 1)
+    check_to_train(parsed, ranks)
+    return prepare(parsed.run, ranks)
 
 
 class Training:
     """One run: `step()` as often as wanted, `evaluate()` in between."""
 
     def __init__(self, flags: str, world: World, mesh: ParallelMesh):
-        self.prepared, self.world, self.mesh = prepared(flags), world, mesh
+        ranks = world.size
+        self.prepared, self.world, self.mesh = prepared(flags, ranks), world, mesh
         self.config = c = self.prepared.run
         self.model = build_parallel_model(c, self.prepared.vocab_size, mesh, world.device)
         self.optimizer = build_optimizer(self.model, c.optimizer)
-        self.batch_size = c.global_batch_size(1)
-        self.schedule = build_schedule(c.optimizer, c.pace(1), c.train_iterations(1))
+        self.batch_size = c.global_batch_size(ranks)
+        self.schedule = build_schedule(c.optimizer, c.pace(ranks), c.train_iterations(ranks))
         self.datasets = build_datasets(c.data, c.training.seq_length, c.training.seed, self.prepared.vocab_size)
         self.collate = partial(make_batch, eod=self.prepared.eod)
+        part = mesh.rank("dp"), mesh.size("dp")
+        self.num_microbatches = c.num_microbatches(ranks)
         self.batches = iter(
-            build_loader(self.datasets.train, 0, c.training.micro_batch_size, 0, 1, c.num_microbatches(1), c.data.num_workers, self.collate)
+            build_loader(
+                self.datasets.train, 0, c.training.micro_batch_size, *part, self.num_microbatches, c.data.num_workers, self.collate
+            )
         )
         self.iteration = 0
 
     def next_batches(self) -> list[Batch]:
         """Micro-batches of one step."""
-        return [next(self.batches).to(self.world.device) for _ in range(self.config.num_microbatches(1))]
+        return [next(self.batches).to(self.world.device) for _ in range(self.num_microbatches)]
 
     def step(self, microbatches: list[Batch] | None = None) -> StepResult:
         c, samples = self.config, (self.iteration + 1) * self.batch_size

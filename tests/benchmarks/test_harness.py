@@ -144,6 +144,33 @@ def test_a_system_of_its_own_process_keeps_its_state_and_is_timed_there():
         system.close()
 
 
+@contextlib.contextmanager
+def rank_and_world(wait):
+    """Says which rank it is; `wait` seconds later on rank 1, and ends rank 1 when asked to."""
+    rank = int(os.environ["RANK"])
+
+    def turn(ends=False):
+        time.sleep(wait * rank)
+        if ends and rank:
+            os._exit(3)
+        time.sleep(60 * ends)
+        return rank, os.environ["WORLD_SIZE"], os.environ["MASTER_PORT"]
+
+    yield turn
+
+
+def test_a_system_of_several_ranks_takes_as_long_as_its_slowest():
+    system = Apart("ranks", partial(rank_and_world, 0.1), ranks=2)
+    try:
+        (zero, size, port), (one, *same) = system.results()
+        assert (zero, one, size) == (0, 1, "2") and same == [size, port]
+        assert 0.1 <= system.turn().wall < 10
+        with pytest.raises(RuntimeError, match="ranks ended with code 3"):
+            system.results(True)  # rank 0 is not waited for
+    finally:
+        system.close()
+
+
 def test_a_system_that_cannot_be_built_is_named():
     system = Apart("apart", broken)
     with pytest.raises(RuntimeError, match="apart ended with code 1"):

@@ -17,7 +17,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe.kernels.fp8 import packed_bytes
-from megatron_moe.moe.dispatch.base import NO_LIMITS, Limits, LocalDispatcher, addends_of, gather_rows, row_bytes, sum_rows
+from megatron_moe.moe.dispatch.base import (
+    NO_LIMITS,
+    Limits,
+    LocalDispatcher,
+    addends_of,
+    gather_rows,
+    inverse,
+    reorder_rows,
+    row_bytes,
+    sum_rows,
+)
 from megatron_moe.moe.dispatch.exchange import Flight, exchange_counts, launch
 from megatron_moe.moe.dispatch.slices import Slices
 
@@ -48,6 +58,7 @@ class Arrival:
 
     rows_S: list[int]  # how many come to each slice of the experts here
     order_R: Tensor  # row r of the experts is the order_R[r]-th row here
+    back_R: Tensor  # the way back
     offsets_e: Tensor  # int32
 
 
@@ -146,10 +157,10 @@ class AllToAllDispatcher(LocalDispatcher):
         return sum_rows(flight.land(), plan.addend_A, plan.num_tokens, plan.addends)
 
     def _to_slices(self, rows: Tensor, arrival: Arrival) -> Tensor:
-        return self.slices.gather(rows, arrival.rows_S).index_select(0, arrival.order_R)
+        return reorder_rows(self.slices.gather(rows, arrival.rows_S), arrival.order_R, arrival.back_R)
 
     def _from_slices(self, rows_RD: Tensor, arrival: Arrival) -> Tensor:
-        return self.slices.sum(rows_RD.index_select(0, inverse(arrival.order_R)), arrival.rows_S)
+        return self.slices.sum(reorder_rows(rows_RD, arrival.back_R, arrival.order_R), arrival.rows_S)
 
 
 def sent_bytes(ways: Sequence[tuple[int, int, int, int]]) -> tuple[int, int]:
@@ -162,7 +173,8 @@ def sent_bytes(ways: Sequence[tuple[int, int, int, int]]) -> tuple[int, int]:
 def arrival_of(blocks: Tensor, rows_S: list[int], wanted: tuple[int, ...]) -> Arrival:
     """Of rows that lie in `blocks`, the last dim fastest, and are wanted with the dims in the order `wanted`: experts first."""
     per_expert_e = blocks.movedim(wanted[0], -1).flatten(0, -2).sum(0)
-    return Arrival(rows_S, turned(blocks, sum(rows_S), wanted), per_expert_e.cumsum(0).to(torch.int32))
+    order_R = turned(blocks, sum(rows_S), wanted)
+    return Arrival(rows_S, order_R, inverse(order_R), per_expert_e.cumsum(0).to(torch.int32))
 
 
 def turned(blocks: Tensor, rows: int, wanted: tuple[int, ...]) -> Tensor:
@@ -174,12 +186,6 @@ def turned(blocks: Tensor, rows: int, wanted: tuple[int, ...]) -> Tensor:
     place = torch.arange(blocks.numel(), device=blocks.device).view([blocks.shape[dim] for dim in wanted])
     place = place.permute(*(wanted.index(dim) for dim in range(blocks.ndim)))
     return place.flatten().repeat_interleave(blocks.flatten(), output_size=rows).argsort(stable=True)
-
-
-def inverse(order_R: Tensor) -> Tensor:
-    back_R = torch.empty_like(order_R)
-    back_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    return back_R
 
 
 def on_host(tables: Sequence[Tensor]) -> list[list[list[int]]]:

@@ -111,6 +111,18 @@ def gather_rows(x_TD: Tensor, addend_R: Tensor, addends: int = 1) -> Tensor:
     return _Gather.apply(x_TD, addend_R, addends)
 
 
+def reorder_rows(rows: Tensor, order_R: Tensor, back_R: Tensor) -> Tensor:
+    """Row r is rows[order_R[r]]; each is taken once, and `back_R` is the way back, which gradients take. (That of index_select would fill
+    zeros and add to them.)"""
+    return _Reorder.apply(rows, order_R, back_R)
+
+
+def inverse(order_R: Tensor) -> Tensor:
+    back_R = torch.empty_like(order_R)
+    back_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
+    return back_R
+
+
 def _source(addend_R: Tensor, addends: int) -> Tensor:
     return addend_R if addends == 1 else addend_R // addends
 
@@ -146,6 +158,18 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, grad_RD: Tensor):
         (addend_R,) = ctx.saved_tensors
         return _summed(grad_RD, addend_R, ctx.num_tokens, ctx.addends), None, None
+
+
+class _Reorder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, order_R: Tensor, back_R: Tensor) -> Tensor:
+        ctx.save_for_backward(back_R)
+        return rows.index_select(0, order_R)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (back_R,) = ctx.saved_tensors
+        return grad.index_select(0, back_R), None, None
 
 
 def add_up(parts: Sequence[Tensor]) -> Tensor:

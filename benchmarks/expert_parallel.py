@@ -1,0 +1,242 @@
+"""a training step with experts over 2 and 4 gloo ranks of one thread against one process with a thread per core, wall time
+
+The model, the flags and the global batch of `step`: 4 x 512 tokens, which the ranks share out. Every system is of its own processes, which wait
+while others run; before anything is timed each takes three steps, and all losses have to agree.
+
+Where the time of a rank goes is measured in turns of their own, which are not compared. There the ranks meet before every collective, and
+it is waited for at once: what passes until they have met is "waiting", for ranks that had more to do; the collective itself moves bytes,
+of rows or of weights, and nothing else runs meanwhile. "packing" is sorting, gathering and adding up rows, "sharding" the copies of FSDP, "update"
+norm, clip and AdamW, "compute" all else. Bytes are those that a rank has to send at least.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+from benchmarks import harness
+from benchmarks.harness import Apart, Report, interleave, paired_ratio, say, spread, table, timing_table
+from benchmarks.product import Training, one_rank
+from benchmarks.step import CHECKED_STEPS, COMMON, FULL, QUICK
+from megatron_moe.config.flags import flag
+from megatron_moe.moe.dispatch import AllToAllDispatcher, base
+from megatron_moe.moe.layer import moe_layers
+from megatron_moe.training import step as training_step
+
+PEERS: dict[str, str] = {}
+
+ROUNDS, SPLIT_TURNS = 9, 5
+ONE = "one process"
+COMPUTE, PACKING, SHARDING, UPDATE, ROWS, WEIGHTS, WAITING = (
+    "compute",
+    "packing",
+    "sharding",
+    "update",
+    "rows move",
+    "weights move",
+    "waiting",
+)
+PARTS = (COMPUTE, PACKING, SHARDING, UPDATE, ROWS, WEIGHTS, WAITING)
+
+
+@dataclass(frozen=True)
+class Options(harness.Options):
+    """Options of this benchmark."""
+
+    dtype: tuple[Literal["fp32", "bf16"], ...] = flag(("fp32", "bf16"), "cases: --bf16 or not")
+    ranks: tuple[int, ...] = flag((2, 4), "cases: ranks that share the experts out; each must divide 4", minimum=2)
+
+
+def run(options: Options) -> Report:
+    cores = len(os.sched_getaffinity(0))
+    dtypes, worlds = (("fp32",), (2,)) if options.quick else (options.dtype, options.ranks)
+    flags = f"{QUICK if options.quick else FULL} {COMMON} --distributed-backend gloo"
+    report = Report(
+        "expert_parallel", {"flags": flags, "threads_of_one_process": cores, "threads_of_a_rank": 1, "rounds": options.rounds_or(ROUNDS)}
+    )
+    for dtype in dtypes:
+        own = f"{flags} --bf16" if dtype == "bf16" else flags
+        systems = {ONE: Apart(ONE, partial(system, own, 1, cores))}
+        for ranks in worlds:
+            systems[f"EP {ranks}"] = Apart(f"EP {ranks}", partial(system, shared_out(own, ranks), ranks, 1), ranks)
+        try:
+            measure(report, dtype, systems, options)
+        finally:
+            for each in systems.values():
+                each.close()
+    return report
+
+
+def shared_out(flags: str, ranks: int) -> str:
+    """The flags of each of `ranks`, which have a part of the batch and of the experts."""
+    words = flags.split()
+    place = words.index("--micro-batch-size") + 1
+    words[place] = str(int(words[place]) // ranks)
+    return " ".join([*words, "--moe-expert-parallel-size", str(ranks)])
+
+
+def measure(report: Report, dtype: str, systems: dict[str, Apart], options: Options) -> None:
+    losses = {name: first_steps(each) for name, each in systems.items()}
+    check_equal(losses, tolerance=1e-4 if dtype == "fp32" else 2e-2)
+    samples = interleave(list(systems.values()), options.rounds_or(ROUNDS), warmups=0)
+    report.samples[dtype] = samples
+    wall = {name: paired_ratio(samples, name, ONE, "wall") for name in samples}
+    splits = {name: split_of(each, 1 if options.quick else SPLIT_TURNS) for name, each in systems.items()}
+    report.figures[dtype] = {
+        "losses_of_the_first_steps": losses, "split_in_seconds": splits, "wall_over_one_process": {n: r._asdict() for n, r in wall.items()},
+    }  # fmt: skip
+    ratios = {f"wall / {ONE}": lambda name: f"{wall[name].median:.2f} ({wall[name].low:.2f}-{wall[name].high:.2f})"}
+    report.tables.append(f"{dtype}: a step\n" + timing_table(samples, ONE, ratios))
+    report.tables.append(f"{dtype}: where the time of a rank goes, milliseconds, each collective by itself\n" + split_table(splits))
+
+
+def first_steps(each: Apart) -> list[float]:
+    say(f"first steps: {each.name}")
+    return [each.run() for _ in range(CHECKED_STEPS)]
+
+
+def check_equal(losses: dict[str, list[float]], tolerance: float) -> None:
+    for name, found in losses.items():
+        for a, b in zip(found, losses[ONE]):
+            assert abs(a - b) < tolerance * abs(b), f"{name} and {ONE} do not do the same: losses {found} and {losses[ONE]}"
+
+
+def split_of(each: Apart, turns: int) -> list[dict[str, float]]:
+    """Medians, of each rank."""
+    found = [each.results(True) for _ in range(turns)]
+    return [{key: spread(turn[rank][key] for turn in found).median for key in found[0][rank]} for rank in range(len(found[0]))]
+
+
+def split_table(splits: dict[str, list[dict[str, float]]]) -> str:
+    rows = []
+    for name, ranks in splits.items():
+        for rank, parts in enumerate(ranks):
+            total = sum(parts[part] for part in PARTS)
+            cells = [f"{1e3 * seconds:.1f}" for seconds in (total, *(parts[part] for part in PARTS))]
+            rows.append([f"{name}, rank {rank}", *cells, f"{parts['bytes of rows'] / 1e6:.1f}", f"{parts['bytes of weights'] / 1e6:.1f}"])
+    return table(["", "step", *PARTS, "MB of rows", "MB of weights"], rows)
+
+
+# ---------------------------------------------------------------- in the processes
+
+
+@contextlib.contextmanager
+def system(flags: str, ranks: int, threads: int) -> Iterator[Callable[..., Any]]:
+    """A step on the same batch each time, and its loss; taken apart, seconds and bytes of this rank instead."""
+    torch.set_num_threads(threads)
+    with one_rank(flags, ranks) as (world, mesh):
+        training = Training(flags, world, mesh)
+        batches = training.next_batches()
+        assert ranks == 1 or isinstance(moe_layers(training.model)[0].dispatcher, AllToAllDispatcher)
+
+        def step(is_taken_apart: bool = False) -> Any:
+            if not is_taken_apart:
+                return float(training.step(batches).lm_loss)
+            split = Split()
+            with split.watching():
+                training.step(batches)
+            return split.found()
+
+        yield step
+
+
+class Split:
+    """Seconds of a step by what this rank did, and bytes by what they were."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.bytes: dict[str, float] = defaultdict(float)
+        self._inside, self._since = [COMPUTE], time.perf_counter()
+
+    def found(self) -> dict[str, float]:
+        self._book()
+        sent = {f"bytes of {what}": self.bytes[part] for what, part in (("rows", ROWS), ("weights", WEIGHTS))}
+        return {part: self.seconds[part] for part in PARTS} | sent
+
+    def _book(self) -> None:
+        now = time.perf_counter()
+        self.seconds[self._inside[-1]] += now - self._since
+        self._since = now
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What runs inside of it counts for it, unless it is in a part of its own."""
+        self._book()
+        self._inside.append(name)
+        try:
+            yield
+        finally:
+            self._book()
+            self._inside.pop()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        with contextlib.ExitStack() as patches:
+            for owner, names, part in (
+                (AllToAllDispatcher, ("plans", "depart", "arrive", "depart_back", "arrive_back"), PACKING),
+                *((function, ("backward",), PACKING) for function in (base._Gather, base._Sum, base._Reorder)),
+                (_fsdp_param_group.FSDPParamGroup, ("unshard", "wait_for_unshard", "post_backward"), SHARDING),
+                (training_step, ("update",), UPDATE),
+            ):
+                for name in names:
+                    inside = self._inside_of(part, getattr(owner, name))
+                    patches.enter_context(
+                        mock.patch.object(owner, name, staticmethod(inside) if part is PACKING and name == "backward" else inside)
+                    )
+            for name, part, share in COLLECTIVES:
+                if hasattr(dist, name):
+                    patches.enter_context(mock.patch.object(dist, name, self._by_itself(getattr(dist, name), part, share)))
+            yield
+
+    def _inside_of(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.part(part):
+                return function(*args, **kwargs)
+
+        return timed
+
+    def _by_itself(self, collective: Callable[..., Any], part: str, share: Callable[[int], float]) -> Callable[..., Any]:
+        def alone(*args: Any, **kwargs: Any) -> Any:
+            group = kwargs.get("group")
+            with self.part(WAITING):
+                dist.barrier(group=group)
+            with self.part(part):
+                work = collective(*args, **kwargs)
+                if work is not None:
+                    work.wait()
+            self.bytes[part] += sent_bytes(args, kwargs) * share(dist.get_world_size(group))
+            return work
+
+        return alone
+
+
+# Name in torch.distributed, of any version; what it moves; what a rank sends of its input.
+COLLECTIVES = (
+    ("all_to_all_single", ROWS, lambda ranks: 1.0),
+    ("all_gather_into_tensor", WEIGHTS, lambda ranks: ranks - 1.0),
+    ("all_gather_single", WEIGHTS, lambda ranks: ranks - 1.0),
+    ("reduce_scatter_tensor", WEIGHTS, lambda ranks: (ranks - 1) / ranks),
+    ("reduce_scatter_single", WEIGHTS, lambda ranks: (ranks - 1) / ranks),
+    ("all_reduce", WEIGHTS, lambda ranks: 2 * (ranks - 1) / ranks),
+)
+
+
+def sent_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Of the input of a collective; where each rank has a size of its own (output, input, receive, send), without what stays here."""
+    x: Tensor = kwargs.get("input", kwargs.get("input_tensor", args[-1] if len(args) == 1 else args[1] if args else None))
+    if len(args) < 4:
+        return x.numel() * x.element_size()
+    here = dist.get_rank(kwargs.get("group"))
+    return sum(rows for rank, rows in enumerate(args[3]) if rank != here) * x[:1].numel() * x.element_size()
