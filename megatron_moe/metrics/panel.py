@@ -2,6 +2,8 @@
 
 layer experts  max/mean  min/mean  dead  dropped  entropy  logits  MiB sent  load
     2       8      1.75      0.41     0    12.3%     0.93     2.1      12.5  [====-+=*]
+
+Beside "MiB sent" stands "far", what of it went to other nodes, where that is known and anything did.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 Record = dict[str, Any]
 
 MOST_BARS = 32  # experts that are shown one by one
+WIDTH = 120
 FULL_BLOCKS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # eighths of a character cell, from empty to full
 ASCII_BLOCKS = " .:-=+*#@"
 
@@ -40,6 +43,8 @@ COLUMNS = (
     Column("bias", 13, lambda r: "" if r["bias_min"] is None else f"{r['bias_min']:.2f}..{r['bias_max']:.2f}",
            lambda r: r.get("bias_min") is not None),
     Column("MiB sent", 9, lambda r: f"{r['sent_bytes'] / 2**20:.1f}", lambda r: bool(r.get("sent_bytes"))),
+    Column("far", 9, lambda r: "" if r.get("sent_bytes_far") is None else f"{r['sent_bytes_far'] / 2**20:.1f}",
+           lambda r: bool(r.get("sent_bytes_far"))),
 )  # fmt: skip
 
 
@@ -49,21 +54,22 @@ def expert_panel(layers: Sequence[Record], most_rows: int | None = None, blocks:
     busiest = sorted(layers, key=lambda r: _number(r["load_max_over_mean"]), reverse=True)
     shown, rest = sorted(busiest[:most_rows], key=lambda r: r["layer"]), busiest[most_rows:] if most_rows else []
     columns = [c for c in COLUMNS if any(map(c.is_of, layers))]
-    is_sorted = any(len(r["expert_load"]) > MOST_BARS for r in shown)
+    most_bars = min(MOST_BARS, WIDTH - sum(c.width for c in columns) - len("  []"))
+    is_sorted = any(len(r["expert_load"]) > most_bars for r in shown)
     yield "".join(c.title.rjust(c.width) for c in columns) + f"  load{', sorted' if is_sorted else ''} ({blocks[4]} mean)"
     for r in shown:
-        yield "".join(c.text(r).rjust(c.width) for c in columns) + f"  [{load_bars(r['expert_load'], blocks)}]"
+        yield "".join(c.text(r).rjust(c.width) for c in columns) + f"  [{load_bars(r['expert_load'], blocks, most_bars)}]"
     if rest:
         yield (f"{len(rest)} more layers: max/mean at most {_number(rest[0]['load_max_over_mean']):.2f}, {sum(r['dead_experts'] for r in rest)} "
                f"dead, at most {100 * max(_number(r['dropped_fraction']) for r in rest):.1f}% dropped (--moe-panel all shows them)")  # fmt: skip
 
 
-def load_bars(shares: Sequence[float | None], blocks: str) -> str:
-    """One character per expert in their order; of more than MOST_BARS, as many from the busiest to the idlest."""
+def load_bars(shares: Sequence[float | None], blocks: str, most: int = MOST_BARS) -> str:
+    """One character per expert in their order; of more than `most`, as many from the busiest to the idlest."""
     loads = [(share or 0.0) * len(shares) for share in shares]
-    if len(loads) > MOST_BARS:
+    if len(loads) > most:
         ordered = sorted(loads, reverse=True)
-        loads = [ordered[i * (len(ordered) - 1) // (MOST_BARS - 1)] for i in range(MOST_BARS)]
+        loads = [ordered[i * (len(ordered) - 1) // (most - 1)] for i in range(most)]
     return "".join(block_of(load, blocks) for load in loads)
 
 

@@ -119,13 +119,15 @@ def moe_layer_record(
     router_logit_rms: float = 0.0,
     bias_range: tuple[float, float] | None = None,
     sent_bytes: float = 0.0,
+    far_bytes: float | None = None,
 ) -> Record:
     """The entry of one MoE layer from its counts over the global batch, before anything is dropped.
 
     Counts (6, 2, 0, 0) have mean 2: load_max_over_mean 3, load_p50_over_mean 0.5, load_min_over_mean 0, dead_experts 2,
     expert_load (.75, .25, 0, 0). router_entropy is 1 for a uniform and 0 for a decided router; router_logit_rms the root mean square
     of logsumexp(logits); bias_min and bias_max are null without expert biases; sent_bytes is what a rank sent to other ranks in
-    the step for rows and their gradients (mean over ranks).
+    the step for rows and their gradients (mean over ranks), sent_bytes_near and sent_bytes_far what of it stayed within its node and
+    crossed to another: null where it is not known which ranks share a node.
     """
     counts = [float(n) for n in tokens_per_expert]
     total, num_experts = sum(counts), len(counts)
@@ -143,6 +145,8 @@ def moe_layer_record(
         "bias_min": bias_min,
         "bias_max": bias_max,
         "sent_bytes": float(sent_bytes),
+        "sent_bytes_near": None if far_bytes is None else float(sent_bytes - far_bytes),
+        "sent_bytes_far": None if far_bytes is None else float(far_bytes),
         "expert_load": shares,
     }
 

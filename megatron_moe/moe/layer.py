@@ -100,7 +100,7 @@ class MoELayer(nn.Module):
         plan = self.dispatcher.plan(routing.ids_TK, limits)
         also = () if meanwhile is None else (meanwhile,)
         y_TD = self.run(self.compute, x_TD, routing.ids_TK, routing.weights_TK, plan, *also)
-        self.stats.add_sent(plan.sent_bytes, torch.is_grad_enabled(), self.run is not call)
+        self.stats.add_sent(plan.sent_bytes, plan.far_bytes, torch.is_grad_enabled(), self.run is not call)
         return y_TD, routing
 
     def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: Any, meanwhile: Callable[[], None] | None = None) -> Tensor:

@@ -21,6 +21,7 @@ class LayerLoad:
     aux_loss: float  # unscaled load-balancing loss: 1 is balanced
     z_loss: float
     sent_bytes: float = 0.0  # by a rank to other ranks, for rows and their gradients; mean over ranks
+    far_bytes: float | None = None  # of these, to ranks of other nodes; None where it is not known which ranks share a node
     bias_range: tuple[float, float] | None = None  # smallest and largest expert bias, where experts have one
 
 
@@ -36,14 +37,18 @@ class RoutingStats:
     def reset(self) -> None:
         self.sums: Tensor | None = None  # float64 [E + SCALARS]: exact counts
         self.sent_bytes = 0  # by this rank; the host knows it
+        self.far_bytes: float = 0  # of these, to other nodes; NaN where nobody knows
 
     def add(self, measured: Tensor) -> None:
         self.sums = measured if self.sums is None else self.sums + measured
 
-    def add_sent(self, sent_bytes: tuple[int, int], has_backward: bool, is_recomputed: bool) -> None:
+    def add_sent(
+        self, sent_bytes: tuple[int, int], far_bytes: tuple[int, int] | None, has_backward: bool, is_recomputed: bool
+    ) -> None:  # fmt: skip
         """(forward, backward) of a micro-batch. A backward that recomputes sends what the forward sent once more."""
-        forward, backward = sent_bytes
-        self.sent_bytes += forward + has_backward * (backward + is_recomputed * forward)
+        times = 1 + has_backward * is_recomputed, has_backward
+        self.sent_bytes += sum(n * way for n, way in zip(times, sent_bytes))
+        self.far_bytes += math.nan if far_bytes is None else sum(n * way for n, way in zip(times, far_bytes))
 
     @property
     def counts_E(self) -> Tensor:

@@ -378,21 +378,21 @@ def expert_loads(run: Run) -> list[LayerLoad]:
     dist.all_reduce(together)
     loads = []
     for layer, vector in zip(experts, together.cpu().split([len(part) for part in parts])):
-        vector, (sent, *bias_range) = vector[:-3], vector[-3:].tolist()
+        vector, (sent, far, *bias_range) = vector[:-4], vector[-4:].tolist()
         bias = tuple(bias_range) if c.moe.moe_router_enable_expert_bias else None
-        loads.append(replace(summarise(layer, vector), sent_bytes=sent, bias_range=bias))
+        loads.append(replace(summarise(layer, vector), sent_bytes=sent, far_bytes=None if math.isnan(far) else far, bias_range=bias))
     return loads
 
 
 def layer_vector(moe: MoELayer | None, num_experts: int, mesh: mpu.ParallelMesh, device: torch.device) -> Tensor:
-    """float64, to be summed over the world: statistics of a layer, bytes sent by a rank that has it, its smallest and largest bias;
+    """float64, to be summed over the world: statistics of a layer, bytes sent by a rank that has it, and to other nodes (NaN where unknown), its smallest and largest bias;
     zeros where the layer is on another stage."""
     if moe is None:
-        return torch.zeros(num_experts + RoutingStats.SCALARS + 3, dtype=torch.float64, device=device)
-    own = torch.zeros(3, dtype=torch.float64, device=device)
-    own[0] = moe.stats.sent_bytes / mesh.stage_ranks
+        return torch.zeros(num_experts + RoutingStats.SCALARS + 4, dtype=torch.float64, device=device)
+    own = torch.zeros(4, dtype=torch.float64, device=device)
+    own[0], own[1] = moe.stats.sent_bytes / mesh.stage_ranks, moe.stats.far_bytes / mesh.stage_ranks
     if moe.gate.expert_bias is not None and dist.get_rank(mesh.stage_group) == 0:  # equal on all ranks of the stage: one says it
-        own[1:] = torch.stack([moe.gate.expert_bias.min(), moe.gate.expert_bias.max()])
+        own[2:] = torch.stack([moe.gate.expert_bias.min(), moe.gate.expert_bias.max()])
     return torch.cat([moe.stats.vector(device), own])
 
 
@@ -408,7 +408,7 @@ def log_step(run: Run, result: StepResult, step: Step, throughput: Throughput) -
     mean = lambda values: sum(values) / len(loads) if loads else 0.0  # noqa: E731
     records = [
         moe_layer_record(load.layer, load.tokens_per_expert, load.dropped_fraction, load.router_entropy, load.z_loss**0.5,
-                         load.bias_range, load.sent_bytes)
+                         load.bias_range, load.sent_bytes, load.far_bytes)
         for load in loads
     ]  # fmt: skip
     run.tracker.log_train(

@@ -21,7 +21,12 @@ NODES = "--moe-expert-parallel-size 4 --moe-token-dispatcher hierarchical --moe-
 
 
 def bytes_of_a_step(model_name: str, flags: str) -> tuple[int, int]:
-    """Sent by this rank in one step for its rows: as the statistics have it, and at the groups of the experts."""
+    return all_bytes_of_a_step(model_name, flags)["sent"]
+
+
+def all_bytes_of_a_step(model_name: str, flags: str) -> dict[str, tuple[float, int]]:
+    """Sent by this rank in one step for its rows: as the statistics have it, and at the groups of the experts; of these, what leaves the node
+    in two stages."""
     c = parity.config(model_name, flags)
     mesh = build_parallel_mesh(c, "cpu")
     model = build_parallel_model(c, parity.VOCAB, mesh, torch.device("cpu"))
@@ -31,7 +36,9 @@ def bytes_of_a_step(model_name: str, flags: str) -> tuple[int, int]:
     with BytesSent() as wire:
         forward_backward(model, batches, divisor, mesh, parity.SEED, 0)
     groups = [g for ep in mesh.experts for g in (mesh.expert_group(ep), mesh.expert_tensor_group(ep), *(mesh.expert_node_groups(ep) or ()))]
-    return sum(moe.stats.sent_bytes for moe in moe_layers(model)), wire.of(*groups)
+    across = [nodes[1] for ep in mesh.experts if (nodes := mesh.expert_node_groups(ep))]
+    stats = [moe.stats for moe in moe_layers(model)]
+    return {"sent": (sum(s.sent_bytes for s in stats), wire.of(*groups)), "far": (sum(s.far_bytes for s in stats), wire.of(*across))}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +65,13 @@ def test_bytes_sent_are_those_that_the_groups_send(model, world, flags):
     found = run_distributed(bytes_of_a_step, world, model, flags)
     for counted, at_the_groups in found:
         assert counted == at_the_groups > 0
+
+
+@pytest.mark.parametrize("flags", [NODES, pytest.param(f"{NODES} --recompute-granularity full", marks=pytest.mark.matrix)])
+def test_bytes_to_other_nodes_are_those_that_their_groups_send(flags):
+    for found in run_distributed(all_bytes_of_a_step, 4, "dropping", flags):
+        far, at_the_groups = found["far"]
+        assert far == at_the_groups and 0 < far < found["sent"][0]
 
 
 def test_nothing_is_sent_where_all_experts_are_local():

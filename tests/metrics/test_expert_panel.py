@@ -35,13 +35,18 @@ def test_what_no_layer_has_takes_no_room():
     head, _ = panel(layer())
     assert "bias" not in head
     assert "MiB" not in head
+    assert "far" not in panel(layer(sent_bytes=2.0**21))[0] and "far" not in panel(layer(sent_bytes=2.0**21, far_bytes=0.0))[0]
+    head, row = panel(layer(sent_bytes=3.0 * 2**20, far_bytes=2.0**20))
+    assert [row[: head.index(title) + len(title)].split()[-1] for title in ("MiB sent", "far")] == ["3.0", "1.0"]
     assert "bias" in panel(layer(), layer(4, bias_range=(0.0, 0.0)))[0]
 
 
 @pytest.mark.parametrize("experts", [2, 32, 33, 512])
 def test_a_table_is_at_most_120_columns_wide(experts):
     layers = [layer(n, range(experts), bias_range=(-1.25, 1.25), sent_bytes=2e12) for n in range(1, 200, 3)]
-    assert max(map(len, panel(*layers))) <= 120
+    crossing = [layer(n, range(experts), bias_range=(-1.25, 1.25), sent_bytes=2e12, far_bytes=1e12) for n in range(1, 200, 3)]
+    assert max(map(len, panel(*layers))) <= 120 and max(map(len, panel(*crossing))) <= 120
+    assert panel(*layers)[1].endswith("]") and panel(*crossing)[1].endswith("]")
     assert max(map(len, panel(*layers, most_rows=8))) <= 120
     assert max(map(len, panel(layer(2, range(8))))) <= 80
 

@@ -58,7 +58,8 @@ def test_train_record_has_exactly_the_published_keys():
     assert list(record) == ["event", *STEP, "moe"]
     assert list(record["moe"][0]) == [
         "layer", "load_max_over_mean", "load_min_over_mean", "dead_experts", "dropped_fraction", "router_entropy", "load_p5_over_mean",
-        "load_p50_over_mean", "load_p95_over_mean", "router_logit_rms", "bias_min", "bias_max", "sent_bytes", "expert_load",
+        "load_p50_over_mean", "load_p95_over_mean", "router_logit_rms", "bias_min", "bias_max", "sent_bytes", "sent_bytes_near", "sent_bytes_far",
+        "expert_load",
     ]  # fmt: skip
 
 
@@ -74,7 +75,8 @@ def test_layer_record_of_a_skewed_load_matches_the_worked_example():
     assert LAYERS[0] == {
         "layer": 1, "load_max_over_mean": 3.0, "load_min_over_mean": 0.0, "dead_experts": 2, "dropped_fraction": 0.25,
         "router_entropy": 0.9, "load_p5_over_mean": 0.0, "load_p50_over_mean": 0.5, "load_p95_over_mean": pytest.approx(2.7),
-        "router_logit_rms": 0.0, "bias_min": None, "bias_max": None, "sent_bytes": 0.0, "expert_load": [0.75, 0.25, 0.0, 0.0],
+        "router_logit_rms": 0.0, "bias_min": None, "bias_max": None, "sent_bytes": 0.0, "sent_bytes_near": None,
+        "sent_bytes_far": None, "expert_load": [0.75, 0.25, 0.0, 0.0],
     }  # fmt: skip
 
 
@@ -246,6 +248,9 @@ def test_tensorboard_gets_one_scalar_per_number_and_layer():
     assert not any("bias" in tag for tag in values)
     biased = train_record(moe=[moe_layer_record(1, [1, 1], 0.0, 1.0, bias_range=(-0.5, 0.25), sent_bytes=7.0)])
     assert [dict(scalars(biased))[f"moe/layer_1/{key}"] for key in ("bias_min", "bias_max", "sent_bytes")] == [-0.5, 0.25, 7.0]
+    assert not any("near" in tag or "far" in tag for tag, _ in scalars(biased)), "nobody knows which ranks share a node"
+    crossing = train_record(moe=[moe_layer_record(1, [1, 1], 0.0, 1.0, sent_bytes=7.0, far_bytes=3.0)])
+    assert [dict(scalars(crossing))[f"moe/layer_1/sent_bytes_{where}"] for where in ("near", "far")] == [4.0, 3.0]
 
 
 def test_tensorboard_keeps_splits_apart_and_skips_other_events():

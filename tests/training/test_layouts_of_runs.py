@@ -32,7 +32,15 @@ LAYOUTS = {  # name -> ranks, flags
     "TP 4, heads that are shared": (4, f"{TP} 4"),
     "CP 2, TP 2, ETP 2": (4, f"{CP} 2 {TP} 2 {ETP} 2"),
 }
-OF_THE_MACHINE = {"iteration_time_ms", "tokens_per_second", "tflops_per_device", "peak_memory_bytes", "sent_bytes"}
+OF_THE_MACHINE = {
+    "iteration_time_ms",
+    "tokens_per_second",
+    "tflops_per_device",
+    "peak_memory_bytes",
+    "sent_bytes",
+    "sent_bytes_near",
+    "sent_bytes_far",
+}
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def assert_same_records(a: list[dict], b: list[dict], skipped: set[str]) -> None
 
 def flat(value) -> list:
     if isinstance(value, dict):
-        return [x for key, v in value.items() if key != "sent_bytes" for x in flat(v)]
+        return [x for key, v in value.items() if not key.startswith("sent_bytes") for x in flat(v)]
     return [x for v in value for x in flat(v)] if isinstance(value, list | tuple) else [value]
 
 

@@ -28,7 +28,8 @@ last expert's are spare (`plan.has_spare_rows`). They have weight 0; the experts
 all-to-alls ask - once per layer, for the sizes they must know on the host - and have no spare rows. Padded, it need not ask: then
 zero rows of weight 0 stand behind each rank's rows of an expert, up to its capacity.
 
-`plan.sent_bytes`, known once rows have travelled: what this rank sends to others for them, in a forward and in its backward.
+`plan.sent_bytes`, known once rows have travelled: what this rank sends to others for them, in a forward and in its backward;
+`plan.far_bytes`: of these, those to ranks of other nodes; None where it is not known which ranks share a node.
 
 Worked example, 4 experts on 2 ranks, k = 1: rank 0 routes tokens a b c to experts 2 0 2, rank 1 routes d e to 0 3.
 Rank 0 owns experts 0 and 1 and receives [b, d], offsets [2, 2]; rank 1 receives [a, c, e], offsets [2, 3].

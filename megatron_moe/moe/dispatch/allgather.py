@@ -22,6 +22,7 @@ class AllGatherPlan:
     tokens_here: int
     padded_tokens: int  # per rank: every rank contributes as many as the longest
     sent_bytes: tuple[int, int] = (0, 0)
+    far_bytes: tuple[int, int] | None = None
 
     @property
     def has_spare_rows(self) -> bool:

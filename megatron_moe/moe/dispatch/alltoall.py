@@ -51,6 +51,13 @@ class Leg:
         rank = dist.get_rank(self.group)
         return sum(self.send_P) - self.send_P[rank], sum(self.receive_P) - self.receive_P[rank]
 
+    def far_rows(self, nodes: int) -> tuple[int, int]:
+        """Of these, those to other nodes, where the group's ranks are on so many, one node's behind another's."""
+        numbers = len(self.send_P) // nodes
+        first = dist.get_rank(self.group) // numbers * numbers
+        near = slice(first, first + numbers)
+        return sum(self.send_P) - sum(self.send_P[near]), sum(self.receive_P) - sum(self.receive_P[near])
+
 
 @dataclass
 class Arrival:
@@ -74,6 +81,7 @@ class AllToAllPlan:
     arrival: Arrival
     has_spare_rows: bool = False
     sent_bytes: tuple[int, int] = (0, 0)
+    far_bytes: tuple[int, int] | None = None
 
     @property
     def offsets_e(self) -> Tensor:
@@ -81,14 +89,17 @@ class AllToAllPlan:
 
 
 class AllToAllDispatcher(LocalDispatcher):
-    """Experts are split over the ranks of `group`, which exchange rows directly. fp8: on the way out in e4m3, also rows to themselves."""
+    """Experts are split over the ranks of `group`, which exchange rows directly. fp8: on the way out in e4m3, also rows to themselves. nodes: over how many the
+    ranks are spread, where that is known; it counts, and changes nothing."""
 
     name = "alltoall"
     has_gap = True
 
-    def __init__(self, num_experts: int, group: dist.ProcessGroup, slices: Slices | None = None, fp8: bool = False):
+    def __init__(
+        self, num_experts: int, group: dist.ProcessGroup, slices: Slices | None = None, fp8: bool = False, nodes: int | None = None
+    ):
         super().__init__(num_experts)
-        self.fp8 = fp8
+        self.fp8, self.nodes = fp8, nodes
         self.group, self.ranks = group, dist.get_world_size(group)
         self.slices = slices or Slices()
 
@@ -139,12 +150,19 @@ class AllToAllDispatcher(LocalDispatcher):
     def depart(self, x_TD: Tensor, weights_TK: Tensor, plan: AllToAllPlan) -> list[Flight]:
         """Rows and their gate weights set off."""
         rows, weights = gather_rows(x_TD, plan.addend_A, plan.addends), weights_TK.reshape(-1).index_select(0, plan.slot_A)
-        ways = plan.leg.sent_rows(), self.slices.sent_rows(plan.arrival.rows_S)
-        forward, backward = sent_bytes([(*way, row_bytes(rows), weights.element_size()) for way in ways])
-        if self.fp8:
-            forward -= ways[0][0] * (row_bytes(rows) - packed_bytes(rows.shape[1]))
-        plan.sent_bytes = forward, backward
+        out, among = plan.leg.sent_rows(), self.slices.sent_rows(plan.arrival.rows_S)
+        plan.sent_bytes = self._bytes_of(out, rows, weights, also=among)
+        plan.far_bytes = None if self.nodes is None else self._bytes_of(plan.leg.far_rows(self.nodes), rows, weights)
         return [plan.leg.launch(rows, self.fp8), plan.leg.launch(weights)]
+
+    def _bytes_of(
+        self, way: tuple[int, int], rows: Tensor, weights: Tensor, also: tuple[int, int] = (0, 0)
+    ) -> tuple[int, int]:  # fmt: skip
+        """(forward, backward) of rows that go out and back, in FP8 where that is how they go, and of those that go in their own type."""
+        forward, backward = sent_bytes([(*each, row_bytes(rows), weights.element_size()) for each in (way, also)])
+        if self.fp8:
+            forward -= way[0] * (row_bytes(rows) - packed_bytes(rows.shape[1]))
+        return forward, backward
 
     def arrive(self, flights: list[Flight], plan: AllToAllPlan) -> tuple[Tensor, ...]:
         """By expert, as the experts take them."""

@@ -37,6 +37,7 @@ class LocalPlan:
     k: int
     has_spare_rows: bool
     sent_bytes: tuple[int, int] = (0, 0)
+    far_bytes: tuple[int, int] | None = (0, 0)
 
     @property
     def token_R(self) -> Tensor:

@@ -140,7 +140,7 @@ def build_dispatcher(
     elif choice.kind == "hierarchical":
         dispatcher = HierarchicalDispatcher(num_experts, group, *nodes, cut)
     else:
-        dispatcher = AllToAllDispatcher(num_experts, group, cut, fp8 and ep > 1)
+        dispatcher = AllToAllDispatcher(num_experts, group, cut, fp8 and ep > 1, None if nodes is None else num_nodes)
     if choice.chunks > 1:
         dispatcher = OverlappedDispatcher(dispatcher, choice.chunks)
     assert dispatcher.name == choice.name, f"{dispatcher.name} is not {choice.name}"

@@ -22,6 +22,7 @@ class FusedPlan:
     where: RowMap
     has_spare_rows: bool
     sent_bytes: tuple[Any, Any] = (0, 0)
+    far_bytes: tuple[int, int] | None = (0, 0)  # its ranks share a node
 
     @property
     def offsets_e(self) -> Tensor:

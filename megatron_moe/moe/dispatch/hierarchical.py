@@ -48,6 +48,7 @@ class HierarchicalPlan:
     arrival: Arrival
     has_spare_rows: bool = False
     sent_bytes: tuple[int, int] = (0, 0)
+    far_bytes: tuple[int, int] | None = None
 
     @property
     def offsets_e(self) -> Tensor:
@@ -71,9 +72,9 @@ class HierarchicalDispatcher(AllToAllDispatcher):
         across: dist.ProcessGroup,
         slices: Slices | None = None,
     ):
-        super().__init__(num_experts, group, slices)
+        super().__init__(num_experts, group, slices, nodes=dist.get_world_size(across))
         self.within, self.across = within, across
-        self.nodes, self.numbers = dist.get_world_size(across), dist.get_world_size(within)
+        self.numbers = dist.get_world_size(within)
         assert self.nodes * self.numbers == self.ranks, f"{self.nodes} nodes x {self.numbers} != {self.ranks} ranks"
         self.experts_of_node = num_experts // self.nodes
 
@@ -122,7 +123,9 @@ class HierarchicalDispatcher(AllToAllDispatcher):
         weights_UK = torch.where(plan.is_there_UK, weights_TK.index_select(0, plan.token_U), 0.0)
         row, weight, weights = row_bytes(rows_UD), weights_UK.element_size(), row_bytes(weights_UK)
         near = plan.within.sent_rows(), self.slices.sent_rows(plan.arrival.rows_S)
-        plan.sent_bytes = sent_bytes([(*plan.across.sent_rows(), row, weights), *((*way, row, weight) for way in near)])
+        far = (*plan.across.sent_rows(), row, weights)
+        plan.sent_bytes = sent_bytes([far, *((*way, row, weight) for way in near)])
+        plan.far_bytes = sent_bytes([far])
         return [plan.across.launch(rows_UD), plan.across.launch(weights_UK)]
 
     def arrive(self, flights: list[Flight], plan: HierarchicalPlan) -> tuple[Tensor, ...]:

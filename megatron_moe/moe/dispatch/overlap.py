@@ -36,6 +36,11 @@ class OverlappedPlan:
         forward, backward = (sum(n) for n in zip(*(part.sent_bytes for part in self.parts)))
         return forward, backward
 
+    @property
+    def far_bytes(self) -> tuple[int, int] | None:
+        each = [part.far_bytes for part in self.parts]
+        return None if None in each else tuple(map(sum, zip(*each)))
+
 
 class OverlappedDispatcher:
     """An all-to-all, direct or hierarchical, in `chunks` parts. What overlaps is the exchange between nodes, or the only one; neighbours on

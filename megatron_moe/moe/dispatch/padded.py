@@ -26,6 +26,7 @@ class PaddedPlan:
     num_tokens: int
     has_spare_rows: bool = False
     sent_bytes: tuple[int, int] = (0, 0)
+    far_bytes: tuple[int, int] | None = None
 
 
 class PaddedDispatcher(LocalDispatcher):
