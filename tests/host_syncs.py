@@ -5,7 +5,9 @@
     assert syncs.seen == []
 
 Some of it are operators (reading a scalar; operators whose output size depends on values), which a dispatch mode sees, also in
-the backward and from C++; the rest are methods of Tensor. Each entry names the operation and the nearest line of megatron_moe.
+the backward and from C++; the rest are methods of Tensor, and what copies a Python number or list to the device. Each entry names the
+operation and the nearest line of megatron_moe. Copies that ask not to block are none, and nothing is that an interpreted Triton kernel
+does: it is a device.
 
 A kernel for CPU tensors alone (kernels/expert_mlp_cpu.py, a part of kernels/rows.py) may read what it likes, and no device would run it. So here nothing takes it:
 inside of HostSyncs the CPU stands for a device, and the same lines run as on one.
@@ -27,9 +29,11 @@ PACKAGE = Path(megatron_moe.__file__).parent
 
 # Their output's size, or their Python value, comes from the device.
 _READING = {
-    "_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
+    "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_dim_consecutive",
+    "unique_consecutive", "bincount", "histc",
 }  # fmt: skip
 _METHODS = ("tolist", "numpy", "cpu", "__array__")
+_COPIES = ("tensor", "as_tensor")  # to the device, where one is named: of memory that is not pinned, so torch waits until they are there
 
 
 class HostSyncs(TorchDispatchMode):
@@ -41,6 +45,8 @@ class HostSyncs(TorchDispatchMode):
     def __enter__(self) -> HostSyncs:
         for name in _METHODS:
             self.patches.append(mock.patch.object(torch.Tensor, name, self._noting(name)))
+        for name in _COPIES:
+            self.patches.append(mock.patch.object(torch, name, self._copying(name)))
         self.patches.append(mock.patch.object(torch.Tensor, "to", self._to))
         self.patches.append(mock.patch.object(expert_mlp, "is_one_operator", return_value=False))
         self.patches.append(mock.patch.object(rows, "looks_like_a_device", return_value=True))
@@ -72,12 +78,22 @@ class HostSyncs(TorchDispatchMode):
 
         return method
 
+    def _copying(self, name: str):
+        original = getattr(torch, name)
+
+        def copy(data, *args, **kwargs):
+            if kwargs.get("device") is not None and not isinstance(data, torch.Tensor):
+                self._note(f"{name} to the device")
+            return original(data, *args, **kwargs)
+
+        return copy
+
     @property
     def _to(self):
         original = torch.Tensor.to
 
         def to(tensor, *args, **kwargs):
-            if any(str(a) == "cpu" for a in (*args, *kwargs.values())):
+            if not kwargs.get("non_blocking") and any(str(a) == "cpu" for a in (*args, *kwargs.values())):
                 self._note("to the CPU")
             return original(tensor, *args, **kwargs)
 
@@ -87,5 +103,7 @@ class HostSyncs(TorchDispatchMode):
         stack = traceback.extract_stack()
         if any("torch/optim/" in frame.filename for frame in stack):
             return  # the optimizer counts its steps in tensors that live on the host (on a GPU its fused kernel reads none)
+        if any("triton/runtime/interpreter" in frame.filename for frame in stack):
+            return
         ours = next((f"{Path(f.filename).name}:{f.lineno}" for f in reversed(stack) if PACKAGE in Path(f.filename).parents), "elsewhere")
         self.seen.append(f"{what} in {ours}")

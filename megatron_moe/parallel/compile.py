@@ -21,6 +21,7 @@ from megatron_moe.model.block import Block
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.mtp import MultiTokenModule
 from megatron_moe.moe.dispatch import AllToAllDispatcher, OverlappedDispatcher, PaddedDispatcher
+from megatron_moe.moe.dispatch.fused import FusedDispatcher
 from megatron_moe.moe.experts import Experts
 from megatron_moe.moe.layer import MoELayer
 
@@ -47,9 +48,10 @@ def apply_compile(model: GPT, backend: str = "inductor") -> None:
 
 
 def _has_any_rows(moe: MoELayer) -> bool:
-    """Whether the number of the experts' rows depends on the routing."""
-    is_padded_to_load = isinstance(moe.dispatcher, PaddedDispatcher) and not moe.config.moe_token_dropping
-    return isinstance(moe.dispatcher, AllToAllDispatcher | OverlappedDispatcher) or is_padded_to_load
+    """Whether the number of the experts' rows depends on the routing: in training, or in evaluation alone, where a policy that keeps the
+    capacity by itself has none, and the fused all-to-all asks for exact sizes."""
+    is_padded_to_load = isinstance(moe.dispatcher, PaddedDispatcher) and (moe.policy.keeps_capacity or not moe.config.moe_token_dropping)
+    return isinstance(moe.dispatcher, AllToAllDispatcher | OverlappedDispatcher | FusedDispatcher) or is_padded_to_load
 
 
 def of_any_rows(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -41,7 +41,7 @@ def evaluate(
     left = iter(batches)
     try:
         while together := [
-            part_of(batch.to(device), None, mesh)[0]
+            part_of(batch.to(device, non_blocking=True), None, mesh)[0]
             for batch in itertools.islice(left, in_flight if isinstance(model, PipelinedGPT) else 1)
         ]:
             losses_BS = losses_of(model, together)

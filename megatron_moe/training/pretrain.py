@@ -254,7 +254,10 @@ def train(run: Run) -> None:
             run.distillation = None  # frees the teacher
             run.tracker.event("alert", iteration=progress.iteration, reason="distillation is over: the language-model loss goes on alone")
         samples, length = run.pace.step_after(progress.consumed)
-        microbatches = [next(batches).shortened(length).to(run.world.device) for _ in range(run.microbatches_of(samples))]
+        # pinned by the loader: the copy is queued, and the host goes on to queue the step behind it
+        microbatches = [
+            next(batches).to(run.world.device, non_blocking=True).shortened(length) for _ in range(run.microbatches_of(samples))
+        ]
         tokens = samples * length
         # the rates of the step after which this much is consumed: the first step does not run at zero
         rate = run.schedule.at(progress.iteration + 1, progress.consumed_samples + samples, progress.consumed_tokens + tokens)

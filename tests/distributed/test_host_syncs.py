@@ -197,8 +197,7 @@ def waits_of_an_evaluation(model: str, flags: str) -> tuple[list[str], int]:
 @pytest.mark.parametrize(("model", "asked"), [("pyramid", 0), ("dropping", 1)], ids=["dropless", "with a capacity"])
 def test_an_evaluation_asks_for_the_longest_batch_only_where_a_capacity_depends_on_it(model, asked):
     for seen, forwards in run_distributed(waits_of_an_evaluation, 2, model, f"{EP} --moe-token-dispatcher alltoall"):
-        # the batches go to the device, which is the CPU here
-        of_layers = [s for s in seen if not re.search(r"(batch|evaluate)\.py", s)]
+        of_layers = [s for s in seen if "evaluate.py" not in s]  # which reads its sums, once
         assert len(of_layers) == (1 + asked) * forwards, of_layers
 
 
