@@ -112,9 +112,9 @@ class GPTDataset:
         if min(indices, default=0) < 0:
             raise IndexError(f"sample {min(indices)}: samples are counted from 0, without end")
         texts = np.empty((len(indices), self.seq_length + 1), self.dtype)
-        done = 0
-        for number, group in itertools.groupby(indices, lambda index: index // self._order_length):
-            positions = [index % self._order_length for index in group]
+        length, done = self._order_length, 0
+        for number, group in itertools.groupby(indices, length.__rfloordiv__):
+            positions = [index - number * length for index in group]
             self._fill(texts[done : done + len(positions)], number, positions)
             done += len(positions)
         return texts
@@ -127,8 +127,12 @@ class GPTDataset:
     def _fill(self, texts: np.ndarray, number: int, positions: list[int]) -> None:
         """Put the samples at these positions of an order into the rows."""
         windows = self._order(number)[positions].tolist() if self.shuffle else positions
-        for row, window in zip(texts, windows):
-            self.indexed.read_into(row, self.first_token + window * self.seq_length)
+        if max(windows) >= self._count:
+            raise IndexError(f"window {max(windows)} of {self._count} in {self.indexed.prefix}")
+        flat, tokens, length = memoryview(texts.reshape(-1)), self.indexed.tokens, self.seq_length + 1
+        for row, window in enumerate(windows):
+            start = self.first_token + window * self.seq_length
+            flat[row * length : (row + 1) * length] = tokens[start : start + length]
 
     # ------------------------------------------------------------ the order of an epoch
 

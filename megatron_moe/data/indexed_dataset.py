@@ -65,6 +65,7 @@ def fit(tokens: Sequence[int] | np.ndarray, dtype: np.dtype) -> np.ndarray:
 class IndexedDataset:
     """Read-only sequences of tokens under one prefix, fully checked when opened.
 
+    `tokens`: all sequences end to end, a memoryview of `dtype` for those who copy many pieces: slicing it takes a third of an array's time.
     `sizes` int32[n]: tokens per sequence. `starts` int64[n + 1]: tokens before each, and of all. `document_indices` int64[d]. `meta`: the side file, {} without one.
     Raises ValueError, naming both files, for anything that is missing, cut short or foreign.
     """
@@ -82,6 +83,7 @@ class IndexedDataset:
         self._check_documents()
         # A plain array over the map: slices of np.memmap take twenty times as long (2 us).
         self._tokens = self._map(".bin").view(np.ndarray).view(self.dtype)
+        self.tokens = memoryview(self._tokens)
         self.meta = self._read_meta()
 
     def __reduce__(self):
@@ -122,16 +124,6 @@ class IndexedDataset:
         if start < 0 or length < 0 or start + length > self.num_tokens:
             raise IndexError(f"tokens [{start}, {start + length}) of {self.num_tokens} in {self.prefix}")
         return np.array(self._tokens[start : start + length])
-
-    def join_into(self, out: np.ndarray, heads: Sequence[int], tails: Sequence[int]) -> None:
-        """`read` of the pieces [head, tail), one after another, into a contiguous array of `dtype` that they must fill."""
-        np.concatenate([self._tokens[a:b] for a, b in zip(heads, tails)], out=out.reshape(-1))
-
-    def read_into(self, row: np.ndarray, start: int) -> None:
-        """`read` of len(row) tokens into a row of `dtype`."""
-        if start < 0 or start + len(row) > len(self._tokens):
-            raise IndexError(f"tokens [{start}, {start + len(row)}) of {self.num_tokens} in {self.prefix}")
-        row[:] = self._tokens[start : start + len(row)]
 
     def digest(self) -> str:
         """Hash of the .idx contents: another one means that sequences moved, so that indices built over them are stale."""

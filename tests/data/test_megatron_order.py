@@ -278,7 +278,7 @@ def test_damaged_cache_is_drawn_again_with_a_warning(cached, kind, how, caplog):
     assert "rebuilding the index cache" in caplog.text and file.read_bytes() == good
 
 
-@pytest.mark.parametrize("shift", [-1, 10**6])
+@pytest.mark.parametrize("shift", [-1, 1, 10**6])
 def test_damage_that_no_cheap_check_sees_stops_the_run(cached, shift):
     make, folder = cached
     make().prepare()

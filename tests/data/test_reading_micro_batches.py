@@ -75,6 +75,13 @@ def test_samples_before_the_first_are_refused(datasets, kind):
 FLAGS = {"plain": {}, "documents": {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}}
 
 
+def test_a_damaged_order_does_not_read_beyond_the_split(datasets):
+    dataset = datasets["stable"]
+    dataset._orders[0] = np.full(len(dataset), len(dataset), np.uint32)
+    with pytest.raises(IndexError, match=f"window {len(dataset)} of {len(dataset)}"):
+        dataset.texts([0, 1])
+
+
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loader_gives_what_single_items_make(datasets, kind, flags):
