@@ -210,13 +210,16 @@ class Split:
     def _by_itself(self, collective: Callable[..., Any], part: str, share: Callable[[int], float]) -> Callable[..., Any]:
         def alone(*args: Any, **kwargs: Any) -> Any:
             group = kwargs.get("group")
+            ranks, moved, sends = dist.get_world_size(group), part, share
+            if part is ROWS and len(args) == 2:  # in equal parts: counts of rows, or gradients on their way to be added up
+                moved, sends = WEIGHTS if args[1].is_floating_point() else ROWS, lambda ranks: (ranks - 1) / ranks
             with self.part(WAITING):
                 dist.barrier(group=group)
-            with self.part(part):
+            with self.part(moved):
                 work = collective(*args, **kwargs)
                 if work is not None:
                     work.wait()
-            self.bytes[part] += sent_bytes(args, kwargs) * share(dist.get_world_size(group))
+            self.bytes[moved] += sent_bytes(args, kwargs) * sends(ranks)
             return work
 
         return alone
@@ -224,7 +227,7 @@ class Split:
 
 # Name in torch.distributed, of any version; what it moves; what a rank sends of its input.
 COLLECTIVES = (
-    ("all_to_all_single", ROWS, lambda ranks: 1.0),
+    ("all_to_all_single", ROWS, lambda ranks: 1.0),  # with a size for each rank: others' alone are counted
     ("all_gather_into_tensor", WEIGHTS, lambda ranks: ranks - 1.0),
     ("all_gather_single", WEIGHTS, lambda ranks: ranks - 1.0),
     ("reduce_scatter_tensor", WEIGHTS, lambda ranks: (ranks - 1) / ranks),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -72,8 +73,34 @@ def shard_unit(module: nn.Module, mesh: DeviceMesh, **kind: Any) -> None:
     unit.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it sums
     if mesh.size() > 1:
         unit.set_gradient_divide_factor(1.0)
+        if mesh.device_type == "cpu":
+            unit.set_custom_reduce_scatter(_ReduceScatterByExchange())
     else:  # nothing to divide by: torch would divide by 1 in a pass of its own
         unit.set_custom_reduce_scatter(_ReduceScatterOfOneRank())
+
+
+class _ReduceScatterByExchange:
+    """For gloo, on which torch's own copies all gradients, reduces all of them on every rank and keeps one part. Here parts are exchanged,
+    half the bytes, and added up where they stay, ranks ascending, in at least float32."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
+        if op != dist.ReduceOp.SUM:
+            raise RuntimeError(
+                "gradients are summed, and FSDP asked for another reduction (PREMUL_SUM, AVG): a unit is not made by shard_unit"
+            )
+        parts = torch.empty_like(input_tensor)
+        dist.all_to_all_single(parts, input_tensor, group=group)
+        wide = torch.promote_types(parts.dtype, torch.float32)
+        first, *others = parts.view(dist.get_world_size(group), -1).to(wide)
+        output = output_tensor if output_tensor.dtype == wide else torch.empty_like(output_tensor, dtype=wide)
+        torch.add(first, others[0], out=output)
+        for other in others[1:]:
+            output += other
+        if output is not output_tensor:
+            output_tensor.copy_(output)
 
 
 class _ReduceScatterOfOneRank:

@@ -12,14 +12,20 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # What FSDP calls, by the operator that every front end of torch ends in. First argument: where the result goes.
-KINDS = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}
+# On gloo a reduce-scatter is an all-to-all in equal parts, which are added up where they arrive (parallel/zero.py).
+KINDS = {
+    "_allgather_base_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "alltoall_base_": "reduce-scatter",
+    "allreduce_": "all-reduce",
+}
 
 
 class CollectiveLog(TorchDispatchMode):
     """(phase, kind, ranks, elements of the whole tensor) of every float collective between two or more ranks.
 
-    Integers - routing counts and sizes - are no concern of ZeRO. All-to-all and the differentiable collectives of the token
-    dispatchers are other operators: see BytesSent.
+    Integers - routing counts and sizes - are no concern of ZeRO. All-to-alls with a size for each rank, and the differentiable collectives
+    of the token dispatchers: see BytesSent.
     """
 
     def __init__(self):
@@ -34,7 +40,8 @@ class CollectiveLog(TorchDispatchMode):
         if kind:
             tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
             ranks = next(dist.ProcessGroup.unbox(a).size() for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
-            if ranks > 1 and tensors[0].is_floating_point():
+            in_own_sizes = func.overloadpacket.__name__ == "alltoall_base_" and len(args[3]) > 0
+            if ranks > 1 and tensors[0].is_floating_point() and not in_own_sizes:
                 self.calls.append((self.phase, kind, ranks, max(t.numel() for t in tensors)))
         return func(*args, **(kwargs or {}))
 
@@ -66,7 +73,7 @@ class BytesSent(TorchDispatchMode):
             return NotImplemented  # comes again with the local tensors
         name = func.overloadpacket.__name__
         tensors = [a for a in args if isinstance(a, Tensor)]
-        if func.namespace == "c10d" and name == "alltoall_base_" and _is_data(tensors[1]):
+        if func.namespace == "c10d" and name == "alltoall_base_" and _is_data(tensors[1]) and len(args[4]) > 0:
             _, outgoing, group, _, send = args[:5]
             group = dist.ProcessGroup.unbox(group)
             rows = sum(send) - send[group.rank()]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
-import torch.distributed as dist
 from distributed import parity
 from distributed_pool import run_distributed
 
 from megatron_moe.optimizer.groups import build_optimizer
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
+from megatron_moe.parallel.zero import _ReduceScatterByExchange
 from megatron_moe.training.step import count_loss_tokens, forward_backward
 
 
@@ -30,19 +32,15 @@ def dtypes_of_a_step(flags: str) -> dict[str, set[str]]:
         # the weight is looked at before the forward: after it, stage 3 has put the sharded float32 one back
         module.register_forward_pre_hook(lambda m, a, name=name, weight=weight: note(name, getattr(m, weight)))
         module.register_forward_hook(lambda m, a, out, name=name: note(name, out))
-    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # torch 2.13, 2.11
-    reduce_scatter = getattr(dist, name)
+    reduce = _ReduceScatterByExchange.__call__
 
-    def noted_reduce(output, input, *args, **kwargs):
-        note("reduction", input)
-        return reduce_scatter(output, input, *args, **kwargs)
+    def noted_reduce(this, output_tensor, input_tensor, *args, **kwargs):
+        note("reduction", input_tensor)
+        return reduce(this, output_tensor, input_tensor, *args, **kwargs)
 
-    setattr(dist, name, noted_reduce)
-    try:
+    with mock.patch.object(_ReduceScatterByExchange, "__call__", noted_reduce):
         batches = parity.microbatches(0, mesh.rank("dp"), mesh.size("dp"), 2)
         forward_backward(model, batches, count_loss_tokens(batches, mesh), mesh, 1, 0)
-    finally:
-        setattr(dist, name, reduce_scatter)
     note("gradients", *(p.grad for p in model.parameters()))
     optimizer.step()
     note("parameters", *model.parameters())
