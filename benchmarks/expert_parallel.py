@@ -1,7 +1,8 @@
-"""a training step with experts over 2 and 4 gloo ranks of one thread against one process with a thread per core, wall time
+"""a training step, and a MoE layer, with experts over 2 and 4 gloo ranks of one thread against one process with a thread per core, wall time
 
-The model, the flags and the global batch of `step`: 4 x 512 tokens, which the ranks share out. Every system is of its own processes, which wait
-while others run; before anything is timed each takes three steps, and all losses have to agree.
+The model, the flags and the global batch of `step`: 4 x 512 tokens, which the ranks share out; and a layer of `moe_layer`, forward and backward: 4096
+tokens, 8 experts, top-2, GELU. Every system is of its own processes, which wait while others run; before anything is timed each takes three
+steps, and all losses have to agree (of the layer: the squares of outputs and gradients).
 
 Where the time of a rank goes is measured in turns of their own, which are not compared. There the ranks meet before every collective, and
 it is waited for at once: what passes until they have met is "waiting", for ranks that had more to do; the collective itself moves bytes,
@@ -12,6 +13,7 @@ norm, clip and AdamW, "compute" all else. Bytes are those that a rank has to sen
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from collections import defaultdict
@@ -23,17 +25,20 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from benchmarks import harness
 from benchmarks.harness import Apart, Report, interleave, paired_ratio, say, spread, table, timing_table
+from benchmarks.moe_layer import Case, Made
 from benchmarks.product import Training, one_rank
 from benchmarks.step import CHECKED_STEPS, COMMON, FULL, QUICK
 from megatron_moe.config.flags import flag
-from megatron_moe.moe.dispatch import AllToAllDispatcher, base
+from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.moe.dispatch import AllToAllDispatcher, base, build_dispatcher
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.training import step as training_step
+from megatron_moe.training.distributed import end_distributed, init_distributed
 
 PEERS: dict[str, str] = {}
 
@@ -55,6 +60,7 @@ PARTS = (COMPUTE, PACKING, SHARDING, UPDATE, ROWS, WEIGHTS, WAITING)
 class Options(harness.Options):
     """Options of this benchmark."""
 
+    what: tuple[Literal["step", "layer"], ...] = flag(("step", "layer"), "cases: a whole training step, a MoE layer")
     dtype: tuple[Literal["fp32", "bf16"], ...] = flag(("fp32", "bf16"), "cases: --bf16 or not")
     ranks: tuple[int, ...] = flag((2, 4), "cases: ranks that share the experts out; each must divide 4", minimum=2)
 
@@ -66,45 +72,51 @@ def run(options: Options) -> Report:
     report = Report(
         "expert_parallel", {"flags": flags, "threads_of_one_process": cores, "threads_of_a_rank": 1, "rounds": options.rounds_or(ROUNDS)}
     )
-    for dtype in dtypes:
-        own = f"{flags} --bf16" if dtype == "bf16" else flags
-        systems = {ONE: Apart(ONE, partial(system, own, 1, cores))}
+    for what, dtype in itertools.product(options.what, dtypes):
+        build = partial(layer_system, layer_case(dtype, options.quick)) if what == "layer" else partial(step_system, flags, dtype)
+        systems = {ONE: Apart(ONE, partial(build, 1, cores))}
         for ranks in worlds:
-            systems[f"EP {ranks}"] = Apart(f"EP {ranks}", partial(system, shared_out(own, ranks), ranks, 1), ranks)
+            systems[f"EP {ranks}"] = Apart(f"EP {ranks}", partial(build, ranks, 1), ranks)
         try:
-            measure(report, dtype, systems, options)
+            measure(report, f"{what}, {dtype}", systems, 2e-2 if dtype == "bf16" else 1e-4, options)
         finally:
             for each in systems.values():
                 each.close()
     return report
 
 
+def layer_case(dtype: str, is_small: bool) -> Case:
+    return Case(8, 2, "gelu", dtype, "balanced", *((64, 32, 48) if is_small else ()))
+
+
 def shared_out(flags: str, ranks: int) -> str:
     """The flags of each of `ranks`, which have a part of the batch and of the experts."""
+    if ranks == 1:
+        return flags
     words = flags.split()
     place = words.index("--micro-batch-size") + 1
     words[place] = str(int(words[place]) // ranks)
     return " ".join([*words, "--moe-expert-parallel-size", str(ranks)])
 
 
-def measure(report: Report, dtype: str, systems: dict[str, Apart], options: Options) -> None:
+def measure(report: Report, case: str, systems: dict[str, Apart], tolerance: float, options: Options) -> None:
     losses = {name: first_steps(each) for name, each in systems.items()}
-    check_equal(losses, tolerance=1e-4 if dtype == "fp32" else 2e-2)
+    check_equal(losses, tolerance)
     samples = interleave(list(systems.values()), options.rounds_or(ROUNDS), warmups=0)
-    report.samples[dtype] = samples
+    report.samples[case] = samples
     wall = {name: paired_ratio(samples, name, ONE, "wall") for name in samples}
     splits = {name: split_of(each, 1 if options.quick else SPLIT_TURNS) for name, each in systems.items()}
-    report.figures[dtype] = {
+    report.figures[case] = {
         "losses_of_the_first_steps": losses, "split_in_seconds": splits, "wall_over_one_process": {n: r._asdict() for n, r in wall.items()},
     }  # fmt: skip
     ratios = {f"wall / {ONE}": lambda name: f"{wall[name].median:.2f} ({wall[name].low:.2f}-{wall[name].high:.2f})"}
-    report.tables.append(f"{dtype}: a step\n" + timing_table(samples, ONE, ratios))
-    report.tables.append(f"{dtype}: where the time of a rank goes, milliseconds, each collective by itself\n" + split_table(splits))
+    report.tables.append(f"{case}\n" + timing_table(samples, ONE, ratios))
+    report.tables.append(f"{case}: where the time of a rank goes, milliseconds, each collective by itself\n" + split_table(splits))
 
 
 def first_steps(each: Apart) -> list[float]:
     say(f"first steps: {each.name}")
-    return [each.run() for _ in range(CHECKED_STEPS)]
+    return [each.results("check")[0] for _ in range(CHECKED_STEPS)]
 
 
 def check_equal(losses: dict[str, list[float]], tolerance: float) -> None:
@@ -115,7 +127,7 @@ def check_equal(losses: dict[str, list[float]], tolerance: float) -> None:
 
 def split_of(each: Apart, turns: int) -> list[dict[str, float]]:
     """Medians, of each rank."""
-    found = [each.results(True) for _ in range(turns)]
+    found = [each.results("take apart") for _ in range(turns)]
     return [{key: spread(turn[rank][key] for turn in found).median for key in found[0][rank]} for rank in range(len(found[0]))]
 
 
@@ -133,23 +145,64 @@ def split_table(splits: dict[str, list[dict[str, float]]]) -> str:
 
 
 @contextlib.contextmanager
-def system(flags: str, ranks: int, threads: int) -> Iterator[Callable[..., Any]]:
-    """A step on the same batch each time, and its loss; taken apart, seconds and bytes of this rank instead."""
+def step_system(flags: str, dtype: str, ranks: int, threads: int) -> Iterator[Callable[..., Any]]:
+    """A step on the same batch each time, and its loss."""
     torch.set_num_threads(threads)
-    with one_rank(flags, ranks) as (world, mesh):
-        training = Training(flags, world, mesh)
+    flags = f"{flags} --bf16" if dtype == "bf16" else flags
+    with one_rank(shared_out(flags, ranks), ranks) as (world, mesh):
+        training = Training(shared_out(flags, ranks), world, mesh)
         batches = training.next_batches()
         assert ranks == 1 or isinstance(moe_layers(training.model)[0].dispatcher, AllToAllDispatcher)
+        yield turns(lambda _: float(training.step(batches).lm_loss))
 
-        def step(is_taken_apart: bool = False) -> Any:
-            if not is_taken_apart:
-                return float(training.step(batches).lm_loss)
-            split = Split()
-            with split.watching():
-                training.step(batches)
-            return split.found()
 
-        yield step
+@contextlib.contextmanager
+def layer_system(case: Case, ranks: int, threads: int) -> Iterator[Callable[..., Any]]:
+    """Forward and backward of a layer without anything around it: gradients of router and tokens stay on their rank."""
+    torch.set_num_threads(threads)
+    world = init_distributed(ParallelConfig(distributed_backend="gloo"))
+    try:
+        torch.manual_seed(0)
+        made = Made(case)
+        layer, own = made.layer, slice(world.rank * case.tokens // ranks, (world.rank + 1) * case.tokens // ranks)
+        if ranks > 1:
+            layer.dispatcher = build_dispatcher("alltoall", case.experts, case.k, dist.group.WORLD)
+            for name, p in list(layer.experts.named_parameters()):
+                setattr(layer.experts, name, nn.Parameter(p.detach().chunk(ranks)[world.rank].clone()))
+        x_TD, upstream_TD = made.x_TD.detach()[own].clone().requires_grad_(), made.upstream_TD[own]
+
+        def turn(is_checked: bool) -> float:
+            layer.begin_step(1.0 / case.tokens)
+            y_TD = layer(x_TD)
+            y_TD.backward(upstream_TD)
+            found = [y_TD, x_TD.grad, *(p.grad for p in layer.experts.parameters())] if is_checked else []
+            squares = [dist_sum(t.detach().double().square().sum()) for t in found]
+            for t in (x_TD, *layer.parameters()):
+                t.grad = None
+            return sum(float(s) / float(squares[0]) for s in squares) + float(squares[0]) if squares else 0.0
+
+        yield turns(turn)
+    finally:
+        end_distributed()
+
+
+def dist_sum(x: Tensor) -> Tensor:
+    dist.all_reduce(x)
+    return x
+
+
+def turns(turn: Callable[[bool], float]) -> Callable[..., Any]:
+    """What a process is asked for: a turn; its numbers, to be compared; or where its time went."""
+
+    def asked(what: str = "") -> Any:
+        if what != "take apart":
+            return turn(what == "check")
+        split = Split()
+        with split.watching():
+            turn(False)
+        return split.found()
+
+    return asked
 
 
 class Split:

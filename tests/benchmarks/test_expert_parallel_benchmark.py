@@ -21,7 +21,10 @@ pytestmark = pytest.mark.distributed
 def test_it_runs(tmp_path):
     assert command.main(["expert_parallel", "--quick", "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("expert_parallel-*.json")
-    found = json.loads(file.read_text())["figures"]["fp32"]
+    figures = json.loads(file.read_text())["figures"]
+    assert set(figures) == {"step, fp32", "layer, fp32"}
+    assert figures["layer, fp32"]["split_in_seconds"]["EP 2"][0]["bytes of weights"] == 0
+    found = figures["step, fp32"]
     assert set(found["wall_over_one_process"]) == {ONE, "EP 2"}
     assert found["losses_of_the_first_steps"]["EP 2"] == pytest.approx(found["losses_of_the_first_steps"][ONE], rel=1e-4)
     first, second = found["split_in_seconds"]["EP 2"]
@@ -31,6 +34,7 @@ def test_it_runs(tmp_path):
 
 
 def test_ranks_share_the_batch_and_the_experts():
+    assert expert_parallel.shared_out("--micro-batch-size 4", 1) == "--micro-batch-size 4"
     assert expert_parallel.shared_out("--micro-batch-size 4 --topk 2", 2) == "--micro-batch-size 2 --topk 2 --moe-expert-parallel-size 2"
 
 
