@@ -24,10 +24,10 @@ def listing() -> str:
     lines = ["python -m benchmarks NAME [--quick] [--rounds N] [--out DIR]", ""]
     for name in NAMES:
         module = importlib.import_module(f"benchmarks.{name}")
-        lines.append(f"  {name:15}{module.__doc__.splitlines()[0]}")
+        lines.append(f"  {name:16}{module.__doc__.splitlines()[0]}")
         for peer, use in module.PEERS.items():
             there = "not installed" if missing({peer: use}) else "installed"
-            lines.append(f"  {'':15}peer: {peer} ({there}): {use}")
+            lines.append(f"  {'':16}peer: {peer} ({there}): {use}")
     return "\n".join(lines)
 
 

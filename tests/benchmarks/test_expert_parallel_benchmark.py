@@ -18,18 +18,17 @@ from megatron_moe.moe.dispatch import build_dispatcher
 pytestmark = pytest.mark.distributed
 
 
-def test_it_runs(tmp_path):
-    assert command.main(["expert_parallel", "--quick", "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize("what", ["step", pytest.param("layer", marks=pytest.mark.matrix)])
+def test_it_runs(tmp_path, what):
+    assert command.main(["expert_parallel", "--quick", "--what", what, "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("expert_parallel-*.json")
-    figures = json.loads(file.read_text())["figures"]
-    assert set(figures) == {"step, fp32", "layer, fp32"}
-    assert figures["layer, fp32"]["split_in_seconds"]["EP 2"][0]["bytes of weights"] == 0
-    found = figures["step, fp32"]
+    found = json.loads(file.read_text())["figures"][f"{what}, fp32"]
     assert set(found["wall_over_one_process"]) == {ONE, "EP 2"}
     assert found["losses_of_the_first_steps"]["EP 2"] == pytest.approx(found["losses_of_the_first_steps"][ONE], rel=1e-4)
     first, second = found["split_in_seconds"]["EP 2"]
-    assert first["bytes of rows"] > 0 and first["bytes of weights"] == second["bytes of weights"] > 0
-    assert all(first[part] > 0 for part in PARTS)
+    assert first["bytes of rows"] > 0 and first["bytes of weights"] == second["bytes of weights"]
+    assert (first["bytes of weights"] > 0) is (what == "step")
+    assert all(first[part] > 0 for part in ((COMPUTE, PACKING, ROWS) if what == "layer" else PARTS))
     assert found["split_in_seconds"][ONE][0]["bytes of rows"] == 0
 
 
