@@ -433,13 +433,13 @@ def gate_weight_lost_on_the_way():
     """Rows arrive with the weights of other rows."""
     from megatron_moe.moe.dispatch import AllToAllDispatcher
 
-    original = AllToAllDispatcher.dispatch
+    original = AllToAllDispatcher.arrive
 
-    def dispatch(self, *args):
-        rows, offsets, weights, plan = original(self, *args)
-        return rows, offsets, weights.flip(0), plan
+    def arrive(self, *args):
+        rows, weights = original(self, *args)
+        return rows, weights.flip(0)
 
-    with mock.patch.object(AllToAllDispatcher, "dispatch", dispatch):
+    with mock.patch.object(AllToAllDispatcher, "arrive", arrive):
         yield
 
 

@@ -139,15 +139,15 @@ def rows_of_two_experts_swapped():
     """What arrives for the first expert is given to the second one."""
     from megatron_moe.moe.dispatch import AllToAllDispatcher
 
-    original = AllToAllDispatcher.dispatch
+    original = AllToAllDispatcher.arrive
 
-    def dispatch(self, *args):
-        rows, offsets, weights, plan = original(self, *args)
-        first, second = offsets[:2].tolist()
+    def arrive(self, flights, plan):
+        rows, weights = original(self, flights, plan)
+        first, second = plan.offsets_e[:2].tolist()
         order = torch.cat([torch.arange(first, second), torch.arange(first), torch.arange(second, len(rows))])
-        return rows[order], offsets, weights[order], plan
+        return rows[order], weights[order]
 
-    with mock.patch.object(AllToAllDispatcher, "dispatch", dispatch):
+    with mock.patch.object(AllToAllDispatcher, "arrive", arrive):
         yield
 
 
