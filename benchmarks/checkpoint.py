@@ -1,7 +1,7 @@
 """GB/s of saving, loading and loading into another layout, against a raw write or read of as many bytes
 
 The state is 48 float32 tensors of 268 MB together. A save ends when everything is on the disk: ours writes through
-torch.distributed.checkpoint, reads back for checksums, writes a manifest and renames; the limit writes as many bytes into one file and waits
+torch.distributed.checkpoint, makes checksums on the way, writes a manifest and renames, and removes the one before; the limit writes as many bytes into one file and waits
 for the disk (fsync). torch.save and safetensors do the same as one file, and plain torch.distributed.checkpoint without checks. Everything
 that is loaded comes from the page cache, into tensors that are there; ours with and without the checksums that a start compares.
 

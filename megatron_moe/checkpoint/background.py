@@ -2,7 +2,7 @@
 
     this thread              copy of the tensors (Stager) | the next steps ......................... | conclude()
     torch's async_save                                    | directory, shards (dcp.save)
-    a thread of ours                                                              | checksums, manifest, rename, tracker, deletions
+    a thread of ours                                                              | sizes, manifest, rename, tracker, deletions
 
 The steps are those of CheckpointManager.save, in the same order, over the manager's process group. That group belongs to saving
 alone: its exchanges and those of the training steps come in any order. Every rank ends with the same result.
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
 from megatron_moe.checkpoint.files import Best
 from megatron_moe.checkpoint.manager import WRITER_OPTIONS, CheckpointManager, Place
+from megatron_moe.checkpoint.writer import CountingWriter, Seen
 from megatron_moe.utils.compat import with_local
 
 Clock = Callable[[], float]  # seconds
@@ -74,7 +74,7 @@ class BackgroundSave:
         self.iteration, self.best, self._manager, self._clock, self._start = iteration, best, manager, clock, clock()
         self._error: BaseException | None = None
         self.seconds = 0.0  # from the beginning to the end, once it is concluded
-        writer = _Writer(lambda: manager.begin(iteration, tensors, meta, best))
+        writer = _Writer(manager.seen, lambda: manager.begin(iteration, tensors, meta, best))
         try:
             # reset() is called with the checkpoint_id, before anything else is done in the background
             upload = dcp.async_save(
@@ -137,12 +137,12 @@ class _AlreadySaved(Exception):  # noqa: N818 - no error
     """Ends torch's save: the checkpoint is on the disk."""
 
 
-class _Writer(FileSystemWriter):
+class _Writer(CountingWriter):
     """Learns where to write in the background: the making of a directory can take its time, too."""
 
-    def __init__(self, begin: Callable[[], Place | None]):
+    def __init__(self, seen: Seen, begin: Callable[[], Place | None]):
         # no copy ahead: with one, a thread that has set no device waits for streams of the first one, and takes memory there, on every rank
-        super().__init__("to be told", per_thread_copy_ahead=0, **WRITER_OPTIONS)
+        super().__init__("to be told", seen, per_thread_copy_ahead=0, **WRITER_OPTIONS)
         self._begin, self.place = begin, None
 
     def reset(self, checkpoint_id: Any = None) -> None:

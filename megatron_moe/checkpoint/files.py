@@ -9,6 +9,7 @@ DIR/iter_0000100.tmp-1a2b3c4d/          a save that has not ended; left behind o
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -155,8 +156,14 @@ def _self_checksum(content: dict[str, Any]) -> int:
 # ---------------------------------------------------------------- checksums
 
 
-def describe_file(path: Path) -> dict[str, int]:
-    return {"size": path.stat().st_size, "crc32": crc32(path)}
+def describe_file(path: Path, written: dict[str, int] | None = None) -> dict[str, int]:
+    """Size and CRC-32. Of a file whose bytes were counted as they were `written`, only the size is compared; OSError if it is another."""
+    size = path.stat().st_size
+    if written is None:
+        return {"size": size, "crc32": crc32(path)}
+    if size != written["size"]:
+        raise OSError(errno.EIO, f"{written['size']} bytes were written, and the file has {size}", str(path))
+    return written
 
 
 def crc32(path: Path) -> int:

@@ -3,7 +3,7 @@
 One save, step by step; a process may be killed between any two of them:
 
 1. rank 0 makes `iter_0000100.tmp-1a2b3c4d/` and tells every rank its name, or why that failed;
-2. every rank writes its shards there (torch.distributed.checkpoint) and reads them back for a checksum;
+2. every rank writes its shards there (torch.distributed.checkpoint) and counts them, with their checksum;
 3. all ranks report; when one has failed the directory is removed and all raise the same error;
 4. rank 0 writes manifest.json, then renames the directory to `iter_0000100`: from here on it exists;
 5. the tracker file is replaced, the note of the best one too, and only then are older checkpoints deleted.
@@ -30,7 +30,6 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_moe.checkpoint.files import (
@@ -53,6 +52,7 @@ from megatron_moe.checkpoint.files import (
 )
 from megatron_moe.checkpoint.load import describe, explain
 from megatron_moe.checkpoint.ranks import Ranks
+from megatron_moe.checkpoint.writer import CountingWriter, Seen
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class CheckpointManager:
         self.directory = Path(directory)
         self.keep_last, self.keep_every = keep_last, keep_every
         self.ranks = Ranks(process_group)
+        self.seen: Seen = {}  # what this rank has written of the save under way
         self.sweep()
 
     def sweep(self) -> list[Path]:
@@ -112,6 +113,7 @@ class CheckpointManager:
     def begin(self, iteration: int, tensors: Mapping[str, Tensor], meta: dict[str, Any], best: Best | None = None) -> Place | None:
         """Agree on what is saved, and make the directory to write into. None where this checkpoint is there already."""
         final = self.directory / iteration_name(iteration)
+        self.seen.clear()
         content = self._content(tensors)
         if self.ranks.first(f"saving {final.name}", lambda: self._is_saved(final, content)):
             if best is not None:
@@ -195,7 +197,7 @@ class CheckpointManager:
 
     def _write(self, building: Path, tensors: Mapping[str, Tensor], size: int) -> None:
         """Every rank: write the shards."""
-        writer = FileSystemWriter(building, **WRITER_OPTIONS)
+        writer = CountingWriter(building, self.seen, **WRITER_OPTIONS)
         with warnings.catch_warnings(), self.explained(size):
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save(
@@ -216,10 +218,10 @@ class CheckpointManager:
             raise CheckpointError(f"{disk_message(self.directory, size)} ({text})" if any(map(is_disk_error, causes)) else text) from error
 
     def _written(self, building: Path) -> dict[str, dict[str, int]]:
-        """Every rank: size and checksum of the files it wrote. Rank 0 also wrote `.metadata`."""
+        """Every rank: size and checksum of the files it wrote. Rank 0 also wrote `.metadata`, under another name, and reads it back."""
         names = sorted(path.name for path in building.glob(f"__{self.ranks.rank}_*"))
         names += [".metadata"] if self.ranks.rank == 0 else []
-        return {name: describe_file(building / name) for name in names}
+        return {name: describe_file(building / name, self.seen.get(name)) for name in names}
 
     def _commit(self, place: Place, manifest: Manifest) -> None:
         write_manifest(place.building, manifest)

@@ -9,6 +9,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from megatron_moe.checkpoint.files import (
 )
 from megatron_moe.checkpoint.load import explain
 from megatron_moe.checkpoint.manager import disk_message, is_disk_error, tensors_size
+from megatron_moe.checkpoint.writer import CountedFile
 
 Fetch = Callable[[str], Tensor]  # name -> the tensor
 Finished = Mapping[str, tuple[str, dict[str, int]]]  # file -> its tensor, its size and CRC-32
@@ -92,8 +94,8 @@ class _OneByOne(FileSystemWriter):
             file, name = f"__0_{number}.distcp", item.index.fqn
             before, entry = self._finished.get(file, (None, {}))
             if before != name:
-                self._write(file, planner.resolve_data(item))
-                entry = describe_file(self._directory / file)
+                written = self._write(file, planner.resolve_data(item))
+                entry = describe_file(self._directory / file, written)
                 self._on_file(file, name, entry)
             self.files[file] = entry
             results.append(WriteResult(item.index, entry["size"], _StorageInfo(file, 0, entry["size"])))
@@ -101,11 +103,12 @@ class _OneByOne(FileSystemWriter):
         done.set_result(results)
         return done
 
-    def _write(self, file: str, tensor: Any) -> None:
+    def _write(self, file: str, tensor: Any) -> dict[str, int]:
+        """Its size and CRC-32."""
         tensor = tensor.detach()
         if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.itemsize or not tensor.is_contiguous():
             tensor = tensor.clone(memory_format=torch.contiguous_format)  # torch.save takes the whole storage along
-        with open(self._directory / file, "wb") as stream:
+        with closing(CountedFile(self._directory / file)) as stream:
             torch.save(tensor, stream)
-            stream.flush()
             os.fsync(stream.fileno())
+        return stream.entry

@@ -29,13 +29,13 @@ RANDOM_KILLS = 8
 KEEP_LAST = 2
 # (rank, function of the save before which it stops): both ranks are then killed there. While rank 1 stops, rank 0 has written its part.
 STOPS = [(0, "_check_visible"), (0, "dcp.save"), (0, "describe_file"), (0, "write_manifest"), (0, "sync_directory"), (0, "write_tracker"),
-         (0, "remove_directory"), (1, "FileSystemWriter.write_data"), (1, "describe_file")]  # fmt: skip
+         (0, "remove_directory"), (1, "CountingWriter.write_data"), (1, "describe_file")]  # fmt: skip
 
 
 IN_BACKGROUND = "background" in sys.argv[1:]
 if IN_BACKGROUND:
     STOPS = [(0, "_check_visible"), (0, "describe_file"), (0, "write_manifest"), (0, "write_tracker"), (0, "remove_directory"),
-             (1, "FileSystemWriter.write_data")]  # fmt: skip
+             (1, "CountingWriter.write_data")]  # fmt: skip
     RANDOM_KILLS = 6
 
 
