@@ -161,6 +161,8 @@ class RunConfig:
         yield from pipeline_problems(self.parallel, m, t, self.distillation.is_on)
         yield from self._ring_problems()
         yield from self._fused_problems()
+        if t.cuda_graph_impl != "none":
+            yield from self._graph_problems()
         yield from upcycling_problems(self)
         if self.data.data_order == "megatron" and t.seed >= 2**32:
             yield f"--data-order megatron takes a --seed below {2**32}, not {t.seed}: that is all that Megatron's generator can be given"
@@ -201,6 +203,43 @@ class RunConfig:
             yield f"{what} merges partial softmaxes that know of no sinks, which --softmax-type learnable asks for; drop them, {instead}"
         if self.training.compile:
             yield f"{what} is a loop that --compile does not trace; leave one of them out"
+
+    def _graph_problems(self) -> Iterator[str]:
+        """What a graph of a whole step cannot hold."""
+        p, m, what, out = self.parallel, self.moe, f"--cuda-graph-impl {self.training.cuda_graph_impl}", "or leave the graph out"
+        if p.pipeline_model_parallel_size > 1:
+            yield (f"{what} is of one stage, and --pipeline-model-parallel-size is {p.pipeline_model_parallel_size}: stages wait for each other's "
+                   f"micro-batches; set it to 1, {out}")  # fmt: skip
+        if p.zero_stage == 3:
+            yield (f"{what} does not go with --zero-stage 3: parameters are gathered again on streams of FSDP's own, which a capture does not "
+                   f"allow; use --zero-stage 2, {out}")  # fmt: skip
+        if p.has_ring:
+            yield f"{what} is not built for --cp-comm-type p2p; use all_gather, {out}"
+        if self.curriculum.curriculum_learning:
+            yield f"{what} is of one sequence length, and --curriculum-learning has many; leave one of them out"
+        if self.distillation.is_on:
+            yield f"{what} is not built for --mos or --kd, whose teacher leaves in mid-run; leave one of them out"
+        for name, is_given in (("--cpu-offloading", self.memory.cpu_offloading), ("--cpu-optimizer", self.memory.cpu_optimizer)):
+            if is_given:
+                yield f"{what} works in the memory of the GPU alone, and {name} moves some of it to the host; leave one of them out"
+        if m.has_experts:
+            yield from self._graph_expert_problems(what, out)
+
+    def _graph_expert_problems(self, what: str, out: str) -> Iterator[str]:
+        """Where the host would wait for the sizes of experts. (Dispatchers that `auto` takes are looked at when they are there.)"""
+        p, m, t = self.parallel, self.moe, self.training
+        width, inner = m.moe_latent_size or self.model.hidden_size, m.expert_ffn_size(self.model.ffn_size) // p.etp
+        if not t.half:
+            yield f"{what} waits for nothing, and torch's grouped products in {t.params_dtype} read the sizes of experts on the host; use --bf16, {out}"
+        elif width % 8 or inner % 8:
+            yield (f"{what} waits for nothing, and experts whose widths are not multiples of 8 ({width} and {inner} here) are a loop that reads their "
+                   f"sizes on the host; change --hidden-size, --moe-latent-size or --moe-ffn-hidden-size, {out}")  # fmt: skip
+        is_exact = m.moe_token_dispatcher in ("alltoall", "hierarchical") and not m.moe_pad_expert_input_to_capacity
+        if is_exact and m.moe_expert_parallel_size * p.etp > 1:
+            yield (f"{what} waits for nothing, and --moe-token-dispatcher {m.moe_token_dispatcher} tells its sizes to the host; use fused or "
+                   f"allgather, {out}")  # fmt: skip
+        if m.moe_token_dispatcher == "fused" and m.moe_fused_capacity == "exact":
+            yield (f"{what} waits for nothing, and --moe-fused-capacity exact asks how many rows come; use static or worst, {out}")
 
     def _fused_problems(self) -> Iterator[str]:
         """What the kernels of --moe-token-dispatcher fused cannot do."""

@@ -61,6 +61,12 @@ class TrainingConfig:
         "compile the model with torch.compile: the first step takes up to a minute or two longer, the others less; needs a C++ "
         "compiler (on a GPU Triton and a C compiler)",
     )
+    cuda_graph_impl: Literal["none", "full_iteration"] = flag(
+        "none",
+        "full_iteration: forward and backward of all micro-batches of a step are one CUDA graph, launched at once. Where no host waits for the "
+        "device: one GPU, --moe-token-dispatcher fused with a static or worst capacity, or allgather. Not yet measured on a GPU",
+    )
+    cuda_graph_warmup_steps: int = flag(3, "steps before the CUDA graph is captured", minimum=1)
     deterministic_mode: bool = flag(False, "refuse operations without a deterministic implementation")
     eval_interval: int = flag(1000, "steps between evaluations; 0: only at the end", minimum=0)
     eval_iters: int = flag(100, "global batches per evaluation; 0 switches evaluation off", minimum=0)
@@ -83,6 +89,8 @@ class TrainingConfig:
         if self.half and self.params_dtype == "float64":
             name = "bf16" if self.bf16 else "fp16"
             yield f"--{name} and --params-dtype float64 exclude each other: {name} keeps its parameters in float32; drop one"
+        if self.cuda_graph_impl != "none":
+            yield from self._graph_problems()
         if self.rampup_batch_size is not None and len(self.rampup_batch_size) != 3:
             yield f"--rampup-batch-size wants START INCREMENT SAMPLES, not {' '.join(map(str, self.rampup_batch_size)) or 'nothing'}"
         if self.bf16 and self.fp16:
@@ -92,6 +100,15 @@ class TrainingConfig:
         if self.recompute_modules is not None and self.recompute != "selective":
             why = "full recomputes all of them; drop one" if self.recompute else "which is not given; add it"
             yield f"--recompute-modules ({' '.join(self.recompute_modules)}) says what --recompute-granularity selective recomputes, {why}"
+
+    def _graph_problems(self) -> Iterator[str]:
+        what = f"--cuda-graph-impl {self.cuda_graph_impl}"
+        if self.fp16:
+            yield f"{what} is not built for a loss scale, which --fp16 has; use --bf16, or leave the graph out"
+        if self.rampup_batch_size is not None:
+            yield f"{what} is of one size of a step, and --rampup-batch-size has several; leave one of them out"
+        if self.moe_kernels == "reference":
+            yield f"{what} waits for nothing, and --moe-kernels reference reads the sizes of experts on the host; leave one of them out"
 
     @property
     def half(self) -> str | None:

@@ -23,6 +23,7 @@ from megatron_moe.optimizer.schedule import build_schedule
 from megatron_moe.parallel.compile import compiler_problems
 from megatron_moe.parallel.fused import device_problem
 from megatron_moe.tokenizers import Tokenizer, build_tokenizer
+from megatron_moe.training.graphed import graph_gpu_problems
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def prepare(run: RunConfig, world_size: int) -> Prepared:
         problems.append(f"--moe-token-dispatcher fused {reason}; use --moe-token-dispatcher auto, or alltoall")
     if run.training.compile:
         problems += compiler_problems("cuda" if torch.cuda.is_available() else "cpu")
+    if run.training.cuda_graph_impl != "none":
+        problems += graph_gpu_problems()
     if (switch := run.training.kill_switch_file) and os.path.exists(switch):
         problems.append(f"--kill-switch-file {switch} is there already: the run would stop at once; remove the file to train")
     if problems:

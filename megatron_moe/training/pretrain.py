@@ -42,6 +42,7 @@ from megatron_moe.training.checkpoints import Progress, contents, describe, resu
 from megatron_moe.training.distillation import Distillation, build_teacher, load_teacher
 from megatron_moe.training.distributed import World, end_distributed, explain_lost_rank, in_turn, init_distributed
 from megatron_moe.training.evaluate import evaluate
+from megatron_moe.training.graphed import StepGraph, build_step_graph
 from megatron_moe.training.last_words import LastWords, open_store
 from megatron_moe.training.preflight import Prepared
 from megatron_moe.training.replicas import ReplicaDriftError, ReplicaWatch
@@ -84,6 +85,7 @@ class Run:
     total_iterations: int
     distillation: Distillation | None  # until its stage is over
     room: Room | None  # of rows, where a step may lack it
+    graph: StepGraph | None  # with --cuda-graph-impl
 
     @property
     def config(self) -> RunConfig:
@@ -150,6 +152,7 @@ def set_up(
     model = build_parallel_model(config, prepared.vocab_size, mesh, world.device)
     for warning in offload_warnings(config, world.device.type):
         logger.warning(warning)
+    graph = build_step_graph(config, model)
     optimizer = build_optimizer(model, config.optimizer)  # after FSDP, which replaces the parameters
     loss_scale = LossScale(config.scale, world.device) if config.training.fp16 else None
     tracker = build_tracker(config.logging, config.checkpoint.save, world.rank, total, config.global_batch_size(world.size))
@@ -190,7 +193,7 @@ def set_up(
     if config.logging.moe_alerts and config.moe.has_experts:
         alerts = ExpertAlerts(config.moe, config.logging.moe_alert_dropped_fraction)
     return Run(prepared, world, mesh, model, optimizer, loss_scale, schedule, weight_decay, pace, datasets, tracker, alerts, stopper, watchdog,
-               replicas, saver, lock, progress, total, distillation, build_room(model, world.device))  # fmt: skip
+               replicas, saver, lock, progress, total, distillation, build_room(model, world.device), graph)  # fmt: skip
 
 
 def build_saver(config: RunConfig, world: World, tracker: Tracker) -> Saver:
@@ -264,7 +267,7 @@ def train(run: Run) -> None:
         decay = run.weight_decay.at(progress.consumed_samples + samples)
         seed, clip = config.training.seed, config.optimizer.clip_grad
         result = train_step(run.model, run.optimizer, microbatches, run.mesh, rate, clip, seed, progress.iteration, run.distillation, decay,
-                            run.loss_scale, run.room)  # fmt: skip
+                            run.loss_scale, run.room, run.graph)  # fmt: skip
         progress.advance(samples, tokens)
         tell_repeats(run)
         throughput.add(tokens)

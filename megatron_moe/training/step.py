@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_moe.config.moe import MoEConfig
 from megatron_moe.data.batch import Batch, look_ahead
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.loss import of_predictions, share_of_step, weighted_sum
@@ -27,6 +29,11 @@ from megatron_moe.parallel.zero import sync_gradients
 from megatron_moe.training.distillation import Distillation
 from megatron_moe.training.room import Room
 from megatron_moe.utils.random import token_keys
+
+if TYPE_CHECKING:
+    from megatron_moe.training.graphed import StepGraph
+
+Objective = Callable[[GPT, Batch, Tensor, Tensor], tuple[Tensor, Tensor]]  # language_model_loss, or that of a distillation
 
 
 @dataclass
@@ -69,20 +76,43 @@ def forward_backward(
     if distillation is not None:
         distillation.begin_step(divisor.device)
         objective = distillation.objective
-    tokens_in_step = sum(b.tokens.numel() for b in microbatches) * mesh.size("dp")
     for moe in moe_layers(model):
-        weight = min((iteration + 1) / (moe.config.moe_loss_warmup_iters or 1), 1.0) / tokens_in_step
+        weight = auxiliary_weight(moe.config, microbatches, mesh, iteration)
         moe.begin_step(weight if loss_scale is None else weight * loss_scale.double())
+    keys = keys_of(microbatches, seed, iteration)
     if isinstance(model, PipelinedGPT):
-        keys = [token_keys(seed, iteration, b.sample_ids, b.tokens.shape[1]) for b in microbatches]
         parts, keys = zip(*(part_of(b, k, mesh) for b, k in zip(microbatches, keys)))
         scale = 1.0 if loss_scale is None else loss_scale
         share = partial(share_of_step, divisor=divisor / scale)
         return model.forward_backward(parts, keys, share, partial(weighted_sum, model.config)) / scale
+    return one_by_one(model, microbatches, keys, divisor, mesh, objective, loss_scale)
+
+
+def auxiliary_weight(moe: MoEConfig, microbatches: Sequence[Batch], mesh: ParallelMesh, iteration: int) -> float:
+    """Of the auxiliary losses: a share of the step's tokens, times their warm-up."""
+    tokens_in_step = sum(b.tokens.numel() for b in microbatches) * mesh.size("dp")
+    return min((iteration + 1) / (moe.moe_loss_warmup_iters or 1), 1.0) / tokens_in_step
+
+
+def keys_of(microbatches: Sequence[Batch], seed: int, iteration: int) -> list[Tensor]:
+    """int64 [B, S] of each: what all that is random about its tokens follows from."""
+    return [token_keys(seed, iteration, b.sample_ids, b.tokens.shape[1]) for b in microbatches]
+
+
+def one_by_one(
+    model: GPT,
+    microbatches: Sequence[Batch],
+    keys: Sequence[Tensor],
+    divisor: Tensor,
+    mesh: ParallelMesh,
+    objective: Objective,
+    loss_scale: Tensor | None = None,
+) -> Tensor:
+    """Forward and backward of one micro-batch after the other. What changes from step to step is in the tensors: a CUDA graph of it may
+    be replayed (training/graphed.py)."""
     total = torch.zeros_like(divisor, dtype=torch.float64)
-    for i, batch in enumerate(microbatches):
+    for i, (batch, keys_BS) in enumerate(zip(microbatches, keys)):
         sync_gradients(model, mesh.zero_stage, i == len(microbatches) - 1)
-        keys_BS = token_keys(seed, iteration, batch.sample_ids, batch.tokens.shape[1])
         loss, lm_loss = objective(model, *part_of(batch, keys_BS, mesh), divisor)
         backward(loss, loss_scale)
         total += lm_loss
@@ -117,13 +147,17 @@ def train_step(
     weight_decay: float | None = None,
     loss_scale: LossScale | None = None,
     room: Room | None = None,
+    graph: StepGraph | None = None,
 ) -> StepResult:
-    """Forward and backward of all microbatches - with `room`, until their rows have some -, clip, update. Collective."""
+    """Forward and backward of all microbatches - with `room`, until their rows have some; with `graph`, as one CUDA graph -, clip, update.
+    Collective."""
     scale = None if loss_scale is None else loss_scale.scale
     if model.config.mtp_num_layers:
         microbatches = [look_ahead(batch, model.config.mtp_num_layers) for batch in microbatches]
     divisor = count_loss_tokens(microbatches, mesh)
     work = partial(forward_backward, model, microbatches, divisor, mesh, seed, iteration, distillation, scale)
+    if graph is not None:
+        work = partial(graph, work, model, microbatches, divisor, mesh, seed, iteration)
     lm_loss = work() if room is None else room.until_it_fits(work, optimizer)
     kd_loss = distillation.divergence if distillation is not None else None
     for loss in (lm_loss,) if kd_loss is None else (lm_loss, kd_loss):
