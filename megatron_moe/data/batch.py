@@ -59,7 +59,7 @@ def make_batch(
     if not isinstance(items, Samples):
         items = Samples(np.stack([item["text"] for item in items]), [item["sample_id"] for item in items])
     # Each is one pass from the dtype of the data; contiguous, since slices of one array would not be.
-    tokens, labels = (torch.from_numpy(part.astype(np.int64, order="C")) for part in (items.text[:, :-1], items.text[:, 1:]))
+    tokens, labels = (torch.from_numpy(_int64(part)) for part in (items.text[:, :-1], items.text[:, 1:]))
     begins = None
     if reset_position_ids or reset_attention_mask:
         begins = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -72,6 +72,13 @@ def make_batch(
         segment_ids=begins.long().cumsum(1) if reset_attention_mask else None,
         sample_ids=torch.from_numpy(np.array(items.sample_ids, np.int64)),  # a third of the time of torch.tensor
     )
+
+
+def _int64(part: np.ndarray) -> np.ndarray:
+    """A contiguous copy. `astype` takes half as long again of a slice."""
+    copy = np.empty(part.shape, np.int64)
+    copy[...] = part
+    return copy
 
 
 @functools.lru_cache(maxsize=8)

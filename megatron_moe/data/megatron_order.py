@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_moe.data import index_cache
-from megatron_moe.data.gpt_dataset import GPTDataset
+from megatron_moe.data.gpt_dataset import GPTDataset, picked
 from megatron_moe.data.index_cache import check_permutation, load_or_draw
 from megatron_moe.data.indexed_dataset import IndexedDataset
 
@@ -149,7 +149,7 @@ class MegatronDataset(GPTDataset):
             )
         order = self._order(number)
         try:
-            self._copy_windows(texts, order, order.windows[positions].tolist())
+            self._copy_windows(texts, order, picked(order.windows, positions))
         except IndexError as error:  # damage of a cached file that no cheap check sees
             raise ValueError(
                 f"samples {number * self._order_length + positions[0]} and so on of {self.indexed.prefix}: {error}; the index cache in "
