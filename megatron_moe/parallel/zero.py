@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,11 +50,13 @@ def apply_zero(
 def unit_options(
     zero_stage: int, half: torch.dtype | None, is_offloaded: bool = False, reduced_in: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """How FSDP2 treats each unit of a model; arguments as of `apply_zero`."""
+    """How each unit of a model is treated, by FSDP2 and by what reduces gradients on a CPU; arguments as of `apply_zero`."""
     # 16-bit compute from whatever the parameters are stored in
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=reduced_in) if half else MixedPrecisionPolicy()
     offload = CPUOffloadPolicy() if is_offloaded else OffloadPolicy()
-    return {"reshard_after_forward": zero_stage == 3, "mp_policy": policy, "offload_policy": offload}
+    return {
+        "reshard_after_forward": zero_stage == 3, "mp_policy": policy, "offload_policy": offload, "reduction": _ReduceScatterByExchange(),
+    }  # fmt: skip
 
 
 def shard_moe(moe: MoELayer, mesh: ParallelMesh, ep: int, half: torch.dtype | None, kind: dict[str, Any]) -> None:
@@ -67,31 +70,41 @@ def shard_moe(moe: MoELayer, mesh: ParallelMesh, ep: int, half: torch.dtype | No
     register_fsdp_forward_method(moe.experts, "in_one_call")
 
 
-def shard_unit(module: nn.Module, mesh: DeviceMesh, **kind: Any) -> None:
-    """One FSDP unit, whose gradients are summed over `mesh`."""
+def shard_unit(module: nn.Module, mesh: DeviceMesh, reduction: Any, **kind: Any) -> None:
+    """One FSDP unit, whose gradients are summed over `mesh`; `reduction` and `kind`: of `unit_options`."""
     unit = fully_shard(module, mesh=mesh, **kind)
     unit.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it sums
     if mesh.size() > 1:
         unit.set_gradient_divide_factor(1.0)
         if mesh.device_type == "cpu":
-            unit.set_custom_reduce_scatter(_ReduceScatterByExchange())
+            unit.set_custom_reduce_scatter(reduction)
     else:  # nothing to divide by: torch would divide by 1 in a pass of its own
         unit.set_custom_reduce_scatter(_ReduceScatterOfOneRank())
 
 
 class _ReduceScatterByExchange:
-    """For gloo, on which torch's own copies all gradients, reduces all of them on every rank and keeps one part. Here parts are exchanged,
-    half the bytes, and added up where they stay, ranks ascending, in at least float32."""
+    """For gloo, on which torch's own copies all gradients, reduces all of them on every rank and keeps a part. Here parts are exchanged,
+    half the bytes, and added up where they stay, ranks ascending, in at least float32.
+
+    What is sent and what comes lies in memory that is kept: one pair for the largest unit of a model, since units are reduced one behind
+    another. New memory would be had from the system for each unit, page by page, which took longer than the exchange.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._is_input_next = True
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=device)
+        """The input, and then the output, once per reduction. The output becomes the gradients."""
+        is_input, self._is_input_next = self._is_input_next, not self._is_input_next
+        return self._memory("sent", math.prod(size), dtype) if is_input else torch.empty(size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
         if op != dist.ReduceOp.SUM:
             raise RuntimeError(
                 "gradients are summed, and FSDP asked for another reduction (PREMUL_SUM, AVG): a unit is not made by shard_unit"
             )
-        parts = torch.empty_like(input_tensor)
+        parts = self._memory("came", input_tensor.numel(), input_tensor.dtype)
         dist.all_to_all_single(parts, input_tensor, group=group)
         wide = torch.promote_types(parts.dtype, torch.float32)
         first, *others = parts.view(dist.get_world_size(group), -1).to(wide)
@@ -101,6 +114,12 @@ class _ReduceScatterByExchange:
             output += other
         if output is not output_tensor:
             output_tensor.copy_(output)
+
+    def _memory(self, use: str, numel: int, dtype: torch.dtype) -> Tensor:
+        kept = self._kept.get((use, dtype))
+        if kept is None or len(kept) < numel:
+            self._kept[use, dtype] = kept = torch.empty(numel, dtype=dtype)
+        return kept[:numel]
 
 
 class _ReduceScatterOfOneRank:
