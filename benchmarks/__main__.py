@@ -15,7 +15,7 @@ from megatron_moe.config.flags import format_problems, parse_tool
 
 NAMES = (
     "preprocess", "data_reading", "step", "dialects", "dropping", "digits", "async_saving", "convert_memory", "scale_model", "startup", "fused",
-    "grouped_gemm", "moe_layer", "overlap", "generation", "checkpoint", "optimizer", "expert_parallel",
+    "grouped_gemm", "moe_layer", "overlap", "generation", "checkpoint", "optimizer", "expert_parallel", "data_wait",
 )  # fmt: skip
 
 

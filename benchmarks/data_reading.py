@@ -92,13 +92,13 @@ def reading(report: Report, folder: Path, tokens: int, seq_length: int, samples:
         ]))  # fmt: skip
 
 
-def write(prefix: Path, tokens: int, seed: int) -> IndexedDataset:
+def write(prefix: Path, tokens: int, seed: int, vocab_size: int = 60_000) -> IndexedDataset:
     """Documents of 100 to 2000 random tokens."""
     generator = np.random.default_rng(seed)
     with IndexedDatasetWriter(str(prefix), np.uint16) as writer:
         while writer.num_tokens < tokens:
             sizes = generator.integers(100, 2000, 1000 if tokens > 10**6 else 20)
-            writer.add_documents(generator.integers(1, 60_000, sizes.sum(), np.uint16), sizes)
+            writer.add_documents(generator.integers(1, vocab_size, sizes.sum(), np.uint16), sizes)
     return IndexedDataset(str(prefix))
 
 

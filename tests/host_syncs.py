@@ -101,9 +101,9 @@ class HostSyncs(TorchDispatchMode):
 
     def _note(self, what: str) -> None:
         stack = traceback.extract_stack()
-        if any("torch/optim/" in frame.filename for frame in stack):
-            return  # the optimizer counts its steps in tensors that live on the host (on a GPU its fused kernel reads none)
         if any("triton/runtime/interpreter" in frame.filename for frame in stack):
             return
-        ours = next((f"{Path(f.filename).name}:{f.lineno}" for f in reversed(stack) if PACKAGE in Path(f.filename).parents), "elsewhere")
-        self.seen.append(f"{what} in {ours}")
+        near = next((f for f in reversed(stack) if PACKAGE in Path(f.filename).parents or "torch/optim/" in f.filename), None)
+        if near is not None and "torch/optim/" in near.filename:
+            return  # torch's optimizers count their steps in tensors that live on the host (on a GPU their fused kernels read none)
+        self.seen.append(f"{what} in {'elsewhere' if near is None else f'{Path(near.filename).name}:{near.lineno}'}")

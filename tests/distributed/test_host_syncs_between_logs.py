@@ -67,8 +67,14 @@ def waits_of_a_run(flags: str, fault: str | None = None) -> list[str]:
 
 @pytest.mark.parametrize(
     ("world", "flags"),
-    [(1, ""), (1, "--fp16"), (2, "--moe-expert-parallel-size 2 --moe-token-dispatcher allgather --global-batch-size 8")],
-    ids=["one process", "with a loss scale", "allgather"],
+    [
+        (1, ""),
+        (1, "--fp16"),
+        (1, "--fp16 --fp16-master-weights-and-grads"),
+        (1, "--optimizer muon"),
+        (2, "--moe-expert-parallel-size 2 --moe-token-dispatcher allgather --global-batch-size 8"),
+    ],
+    ids=["one process", "with a loss scale", "weights in fp16", "muon", "allgather"],
 )
 def test_a_run_waits_for_nothing_between_two_log_lines(world, flags):
     assert run_distributed(waits_of_a_run, world, flags) == [[]] * world
