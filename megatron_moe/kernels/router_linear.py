@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_moe.kernels.blocks import row_blocks
 
+SHORT = 128  # tokens: a product of few rows and columns over many of them is faster as several that are added up
+
 
 def router_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """logits_TE = x W^T in float32, or in the type of the weight where that is wider."""
     dtype = torch.promote_types(weight_ED.dtype, torch.float32)
-    if x_TD.device.type == "cpu" and x_TD.dtype in (torch.bfloat16, torch.float16) and weight_ED.dtype == dtype:
+    if x_TD.device.type == "cpu" and x_TD.dtype == torch.bfloat16 and weight_ED.dtype == dtype:
         return _InBlocks.apply(x_TD, weight_ED)
     with torch.autocast(x_TD.device.type, enabled=False):
         return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
@@ -26,15 +30,38 @@ class _InBlocks(torch.autograd.Function):
     def forward(ctx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
         logits_TE = weight_ED.new_empty(len(x_TD), len(weight_ED))
-        for rows in row_blocks(*x_TD.shape, x_TD.device):
-            torch.mm(x_TD[rows].to(weight_ED.dtype), weight_ED.t(), out=logits_TE[rows])
+        for rows, x_tD in _in_wide_blocks(x_TD, weight_ED.dtype):
+            torch.mm(x_tD, weight_ED.t(), out=logits_TE[rows])
         return logits_TE
 
     @staticmethod
     def backward(ctx, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
         x_TD, weight_ED = ctx.saved_tensors
-        dx_TD, dweight_ED = torch.empty_like(x_TD), torch.zeros_like(weight_ED)
-        for rows in row_blocks(*x_TD.shape, x_TD.device):
-            dx_TD[rows] = grad_TE[rows] @ weight_ED
-            dweight_ED.addmm_(grad_TE[rows].t(), x_TD[rows].to(weight_ED.dtype))
-        return dx_TD, dweight_ED
+        dweight_ED = torch.zeros_like(weight_ED)
+        for rows, x_tD in _in_wide_blocks(x_TD, weight_ED.dtype):
+            grad_tE, parts = grad_TE[rows], len(x_tD) // SHORT
+            grad_nsE, x_nsD = (t[: parts * SHORT].unflatten(0, (parts, SHORT)) for t in (grad_tE, x_tD))
+            dweight_ED += torch.bmm(grad_nsE.transpose(1, 2), x_nsD).sum(0)
+            dweight_ED.addmm_(grad_tE[parts * SHORT :].t(), x_tD[parts * SHORT :])
+        return _rounded_once(grad_TE, weight_ED, x_TD.dtype), dweight_ED
+
+
+def _in_wide_blocks(x_TD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, these rows in `dtype`), all in the same memory."""
+    room_tD: Tensor | None = None
+    for rows in row_blocks(*x_TD.shape, x_TD.device):
+        x_tD = x_TD[rows]
+        room_tD = torch.empty_like(x_tD, dtype=dtype) if room_tD is None else room_tD
+        yield rows, room_tD[: len(x_tD)].copy_(x_tD)
+
+
+def _rounded_once(a_TE: Tensor, b_ED: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in half precision as if it was computed in float32 and then rounded: both are sums of two numbers in `dtype`, and of their four
+    products the smallest is less than float32's rounding."""
+    (high_TE, low_TE), (high_ED, low_ED) = (_halves(t, dtype) for t in (a_TE, b_ED))
+    return torch.cat([high_TE, low_TE, high_TE], 1) @ torch.cat([high_ED, high_ED, low_ED])
+
+
+def _halves(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    high = t.to(dtype)
+    return high, (t - high).to(dtype)

@@ -24,13 +24,24 @@ def test_it_runs_and_a_peer_that_is_missing_is_skipped_with_the_reason(tmp_path)
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.glob("step-*.json")
     found = json.loads(file.read_text())
-    for dtype in ("fp32", "bf16"):
-        assert {step.OURS, step.PEAK} <= set(found["samples"][dtype])
-        assert len(found["figures"][dtype]["losses_of_the_first_steps"][step.OURS]) == step.CHECKED_STEPS
+    for case in ("mixtral fp32", "mixtral bf16", "nanogpt fp32", "nanogpt bf16"):
+        assert {step.OURS, step.PEAK} <= set(found["samples"][case])
+        assert len(found["figures"][case]["losses_of_the_first_steps"][step.OURS]) == step.CHECKED_STEPS
     if importlib.util.find_spec("transformers") is None:
         assert "not installed" in found["skipped"]["transformers"] and "no peer was measured" in done.stdout
     else:
-        assert "x the tokens per CPU second of the fastest peer" in done.stdout
+        assert "x the tokens per CPU second of transformers" in done.stdout
+
+
+def test_peers_are_chosen_by_name_and_torchtitan_is_not_there_in_fp32():
+    def names(*texts, dtype="bf16", model="mixtral"):
+        return [p.name for p in step.chosen(model, dtype, step.Options(peer=texts))]
+
+    assert names("titan") == ["torchtitan", "torchtitan compiled"] and names("titan", dtype="fp32") == []
+    assert names("eager grouped_mm", "titan compiled") == [
+        "transformers eager grouped_mm", "transformers eager grouped_mm compiled", "torchtitan compiled",
+    ]  # fmt: skip
+    assert len(names()) == 10 and len(names(dtype="fp32")) == 8 and len(names(model="nanogpt")) == 4
 
 
 def test_systems_of_another_loss_are_not_compared():
