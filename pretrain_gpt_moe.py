@@ -29,8 +29,6 @@ def main() -> None:
             verify(parsed, world_size)
             return
         check_to_train(parsed, world_size)
-        # Large CPU tensors in huge pages: a step makes and frees many, and a tenth of its time went into mapping 4 KiB pages.
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it is imported
         # torch is imported from here on: mistakes above are answered at once
         from megatron_moe.training.preflight import prepare
 

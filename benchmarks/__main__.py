@@ -6,9 +6,8 @@ import importlib
 import os
 import sys
 
-# Read when torch is imported. Threads that wait must not count as work; huge pages are what pretrain_gpt_moe.py asks for too.
+# Read when torch is imported: threads that wait must not count as work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from benchmarks.harness import Options, missing, print_report, write_report
 from megatron_moe.config.flags import format_problems, parse_tool

@@ -8,7 +8,6 @@ stack of experts, in the type that it has on that side.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -101,9 +100,7 @@ def peak() -> int:
 def converted(words: list[str]) -> dict[str, float]:
     """By a process of its own. RuntimeError with what it said when it failed."""
     command = [sys.executable, "-m", "benchmarks.convert_memory", *words]
-    # without the huge pages that `python -m benchmarks` asks for: the tool is started without them
-    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).resolve().parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
     found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"code": done.returncode}
     if found["code"]:
         raise RuntimeError(f"{' '.join(command)} ended with code {found['code']}:\n{done.stderr}")

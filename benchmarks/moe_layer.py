@@ -26,6 +26,7 @@ from benchmarks.recorded_routing import RECORDED
 from megatron_moe.config.flags import flag
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.moe.layer import MoELayer
+from megatron_moe.utils.host_memory import keep_freed_memory
 
 PEERS = {
     "transformers": "the block of Mixtral, experts eager or grouped_mm (swiglu)",
@@ -76,6 +77,7 @@ class Case(NamedTuple):
 
 
 def run(options: Options) -> Report:
+    keep_freed_memory()  # as a run on a CPU does
     size = (64, 32, 48) if options.quick else (T, D, INNER)
     cases = [
         Case(*c, *size) for c in itertools.product(options.num_experts, options.topk, options.activation, options.dtype, options.routing)

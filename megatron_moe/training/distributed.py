@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.utils.host_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ def init_distributed(config: ParallelConfig) -> World:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE", "1") == str(size)
     if is_one_machine and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine: listen to no other
