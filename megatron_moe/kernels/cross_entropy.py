@@ -23,28 +23,35 @@ def cross_entropy(logits_TV: Tensor, labels_T: Tensor, vocab_size: int) -> Tenso
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Logits are always taken relative to the largest of their row: a difference of two large numbers would lose digits."""
+    """Logits are always taken relative to the largest of their row: a difference of two large numbers would lose digits.
+
+    What is kept for the backward is exp(logit - largest) in the dtype of the logits, in their place: exponentials are taken once."""
 
     @staticmethod
     def forward(ctx, logits_TV: Tensor, labels_T: Tensor, vocab_size: int) -> Tensor:
-        wide = torch.promote_types(logits_TV.dtype, torch.float32)
-        largest_T, log_sum_T = logits_TV.new_empty(2, *labels_T.shape, dtype=wide)
+        wide, V = torch.promote_types(logits_TV.dtype, torch.float32), vocab_size
+        largest_T, sum_T = logits_TV.new_empty(2, *labels_T.shape, dtype=wide)
+        keeps = ctx.needs_input_grad[0]
+        exps_TV = torch.empty_like(logits_TV if keeps else logits_TV[:0])
         for b in row_blocks(*logits_TV.shape, logits_TV.device):
-            logits = logits_TV[b, :vocab_size]
-            largest_T[b] = logits.amax(1)
-            log_sum_T[b] = torch.sub(logits, largest_T[b, None]).exp_().sum(1).log_()
-        ctx.save_for_backward(logits_TV, labels_T, largest_T, log_sum_T)
-        ctx.vocab_size = vocab_size
-        return log_sum_T - (logits_TV[:, :vocab_size].gather(1, labels_T[:, None]).squeeze(1) - largest_T)
+            largest_T[b] = logits_TV[b, :V].amax(1)
+            exps_tV = torch.sub(logits_TV[b, :V], largest_T[b, None]).exp_()
+            sum_T[b] = exps_tV.sum(1)
+            if keeps:
+                exps_TV[b, :V] = exps_tV
+        ctx.save_for_backward(exps_TV, labels_T, sum_T)
+        ctx.vocab_size = V
+        return sum_T.log() - (logits_TV[:, :V].gather(1, labels_T[:, None]).squeeze(1) - largest_T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss_T: Tensor):
-        logits_TV, labels_T, largest_T, log_sum_T = ctx.saved_tensors
-        dlogits_TV = torch.empty_like(logits_TV)
-        dlogits_TV[:, ctx.vocab_size :] = 0  # padding columns have probability zero
-        for b in row_blocks(*logits_TV.shape, logits_TV.device):
-            probs = torch.sub(logits_TV[b, : ctx.vocab_size], largest_T[b, None]).sub_(log_sum_T[b, None]).exp_()
-            probs.scatter_add_(1, labels_T[b, None], probs.new_full((len(probs), 1), -1.0))
-            torch.mul(probs, dloss_T[b, None], out=dlogits_TV[b, : ctx.vocab_size])
+        (exps_TV, labels_T, sum_T), V = ctx.saved_tensors, ctx.vocab_size
+        dlogits_TV = torch.empty_like(exps_TV)
+        dlogits_TV[:, V:] = 0  # padding columns have probability zero
+        scale_T = dloss_T / sum_T
+        for b in row_blocks(*exps_TV.shape, exps_TV.device):
+            dlogits_tV = exps_TV[b, :V].to(scale_T.dtype).mul_(scale_T[b, None])
+            dlogits_tV.scatter_add_(1, labels_T[b, None], -dloss_T[b, None])
+            dlogits_TV[b, :V] = dlogits_tV
         return dlogits_TV, None, None
