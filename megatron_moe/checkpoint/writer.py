@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 Seen = dict[str, dict[str, int]]  # file name -> {"size": bytes, "crc32": number}
 
 BESIDE_FROM = 1 << 18  # bytes from which a checksum takes longer than to ask a thread for it
+ON_ITS_WAY_FROM = 1 << 25  # bytes from which the disk is given something to do, while more is copied
 
 
 class CountedFile:
@@ -32,7 +33,7 @@ class CountedFile:
     def __init__(self, path: str | os.PathLike):
         self._file = open(path, "wb")  # noqa: SIM115 - closed by close
         self._thread: ThreadPoolExecutor | None = None
-        self.size = self.crc32 = 0
+        self.size = self.crc32 = self._on_its_way = 0
 
     def write(self, data: Any) -> int:
         """All of `data`, anything with a contiguous buffer; it is not looked at any more when this returns."""
@@ -43,7 +44,16 @@ class CountedFile:
         finally:
             self.crc32 = checksum()
         self.size += len(view)
+        if self.size - self._on_its_way >= ON_ITS_WAY_FROM:
+            self._send_on()
         return len(view)
+
+    def _send_on(self) -> None:
+        """Let the kernel begin to write what it would else first look at when a sync waits for it. That sync is made all the same."""
+        if hasattr(os, "posix_fadvise"):
+            # "no need of it" makes Linux write pages that are not on the disk; it drops only those that are
+            os.posix_fadvise(self.fileno(), self._on_its_way, self.size - self._on_its_way, os.POSIX_FADV_DONTNEED)
+        self._on_its_way = self.size
 
     def _checksum(self, view: memoryview) -> Any:
         """A function that waits for the checksum of all so far, `view` included."""

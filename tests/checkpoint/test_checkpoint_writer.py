@@ -10,7 +10,7 @@ import pytest
 import torch
 from distributed_pool import run_distributed
 
-from megatron_moe.checkpoint import files
+from megatron_moe.checkpoint import files, writer
 from megatron_moe.checkpoint.files import CheckpointError, describe_file, problems_in, read_manifest
 from megatron_moe.checkpoint.manager import CheckpointManager
 from megatron_moe.checkpoint.one_by_one import save_one_by_one
@@ -113,3 +113,19 @@ def test_a_write_that_fails_is_heard_of(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         file.write(bytes(2 * BESIDE_FROM))
     file.close()
+
+
+def test_the_disk_is_given_each_part_of_a_long_file_once_while_more_is_copied(tmp_path):
+    asked, part = [], bytes(3 << 20)
+    with (
+        mock.patch.object(writer, "ON_ITS_WAY_FROM", 8 << 20),
+        mock.patch.object(
+            os, "posix_fadvise", create=True, new=lambda fd, first, length, what: asked.append((first, length, os.fstat(fd).st_size))
+        ),
+    ):
+        file = CountedFile(tmp_path / "file")
+        for _ in range(8):
+            file.write(part)
+        file.close()
+    assert asked == [(0, 9 << 20, 9 << 20), (9 << 20, 9 << 20, 18 << 20)], "in one piece after another, and nothing of it in a buffer"
+    assert file.entry == describe_file(tmp_path / "file")
