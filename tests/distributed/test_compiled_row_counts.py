@@ -112,7 +112,7 @@ def fuse(model, mesh, config) -> None:
 
 def test_evaluations_that_are_padded_to_the_load_are_one_graph_also_where_training_has_a_capacity():
     for found, rows in run_distributed(graphs_of_evaluations, 2, "expert_choice", f"{SMALL} --moe-pad-expert-input-to-capacity"):
-        assert len(set(found)) == 1 and len(set(rows)) > 3, (found, rows)
+        assert len(set(found)) == 1 and len(set(rows)) > 2, (found, rows)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="triton and memfd_create are of Linux")
