@@ -123,3 +123,22 @@ def test_sgd_takes_its_momentum_from_the_flags():
 def test_a_model_without_trainable_parameters_is_refused():
     with pytest.raises(ValueError, match="no trainable parameters"):
         build_optimizer(nn.GELU(), OptimizerConfig())
+
+
+@pytest.mark.parametrize(("width", "threads_within"), [(8, 1), (512, 2)])
+def test_many_small_tensors_are_stepped_on_one_thread_and_what_comes_after_has_all(monkeypatch, width, threads_within):
+    before, seen = torch.get_num_threads(), []
+    model = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
+    optimizer = build_optimizer(model, OptimizerConfig())
+    kernel = torch._fused_adamw_
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kwargs: seen.append(torch.get_num_threads()) or kernel(*args, **kwargs))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    torch.set_num_threads(2)
+    try:
+        for _ in range(2):
+            optimizer.step()
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) >= 2 and set(seen) == {threads_within}
