@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 from megatron_moe.config.run import RunConfig
@@ -42,18 +43,19 @@ def memory(run: RunConfig, layout: Layout, vocab_size: int, global_batch: int, s
 def memory_of_rank(run: RunConfig, layout: Layout, vocab_size: int, global_batch: int, skew: float, is_cpu: bool, threads: int,
                    rank: int) -> Memory:  # fmt: skip
     n = layout.microbatches(global_batch)
-    held, unit = _states(run, layout.at_rest, vocab_size, rank)
+    held, unit, exchanged = _states(run, layout.at_rest, vocab_size, rank)
     kept, last, loss = _activations(run, layout.of_tokens, vocab_size, skew, is_cpu, threads, rank)
     flying = in_flight(layout, n, run.model.num_layers, rank)
     dense, routed = kept.dense * flying, kept.routed * flying
     fsdp = held.whole_gradients > 0
     keeps_whole = fsdp and (layout.zero <= 1 or layout.pp > 1)
     carried = 0 if n == 1 else held.whole_gradients if keeps_whole else held.gradients  # of earlier micro-batches
+    exchanged = 2 * exchanged if is_cpu else 0  # sent and received, in memory that parallel/zero.py keeps on gloo
     # at the loss; in the backward of the last layer; at the end of the backward, when all gradients are there
-    at_loss = (held.gathered_outside, carried, dense, routed, loss.total + loss.work, 0.0)
-    in_block = (held.gathered, max(carried, unit), dense, routed, 0.0, last)
-    whole_at_end = held.whole_gradients if keeps_whole and n > 1 else held.gradients + (unit if fsdp else 0)
-    at_end = (held.gathered, whole_at_end, 0.0, 0.0, 0.0, 0.0)
+    at_loss = (held.gathered_outside, carried + exchanged, dense, routed, loss.total + loss.work, 0.0)
+    in_block = (held.gathered, max(carried, unit) + exchanged, dense, routed, 0.0, last)
+    whole_at_end = held.whole_gradients if keeps_whole and n > 1 else held.gradients + (unit if fsdp and not exchanged else 0)
+    at_end = (held.gathered, whole_at_end + exchanged, 0.0, 0.0, 0.0, 0.0)
     gathered, gradients, dense, routed, logits, backward = max((at_loss, in_block, at_end), key=sum)
     return Memory(held.parameters, gathered, gradients, held.optimizer, dense, routed, logits, backward, rank)
 
@@ -71,14 +73,17 @@ def in_flight(layout: Layout, microbatches: int, num_layers: int, rank: int) -> 
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _states(run: RunConfig, layout: Layout, vocab_size: int, rank: int) -> tuple[States, int]:
-    """And the bytes of the gradients of the largest unit that FSDP reduces at once: a block with its experts, or what is outside."""
+def _states(run: RunConfig, layout: Layout, vocab_size: int, rank: int) -> tuple[States, int, int]:
+    """And bytes of gradients: of the largest block with its experts, or of what is outside; and of the largest unit that FSDP cuts and
+    reduces at once, where experts are one of their own."""
     held = states(run, layout, vocab_size, rank)
-    units: dict[int, int] = {}
-    for layer, weight, _ in weights_of_rank(run, layout, vocab_size, rank):
-        units[layer] = units.get(layer, 0) + weight.elements
+    blocks: Counter[int] = Counter()
+    units: Counter[tuple[int, bool]] = Counter()
+    for layer, weight, ranks in weights_of_rank(run, layout, vocab_size, rank):
+        blocks[layer] += weight.elements
+        units[layer, bool(weight.dims)] += weight.elements if ranks > 1 else 0
     stored = 8 if run.training.params_dtype == "float64" else 4
-    return held, max(units.values()) * stored
+    return held, max(blocks.values()) * stored, max(units.values()) * stored
 
 
 @functools.lru_cache(maxsize=1 << 16)
