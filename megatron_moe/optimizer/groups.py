@@ -145,7 +145,8 @@ def step_on_one_thread(optimizer: torch.optim.Optimizer) -> None:
     before: list[int] = []
 
     def narrow(*_: Any) -> None:
-        before.append(torch.get_num_threads())
+        if not before:  # a step that ended in an error has left its number here
+            before.append(torch.get_num_threads())
         torch.set_num_threads(1)
 
     optimizer.register_step_pre_hook(narrow)
