@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,11 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 @contextlib.contextmanager
-def their_system(library: str, variant: tuple[str, ...], compiled: bool, flags: str) -> Iterator[Callable[[], float]]:
-    """`library`: a key of LIBRARIES; `variant`: what its function takes beside our run and weights."""
-    with one_rank(flags) as (world, mesh):
+def their_system(library: str, variant: tuple[str, ...], compiled: bool, keeps_memory: bool, flags: str) -> Iterator[Callable[[], float]]:
+    """`library`: a key of LIBRARIES; `variant`: what its function takes beside our run and weights. `keeps_memory`: with the allocator
+    set as our runs on a CPU set it (utils/host_memory.py); otherwise as it comes, which is how their users run."""
+    as_it_comes = mock.patch("megatron_moe.training.distributed.keep_freed_memory")
+    with contextlib.nullcontext() if keeps_memory else as_it_comes, one_rank(flags) as (world, mesh):
         ours = Training(flags, world, mesh)
         whole = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in ours.model.named_parameters()}
         config, (batch,) = ours.config, ours.next_batches()

@@ -37,11 +37,13 @@ def test_peers_are_chosen_by_name_and_torchtitan_is_not_there_in_fp32():
     def names(*texts, dtype="bf16", model="mixtral"):
         return [p.name for p in step.chosen(model, dtype, step.Options(peer=texts))]
 
-    assert names("titan") == ["torchtitan", "torchtitan compiled"] and names("titan", dtype="fp32") == []
-    assert names("eager grouped_mm", "titan compiled") == [
-        "transformers eager grouped_mm", "transformers eager grouped_mm compiled", "torchtitan compiled",
+    assert names("titan") == ["torchtitan", "torchtitan compiled", "torchtitan compiled kept memory"]
+    assert names("titan", dtype="fp32") == []
+    assert names("eager grouped_mm", "titan compiled kept") == [
+        "transformers eager grouped_mm", "transformers eager grouped_mm compiled", "transformers eager grouped_mm compiled kept memory",
+        "torchtitan compiled kept memory",
     ]  # fmt: skip
-    assert len(names()) == 10 and len(names(dtype="fp32")) == 8 and len(names(model="nanogpt")) == 4
+    assert len(names()) == 15 and len(names(dtype="fp32")) == 12 and len(names(model="nanogpt")) == 6
 
 
 def test_systems_of_another_loss_are_not_compared():
