@@ -8,6 +8,11 @@ What a grouped product and elementwise operators over all rows cost beside this:
 operators, the gate weight meets the inner width instead of the outer one, and weight gradients are made apart and stacked.
 
 It reads on the host how many rows an expert has. On a CPU nothing waits for that; this operator is for CPU tensors alone.
+
+In 16 bits the library compiles a kernel for every number of rows that it has not seen lately, which takes as long as the product of an
+expert. So a few rows of the next experts are multiplied too, up to a number that comes again (`rows_to_multiply`): their
+results are overwritten when these experts have their turn, and where rows are added up they are zero.
+
 It is opaque to torch.compile, and so are its loops.
 """
 # R rows, D hidden, F inner width, E experts; of one expert or of a few in a row: r rows
@@ -110,24 +115,23 @@ def _forward(
     computed twice, in the cache, than written and read. Of rows behind the last expert's only y is defined: zero."""
     w, ends, is_gated = Stacks.of(weights, activation), offsets_E.tolist(), activation == GATED
     rows, used, F = x_RD.shape[0], ends[-1], w.w1.shape[2]
-    groups, e_w = list(_groups(ends, F)), w.unbind()
-    most = max((group.stop - group.start for group, _ in groups), default=0)
+    groups, e_w = list(_groups(ends, F, x_RD.dtype)), w.unbind()
+    most = max((g.room for g in groups), default=0)
     y_RD, a_rF = x_RD.new_empty(rows, w.w2.shape[2]), x_RD.new_empty(most, F)
     z_RD, room = (torch.empty_like(y_RD), rows) if keeps else (y_RD, most)
     h_RF, g_RF = x_RD.new_empty(room, F), x_RD.new_empty(room if is_gated else 0, F)
-    for group, experts in groups:
-        size, first = group.stop - group.start, group.start
-        h, g = (t[group] if keeps else t[:size] for t in (h_RF, g_RF))
-        a = a_rF[:size]
-        for expert, start, end in experts:
-            x, own = x_RD[start:end], slice(start - first, end - first)
-            _product(x, e_w.w1[expert], e_w.b1 and e_w.b1[expert], h[own])
+    for group in groups:
+        first = group.rows.start if keeps else 0  # of h and g
+        for e in group.experts:
+            x, own = x_RD[e.start : e.stop], slice(e.start - group.rows.start + first, e.stop - group.rows.start + first)
+            _product(x, e_w.w1[e.number], e_w.b1 and e_w.b1[e.number], h_RF[own])
             if is_gated:
-                _product(x, e_w.w_gate[expert], e_w.b_gate and e_w.b_gate[expert], g[own])
-        _activate(activation, h, g, a)
-        for expert, start, end in experts:
-            b2 = e_w.b2 and (e_w.b2[expert] if bias_share == 1.0 else e_w.b2[expert] * bias_share)
-            _product(a[start - first : end - first], e_w.w2[expert], b2, z_RD[start:end])
+                _product(x, e_w.w_gate[e.number], e_w.b_gate and e_w.b_gate[e.number], g_RF[own])
+        h, g = (t[first : first + group.size] for t in (h_RF, g_RF))
+        _activate(activation, h, g, a_rF[: group.size])
+        for e in group.experts:
+            b2 = e_w.b2 and (e_w.b2[e.number] if bias_share == 1.0 else e_w.b2[e.number] * bias_share)
+            _product(a_rF[group.local(e.start, e.stop)], e_w.w2[e.number], b2, z_RD[e.start : e.stop])
     torch.mul(z_RD[:used], row_weights_R[:used, None].to(z_RD.dtype), out=y_RD[:used])
     y_RD[used:].zero_()
     return (y_RD, z_RD, h_RF, g_RF) if keeps else (y_RD, *(x_RD.new_empty(0) for _ in range(3)))
@@ -143,33 +147,40 @@ def _backward(
     used, F = ends[-1], w.w1.shape[2]
     dx_RD, *gradients = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x_RD, *weights))
     drow_weights_R = torch.zeros_like(row_weights_R)
-    groups, e_w, e_d = list(_groups(ends, F)), w.unbind(), Stacks.of(gradients, activation).unbind()
-    most = max((group.stop - group.start for group, _ in groups), default=0)
-    da_rF, a_rF, dg_rF = x_RD.new_empty(most, F), x_RD.new_empty(most, F), x_RD.new_empty(most if is_gated else 0, F)
+    groups, e_w, e_d = list(_groups(ends, F, x_RD.dtype)), w.unbind(), Stacks.of(gradients, activation).unbind()
+    most = max((g.room for g in groups), default=0)
+    dh_rF, a_rF, dg_rF = x_RD.new_empty(most, F), x_RD.new_empty(most, F), x_RD.new_empty(most if is_gated else 0, F)
     dz_rD = x_RD.new_empty(most, z_RD.shape[1])
-    for group, experts in groups:
-        size, first = group.stop - group.start, group.start
-        dh, a, dg = da_rF[:size], a_rF[:size], dg_rF[:size]
-        torch.sum(dy_RD[group] * z_RD[group], -1, dtype=row_weights_R.dtype, out=drow_weights_R[group])
-        dz_r = torch.mul(dy_RD[group], row_weights_R[group, None].to(z_RD.dtype), out=dz_rD[:size])
-        for expert, start, end in experts:
-            own = slice(start - first, end - first)
-            torch.mm(dz_r[own], e_w.w2[expert].t(), out=dh[own])
-        _differentiate(activation, dh, h_RF[group], g_RF[group], a, dg)
-        for expert, start, end in experts:
-            own = slice(start - first, end - first)
-            x, dz = x_RD[start:end], dz_r[own]
-            torch.mm(a[own].t(), dz, out=e_d.w2[expert])
-            torch.mm(x.t(), dh[own], out=e_d.w1[expert])
-            dx = torch.mm(dh[own], e_w.w1[expert].t(), out=dx_RD[start:end])
+    for group in groups:
+        rows, size = group.rows, group.size
+        dh, a, dg = (t[:size] for t in (dh_rF, a_rF, dg_rF))
+        torch.sum(dy_RD[rows] * z_RD[rows], -1, dtype=row_weights_R.dtype, out=drow_weights_R[rows])
+        torch.mul(dy_RD[rows], row_weights_R[rows, None].to(z_RD.dtype), out=dz_rD[:size])
+        for t in (dz_rD, a_rF, dg_rF):  # what is multiplied of the next group
+            t[size : group.room].zero_()
+        for e in group.experts:
+            own = group.local(e.start, e.stop)
+            torch.mm(dz_rD[own], e_w.w2[e.number].t(), out=dh_rF[own])
+        _differentiate(activation, dh, h_RF[rows], g_RF[rows], a, dg)
+        for e in group.experts:
+            own = group.local(e.start, e.stop)
+            dx = torch.mm(dh_rF[own], e_w.w1[e.number].t(), out=dx_RD[e.start : e.stop])
             if is_gated:
-                torch.mm(x.t(), dg[own], out=e_d.w_gate[expert])
-                torch.addmm(dx, dg[own], e_w.w_gate[expert].t(), out=dx)
+                torch.addmm(dx, dg_rF[own], e_w.w_gate[e.number].t(), out=dx)
+        for e in reversed(group.experts):  # those behind it are done with
+            own, x = group.local(e.start, e.stop), x_RD[e.start : e.stop]
+            if e.stop > e.end:
+                for t in (dz_rD, dh_rF, dg_rF):
+                    t[group.local(e.end, e.stop)].zero_()
+            torch.mm(a_rF[own].t(), dz_rD[own], out=e_d.w2[e.number])
+            torch.mm(x.t(), dh_rF[own], out=e_d.w1[e.number])
+            if is_gated:
+                torch.mm(x.t(), dg_rF[own], out=e_d.w_gate[e.number])
             if w.b1 is not None:
-                torch.sum(dh[own], 0, out=e_d.b1[expert])
-                torch.sum(dz, 0, out=e_d.b2[expert]).mul_(bias_share)
+                torch.sum(dh_rF[own], 0, out=e_d.b1[e.number])
+                torch.sum(dz_rD[own], 0, out=e_d.b2[e.number]).mul_(bias_share)
                 if is_gated:
-                    torch.sum(dg[own], 0, out=e_d.b_gate[expert])
+                    torch.sum(dg_rF[own], 0, out=e_d.b_gate[e.number])
     for expert, (start, end) in enumerate(zip([0, *ends], ends)):
         if start == end:
             for d in e_d:
@@ -186,18 +197,52 @@ def _product(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
         torch.addmm(b, x, w, out=out)
 
 
-def _groups(ends: list[int], width: int) -> Iterator[tuple[slice, list[tuple[int, int, int]]]]:
-    """Experts that have rows, as (number, first row, end), several of them together where they have few rows: what is done to each
-    element is then done once for a block that fits the cache, and not in hundreds of calls."""
-    enough, experts = block_rows(width, torch.device("cpu")), []
+class Rows(NamedTuple):
+    """Of an expert that has some: from `start` to `end`, and to `stop` with those that are multiplied too."""
+
+    number: int
+    start: int
+    end: int
+    stop: int
+
+
+class Group(NamedTuple):
+    """Experts that follow each other, several where they have few rows: what is done to each element is then done once for a block that
+    fits the cache, and not in hundreds of calls."""
+
+    rows: slice
+    experts: list[Rows]
+
+    @property
+    def size(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    @property
+    def room(self) -> int:
+        return self.experts[-1].stop - self.rows.start
+
+    def local(self, start: int, stop: int) -> slice:
+        return slice(start - self.rows.start, stop - self.rows.start)
+
+
+def _groups(ends: list[int], width: int, dtype: torch.dtype) -> Iterator[Group]:
+    enough, experts, used = block_rows(width, torch.device("cpu")), [], ends[-1]
     for expert, (start, end) in enumerate(zip([0, *ends], ends)):
         if start < end:
-            experts.append((expert, start, end))
-            if end - experts[0][1] >= enough:
-                yield slice(experts[0][1], end), experts
+            stop = start + rows_to_multiply(end - start, dtype)
+            experts.append(Rows(expert, start, end, stop if stop <= used else end))
+            if end - experts[0].start >= enough:
+                yield Group(slice(experts[0].start, end), experts)
                 experts = []
     if experts:
-        yield slice(experts[0][1], experts[-1][2]), experts
+        yield Group(slice(experts[0].start, experts[-1].end), experts)
+
+
+def rows_to_multiply(rows: int, dtype: torch.dtype) -> int:
+    """The next number with not more than six binary digits before its zeros: at most 3 % more, and 32 numbers between any one and its
+    double. In 32 bits and more nothing is compiled."""
+    step = 1 << max(rows.bit_length() - 6, 0) if dtype.itemsize == 2 else 1
+    return -(-rows // step) * step
 
 
 @_forward.register_fake

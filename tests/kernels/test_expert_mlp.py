@@ -75,6 +75,33 @@ def test_any_widths_and_counts_equal_the_reference_in_float64(rows, D, inner, ac
     assert_equals_the_reference(rows, activation, bias, torch.float64, D=D, inner=inner, seed=seed)
 
 
+@pytest.fixture
+def memory_that_is_not_a_number():
+    """What was never written."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("block", [1, 100, 10**6])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_rows_that_are_multiplied_too_leave_no_trace(activation, bias, block, monkeypatch, memory_that_is_not_a_number):
+    monkeypatch.setattr(kernel, "rows_to_multiply", lambda rows, dtype: -(-rows // 4) * 4)
+    monkeypatch.setattr(kernel, "block_rows", lambda width, device: max(block // width, 1))
+    for rows in ([5, 1, 1, 2, 9, 3], [0, 5, 0, 6, 1, 0], [1, 1, 1, 1, 1], [4, 8], [3]):
+        for spare in (0,) if bias else (0, 6):  # the reference gives a bias to the gate weight of a row that is nobody's
+            assert_equals_the_reference(rows, activation, bias, torch.float64, spare=spare, bias_share=0.5)
+
+
+def test_few_numbers_of_rows_are_multiplied_in_16_bits():
+    for rows in range(1, 5000):
+        assert kernel.rows_to_multiply(rows, torch.float32) == rows <= kernel.rows_to_multiply(rows, torch.bfloat16) < rows * 1.032
+    assert len({kernel.rows_to_multiply(rows, torch.bfloat16) for rows in range(256, 512)}) == 33
+    assert kernel.rows_to_multiply(63, torch.float16) == 63 and kernel.rows_to_multiply(513, torch.bfloat16) == 528
+
+
 @pytest.mark.parametrize("block", [1, 40, 10**6])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_blocks_of_any_size_give_the_same(block, activation, monkeypatch):
