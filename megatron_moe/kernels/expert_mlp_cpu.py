@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_moe.kernels.blocks import block_rows
 
@@ -116,14 +116,14 @@ def _forward(
     w, ends, is_gated = Stacks.of(weights, activation), offsets_E.tolist(), activation == GATED
     rows, used, F = x_RD.shape[0], ends[-1], w.w1.shape[2]
     groups, e_w = list(_groups(ends, F, x_RD.dtype)), w.unbind()
-    most = max((g.room for g in groups), default=0)
-    y_RD, a_rF = x_RD.new_empty(rows, w.w2.shape[2]), x_RD.new_empty(most, F)
-    z_RD, room = (torch.empty_like(y_RD), rows) if keeps else (y_RD, most)
+    most, behind = max((g.room for g in groups), default=0), max(rows, _end(groups))
+    y_RD, a_rF = x_RD.new_empty(behind, w.w2.shape[2]), x_RD.new_empty(most, F)
+    z_RD, room = (torch.empty_like(y_RD), behind) if keeps else (y_RD, most)
     h_RF, g_RF = x_RD.new_empty(room, F), x_RD.new_empty(room if is_gated else 0, F)
     for group in groups:
         first = group.rows.start if keeps else 0  # of h and g
         for e in group.experts:
-            x, own = x_RD[e.start : e.stop], slice(e.start - group.rows.start + first, e.stop - group.rows.start + first)
+            x, own = _multiplied(x_RD, e, used), slice(e.start - group.rows.start + first, e.stop - group.rows.start + first)
             _product(x, e_w.w1[e.number], e_w.b1 and e_w.b1[e.number], h_RF[own])
             if is_gated:
                 _product(x, e_w.w_gate[e.number], e_w.b_gate and e_w.b_gate[e.number], g_RF[own])
@@ -134,7 +134,7 @@ def _forward(
             _product(a_rF[group.local(e.start, e.stop)], e_w.w2[e.number], b2, z_RD[e.start : e.stop])
     torch.mul(z_RD[:used], row_weights_R[:used, None].to(z_RD.dtype), out=y_RD[:used])
     y_RD[used:].zero_()
-    return (y_RD, z_RD, h_RF, g_RF) if keeps else (y_RD, *(x_RD.new_empty(0) for _ in range(3)))
+    return (y_RD[:rows], *(t[:rows] for t in (z_RD, h_RF, g_RF))) if keeps else (y_RD[:rows], *(x_RD.new_empty(0) for _ in range(3)))
 
 
 @torch.library.custom_op("megatron_moe::expert_mlp_cpu_backward", mutates_args=(), device_types="cpu")
@@ -145,9 +145,10 @@ def _backward(
     """Of x_RD, of row_weights_R, and of each of `weights`; zero for rows behind the last expert's, and for experts without rows."""
     w, ends, is_gated = Stacks.of(weights, activation), offsets_E.tolist(), activation == GATED
     used, F = ends[-1], w.w1.shape[2]
-    dx_RD, *gradients = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x_RD, *weights))
+    gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in weights]
     drow_weights_R = torch.zeros_like(row_weights_R)
     groups, e_w, e_d = list(_groups(ends, F, x_RD.dtype)), w.unbind(), Stacks.of(gradients, activation).unbind()
+    dx_RD = x_RD.new_empty(max(len(x_RD), _end(groups)), x_RD.shape[1])
     most = max((g.room for g in groups), default=0)
     dh_rF, a_rF, dg_rF = x_RD.new_empty(most, F), x_RD.new_empty(most, F), x_RD.new_empty(most if is_gated else 0, F)
     dz_rD = x_RD.new_empty(most, z_RD.shape[1])
@@ -168,7 +169,7 @@ def _backward(
             if is_gated:
                 torch.addmm(dx, dg_rF[own], e_w.w_gate[e.number].t(), out=dx)
         for e in reversed(group.experts):  # those behind it are done with
-            own, x = group.local(e.start, e.stop), x_RD[e.start : e.stop]
+            own, x = group.local(e.start, e.stop), _multiplied(x_RD, e, used)
             if e.stop > e.end:
                 for t in (dz_rD, dh_rF, dg_rF):
                     t[group.local(e.end, e.stop)].zero_()
@@ -187,7 +188,7 @@ def _backward(
                 if d is not None:
                     d[expert].zero_()
     dx_RD[used:].zero_()
-    return [dx_RD, drow_weights_R, *gradients]
+    return [dx_RD[: len(x_RD)], drow_weights_R, *gradients]
 
 
 def _product(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
@@ -219,23 +220,32 @@ class Group(NamedTuple):
 
     @property
     def room(self) -> int:
-        return self.experts[-1].stop - self.rows.start
+        return max(e.stop for e in self.experts) - self.rows.start
 
     def local(self, start: int, stop: int) -> slice:
         return slice(start - self.rows.start, stop - self.rows.start)
 
 
 def _groups(ends: list[int], width: int, dtype: torch.dtype) -> Iterator[Group]:
-    enough, experts, used = block_rows(width, torch.device("cpu")), [], ends[-1]
+    enough, experts = block_rows(width, torch.device("cpu")), []
     for expert, (start, end) in enumerate(zip([0, *ends], ends)):
         if start < end:
-            stop = start + rows_to_multiply(end - start, dtype)
-            experts.append(Rows(expert, start, end, stop if stop <= used else end))
+            experts.append(Rows(expert, start, end, start + rows_to_multiply(end - start, dtype)))
             if end - experts[0].start >= enough:
                 yield Group(slice(experts[0].start, end), experts)
                 experts = []
     if experts:
         yield Group(slice(experts[0].start, experts[-1].end), experts)
+
+
+def _end(groups: list[Group]) -> int:
+    """Of the last rows that are multiplied: behind the last ones that are anybody's."""
+    return max((group.rows.start + group.room for group in groups), default=0)
+
+
+def _multiplied(x_RD: Tensor, e: Rows, used: int) -> Tensor:
+    """Behind the last rows there is nothing to multiply but zeros."""
+    return x_RD[e.start : e.stop] if e.stop <= used else nn.functional.pad(x_RD[e.start : min(e.stop, used)], (0, 0, 0, e.stop - used))
 
 
 def rows_to_multiply(rows: int, dtype: torch.dtype) -> int:

@@ -95,6 +95,13 @@ def test_rows_that_are_multiplied_too_leave_no_trace(activation, bias, block, mo
             assert_equals_the_reference(rows, activation, bias, torch.float64, spare=spare, bias_share=0.5)
 
 
+def test_rows_that_are_multiplied_too_may_reach_over_several_experts(monkeypatch, memory_that_is_not_a_number):
+    in_16_bits = kernel.rows_to_multiply
+    monkeypatch.setattr(kernel, "rows_to_multiply", lambda rows, dtype: in_16_bits(rows, torch.bfloat16))
+    for rows in ([257, 1, 2, 1], [1, 300, 0, 1], [129, 3, 0, 70]):
+        assert_equals_the_reference(rows, "swiglu", True, torch.float64)
+
+
 def test_few_numbers_of_rows_are_multiplied_in_16_bits():
     for rows in range(1, 5000):
         assert kernel.rows_to_multiply(rows, torch.float32) == rows <= kernel.rows_to_multiply(rows, torch.bfloat16) < rows * 1.032
