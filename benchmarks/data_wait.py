@@ -16,7 +16,7 @@ import torch
 from benchmarks.data_reading import write
 from benchmarks.harness import Options, Report, Times, clocks, spread, table
 from benchmarks.product import Training, one_rank
-from benchmarks.step import COMMON, FULL, QUICK
+from benchmarks.step import FLAGS, QUICK
 
 PEERS: dict[str, str] = {}
 
@@ -33,10 +33,10 @@ class Turn(NamedTuple):
 
 def run(options: Options) -> Report:
     torch.set_num_threads(1)
-    size = QUICK if options.quick else FULL
-    micro_batch = int(size.split("--micro-batch-size ")[1].split()[0])
+    flags = (QUICK if options.quick else FLAGS)["mixtral"]
+    micro_batch = int(flags.split("--micro-batch-size ")[1].split()[0])
     data = f"--data-path TEXT --split 100,0,0 --global-batch-size {2 * micro_batch}"
-    flags = f"{size} {COMMON.replace('--mock-data --num-workers 0', data)}"
+    flags = flags.replace("--mock-data --num-workers 0", data)
     report = Report("data_wait", {"flags": flags, "threads": 1, "micro-batches a step": 2})
     with tempfile.TemporaryDirectory() as folder:
         measure(report, flags, Path(folder), options.rounds_or(9))

@@ -32,7 +32,7 @@ from benchmarks import harness
 from benchmarks.harness import Apart, Report, interleave, paired_ratio, say, spread, table, timing_table
 from benchmarks.moe_layer import Case, Made
 from benchmarks.product import Training, one_rank
-from benchmarks.step import CHECKED_STEPS, COMMON, FULL, QUICK
+from benchmarks.step import CHECKED_STEPS, FLAGS, QUICK
 from megatron_moe.config.flags import flag
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.moe.dispatch import AllToAllDispatcher, base, build_dispatcher
@@ -68,7 +68,7 @@ class Options(harness.Options):
 def run(options: Options) -> Report:
     cores = len(os.sched_getaffinity(0))
     dtypes, worlds = (("fp32",), (2,)) if options.quick else (options.dtype, options.ranks)
-    flags = f"{QUICK if options.quick else FULL} {COMMON} --distributed-backend gloo"
+    flags = f"{(QUICK if options.quick else FLAGS)['mixtral']} --distributed-backend gloo"
     report = Report(
         "expert_parallel", {"flags": flags, "threads_of_one_process": cores, "threads_of_a_rank": 1, "rounds": options.rounds_or(ROUNDS)}
     )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Options, Report, Spread, System, Times, interleave, missing, spread, table
-from benchmarks.step import renamed
+from benchmarks.step_peers import mixtral_weights
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.sampling import SamplingConfig
 from megatron_moe.inference.generate import generate
@@ -183,7 +183,7 @@ def their_model(model: GPT, config: RunConfig, vocab: int, experts: str) -> torc
     )  # fmt: skip
     peer = transformers.MixtralForCausalLM(settings)
     weights: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
-    peer.load_state_dict(dict(renamed(weights, m.num_layers)))
+    peer.load_state_dict(mixtral_weights(weights, m.num_layers))
     return peer.eval()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Options, Report, System, Times, interleave, paired_ratio, table
 from benchmarks.product import Training, one_rank
-from benchmarks.step import COMMON, FULL
+from benchmarks.step import FLAGS
 from megatron_moe.config.training import OptimizerConfig
 from megatron_moe.optimizer.clip import clip_gradients, gradient_norm
 from megatron_moe.optimizer.groups import build_optimizer, weight_decay_groups
@@ -34,7 +34,7 @@ SMALL = (
     "--hidden-dropout 0 --attention-dropout 0 --mock-data --num-workers 0 --train-iters 1000 --lr 1e-3"
 )
 QUICK = SMALL.replace("--num-layers 64", "--num-layers 2")
-CASES = {"model of the step": (f"{FULL} {COMMON}", 4), "many small tensors": (SMALL, 30)}  # flags, steps of a turn
+CASES = {"model of the step": (FLAGS["mixtral"], 4), "many small tensors": (SMALL, 30)}  # flags, steps of a turn
 QUICK_CASES = {"many small tensors": (QUICK, 1)}
 THREADS = (1, 2)
 ROUNDS = 9

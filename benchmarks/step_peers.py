@@ -81,12 +81,18 @@ def mixtral_of_transformers(
         eos_token_id=None, num_local_experts=config.moe.num_experts[0], num_experts_per_tok=config.moe.topk, use_cache=False,
         attn_implementation=attention, experts_implementation=experts,
     ))  # fmt: skip
+    model.load_state_dict(mixtral_weights(ours, m.num_layers))
+    return model, _of_transformers
+
+
+def mixtral_weights(ours: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """Our parameters by name -> those of MixtralForCausalLM."""
     weights = {
         "lm_head.weight": ours["head.weight"],
         "model.norm.weight": ours["norm.weight"],
         "model.embed_tokens.weight": ours["embedding.weight"],
     }
-    for i in range(m.num_layers):
+    for i in range(num_layers):
         a, b = f"layers.{i + 1}.", f"model.layers.{i}."
         e = a + "moe.experts."
         weights |= {
@@ -98,8 +104,7 @@ def mixtral_of_transformers(
         }  # fmt: skip
         for x, y in (("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj"), ("out_proj", "o_proj")):
             weights[f"{b}self_attn.{y}.weight"] = ours[f"{a}attn.{x}.weight"]
-    model.load_state_dict(weights)
-    return model, _of_transformers
+    return weights
 
 
 def gpt2_of_transformers(config: RunConfig, vocab_size: int, ours: dict[str, Tensor], attention: str) -> tuple[nn.Module, Loss]:
