@@ -89,10 +89,14 @@ class Layer:
     moe: MoELayer
     sums: Tensor | None
     sent_bytes: Any
+    far_bytes: float
     batch_counts_E: Tensor | None
 
     def show(self) -> None:
-        self.moe.stats.sums, self.moe.stats.sent_bytes, self.moe.batch_counts_E = self.sums, self.sent_bytes, self.batch_counts_E
+        stats = self.moe.stats
+        stats.sums, stats.sent_bytes, stats.far_bytes, self.moe.batch_counts_E = (
+            self.sums, self.sent_bytes, self.far_bytes, self.batch_counts_E,
+        )  # fmt: skip
 
 
 class Captured:
@@ -108,7 +112,7 @@ class Captured:
             lambda: one_by_one(model, work.microbatches, work.keys, work.divisor, mesh, language_model_loss)
         )
         self.gradients = taken_gradients(model)
-        self.layers = [Layer(m, m.stats.sums, m.stats.sent_bytes, m.batch_counts_E) for m in moe_layers(model)]
+        self.layers = [Layer(m, m.stats.sums, m.stats.sent_bytes, m.stats.far_bytes, m.batch_counts_E) for m in moe_layers(model)]
         self.buffers = [(exchange, exchange._buffers) for exchange in exchanges_of(model)]
 
     def holds(self) -> bool:

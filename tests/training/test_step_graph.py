@@ -60,7 +60,9 @@ def steps(model_name: str, flags: str, with_graph: bool, factor: float | None = 
             done = train_step(model, optimizer, batches, mesh, parity.learning_rate(i), 0.5, parity.SEED, i, room=room, graph=graph)
         waits.append([s for s in syncs.seen if "room.py" not in s and "exchange.py" not in s])
         out |= {f"loss {i}": done.lm_loss.clone(), f"norm {i}": done.grad_norm.clone()}
-        out |= {f"routing {i} {moe.layer}": moe.stats.vector(torch.device("cpu")).clone() for moe in moe_layers(model)}
+        for moe in moe_layers(model):
+            out[f"routing {i} {moe.layer}"] = moe.stats.vector(torch.device("cpu")).clone()
+            out[f"bytes {i} {moe.layer}"] = torch.tensor([float(moe.stats.sent_bytes), moe.stats.far_bytes], dtype=torch.float64)
         if i == 5:
             with memory_stays():
                 evaluate(model, batches, mesh, torch.device("cpu"))
@@ -90,7 +92,9 @@ def check(world: int, *args, interpret: bool = False) -> list[dict]:
     for one, other in zip(plain, replayed):
         assert one["out"].keys() == other["out"].keys()
         for name, expected in one["out"].items():
-            torch.testing.assert_close(other["out"][name], expected, rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                other["out"][name], expected, rtol=1e-6, atol=1e-7, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+            )
         assert one["repeats"] == other["repeats"]
     return replayed
 
