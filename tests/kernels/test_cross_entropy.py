@@ -43,6 +43,13 @@ def test_large_logits_neither_overflow_nor_vanish():
     assert torch.autograd.grad(losses.sum(), logits)[0].isfinite().all()
 
 
+def test_small_probabilities_have_gradients_in_float16_under_a_loss_scale():
+    logits = torch.tensor([[0.0, -10.0, -14.0, -17.0, -20.0]], dtype=torch.float16, requires_grad=True)
+    cross_entropy(logits, torch.tensor([0]), 5).mul(2.0**16).sum().backward()
+    exact = torch.softmax(logits.detach().double(), 1)[0, 1:] * 2.0**16
+    torch.testing.assert_close(logits.grad[0, 1:].double(), exact, rtol=6e-3, atol=0)
+
+
 def test_logits_of_no_tokens_have_no_losses():
     logits, labels, upstream = operands(tokens=0)
     losses, gradient = losses_and_gradient(cross_entropy, logits, labels, upstream, 21)
