@@ -245,7 +245,7 @@ def _end(groups: list[Group]) -> int:
 
 def _multiplied(x_RD: Tensor, e: Rows, used: int) -> Tensor:
     """Behind the last rows there is nothing to multiply but zeros."""
-    return x_RD[e.start : e.stop] if e.stop <= used else nn.functional.pad(x_RD[e.start : min(e.stop, used)], (0, 0, 0, e.stop - used))
+    return x_RD[e.start : e.stop] if e.stop <= used else nn.functional.pad(x_RD[e.start : used], (0, 0, 0, e.stop - used))
 
 
 def rows_to_multiply(rows: int, dtype: torch.dtype) -> int:
