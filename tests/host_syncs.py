@@ -9,7 +9,7 @@ the backward and from C++; the rest are methods of Tensor, and what copies a Pyt
 operation and the nearest line of megatron_moe. Copies that ask not to block are none, and nothing is that an interpreted Triton kernel
 does: it is a device.
 
-A kernel for CPU tensors alone (kernels/expert_mlp_cpu.py, a part of kernels/rows.py) may read what it likes, and no device would run it. So here nothing takes it:
+A kernel for CPU tensors alone (kernels/expert_mlp_cpu.py) may read what it likes, and no device would run it. So here nothing takes it:
 inside of HostSyncs the CPU stands for a device, and the same lines run as on one.
 """
 
@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_moe
-from megatron_moe.kernels import expert_mlp, rows
+from megatron_moe.kernels import expert_mlp
 
 PACKAGE = Path(megatron_moe.__file__).parent
 
@@ -49,7 +49,6 @@ class HostSyncs(TorchDispatchMode):
             self.patches.append(mock.patch.object(torch, name, self._copying(name)))
         self.patches.append(mock.patch.object(torch.Tensor, "to", self._to))
         self.patches.append(mock.patch.object(expert_mlp, "is_one_operator", return_value=False))
-        self.patches.append(mock.patch.object(rows, "looks_like_a_device", return_value=True))
         for patch in self.patches:
             patch.start()
         return super().__enter__()

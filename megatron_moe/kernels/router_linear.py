@@ -11,8 +11,6 @@ from torch import Tensor
 
 from megatron_moe.kernels.blocks import row_blocks
 
-SHORT = 128  # tokens: a product of few rows and columns over many of them is faster as several that are added up
-
 
 def router_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """logits_TE = x W^T in float32, or in the type of the weight where that is wider."""
@@ -39,10 +37,7 @@ class _InBlocks(torch.autograd.Function):
         x_TD, weight_ED = ctx.saved_tensors
         dweight_ED = torch.zeros_like(weight_ED)
         for rows, x_tD in _in_wide_blocks(x_TD, weight_ED.dtype):
-            grad_tE, parts = grad_TE[rows], len(x_tD) // SHORT
-            grad_nsE, x_nsD = (t[: parts * SHORT].unflatten(0, (parts, SHORT)) for t in (grad_tE, x_tD))
-            dweight_ED += torch.bmm(grad_nsE.transpose(1, 2), x_nsD).sum(0)
-            dweight_ED.addmm_(grad_tE[parts * SHORT :].t(), x_tD[parts * SHORT :])
+            dweight_ED.addmm_(grad_TE[rows].t(), x_tD)
         return _rounded_once(grad_TE, weight_ED, x_TD.dtype), dweight_ED
 
 

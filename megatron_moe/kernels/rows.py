@@ -9,21 +9,22 @@ from torch import Tensor
 from megatron_moe.kernels.blocks import row_blocks
 
 
-def add_rows(rows_RD: Tensor, number_R: Tensor, numbers: int) -> Tensor:
+def rows_by_number(slot_R: Tensor, N: int) -> Tensor | None:
+    """[R / N, N]: where the rows of each number lie, ascending, when row r fills slot slot_R[r] = number * N + any of N, and each slot is
+    filled once. None on devices, where `add_rows` does not ask for it."""
+    if slot_R.device.type != "cpu":
+        return None
+    row_TN = torch.empty_like(slot_R).scatter_(0, slot_R, torch.arange(len(slot_R))).view(len(slot_R) // N, N)
+    return row_TN if N <= 2 else row_TN.sort(dim=1).values  # the sum of two has no order
+
+
+def add_rows(rows_RD: Tensor, number_R: Tensor, numbers: int, row_TN: Tensor | None = None) -> Tensor:
     """[R, D] -> [numbers, D], float32 or wider, or the type of the rows where that rounds no more often: for each number the sum of its
-    rows, as they lie; zeros where there are none. No gradient."""
-    if rows_RD.device.type == "cpu" and len(number_R) >= numbers > 0 and len(number_R) % numbers == 0 and not looks_like_a_device():
-        order_R = number_R.argsort(stable=True)
-        row_TN = order_R.view(numbers, -1)
-        if torch.equal(number_R[order_R].view(numbers, -1), torch.arange(numbers)[:, None].expand_as(row_TN)):
-            return _of_equally_many(rows_RD, row_TN)
+    rows, as they lie; zeros where there are none. row_TN: `rows_by_number` of these rows, where each number has as many. No gradient."""
+    if row_TN is not None:
+        return _of_equally_many(rows_RD, row_TN)
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
     return torch.zeros(numbers, rows_RD.shape[1], dtype=wide, device=rows_RD.device).index_add_(0, number_R, rows_RD.to(wide))
-
-
-def looks_like_a_device() -> bool:
-    """Tests that count what makes a host wait let the CPU stand for a device: then it must not look at the numbers either."""
-    return False
 
 
 def _of_equally_many(rows_RD: Tensor, row_TN: Tensor) -> Tensor:

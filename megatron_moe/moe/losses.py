@@ -42,7 +42,7 @@ def auxiliary_losses(
         used = reducer.over_microbatch(torch.stack([used_T.sum(), torch.ones_like(used_T).sum()])).to(probs_TE.dtype)
         balance = balance * (used[0] / used[1].clamp_min(1))
         probs_TE = probs_TE * used_T[:, None]  # and in no other
-    z = router_z_sum(logits_TE, used_T)
+    z = router_z_sum(logits_TE.logsumexp(-1) if choice.logsumexp_T is None else choice.logsumexp_T, used_T)
     total = config.moe_loss_coeff * balance + config.moe_router_z_loss_coeff * z
     if config.moe_seq_loss_coeff:
         total = total + config.moe_seq_loss_coeff * sequence_balancing_sum(probs_TE, choice.ids_TK, tokens, reducer)
@@ -72,9 +72,9 @@ def sequence_balancing_sum(probs_TE: Tensor, ids_TK: Tensor, tokens: TokenInfo, 
     return experts * (fraction_SE.index_select(0, sequence_T) * probs_TE).sum()
 
 
-def router_z_sum(logits_TE: Tensor, used_T: Tensor | None = None) -> Tensor:
+def router_z_sum(logsumexp_T: Tensor, used_T: Tensor | None = None) -> Tensor:
     """Sum over the tokens here, padding left out, of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
-    square_T = torch.logsumexp(logits_TE, dim=-1).square()
+    square_T = logsumexp_T.square()
     return (square_T if used_T is None else square_T * used_T).sum()
 
 

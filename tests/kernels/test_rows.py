@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from megatron_moe.kernels import router_linear as router
 from megatron_moe.kernels import rows as kernel
 from megatron_moe.kernels.router_linear import router_linear
-from megatron_moe.kernels.rows import add_rows
+from megatron_moe.kernels.rows import add_rows, rows_by_number
+from megatron_moe.kernels.softmax import softmax_with_logsumexp
 
 
 def one_after_another(rows, number, numbers):
@@ -27,10 +28,12 @@ def one_after_another(rows, number, numbers):
 )  # fmt: skip
 def test_as_many_rows_for_each_are_added_bit_for_bit_in_their_order(tokens, k, D, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
-    number = torch.randperm(tokens * k, generator=generator) % tokens
+    slot = torch.randperm(tokens * k, generator=generator)
+    number = slot // k
     rows = torch.randn(tokens * k, D, generator=generator).to(dtype)
     want = one_after_another(rows, number, tokens)
-    assert torch.equal(add_rows(rows, number, tokens).to(dtype), want.to(dtype))
+    assert torch.equal(add_rows(rows, number, tokens, rows_by_number(slot, k)).to(dtype), want.to(dtype))
+    assert torch.equal(add_rows(rows, number, tokens).to(dtype), want.to(dtype))  # as on a device
 
 
 @settings(max_examples=40, deadline=None)
@@ -41,21 +44,17 @@ def test_any_numbers_of_rows_are_added_bit_for_bit_in_their_order(number, seed):
     assert torch.equal(add_rows(rows, number, 5), one_after_another(rows, number, 5))
 
 
-def test_rows_of_two_are_not_mistaken_for_one_each():
-    """As many rows as numbers, but not one each."""
-    rows, number = torch.arange(8.0).view(4, 2), torch.tensor([0, 0, 2, 3])
-    assert torch.equal(add_rows(rows, number, 4), one_after_another(rows, number, 4))
+def test_rows_by_number_of_no_rows():
+    assert rows_by_number(torch.zeros(0, dtype=torch.int64), 3).shape == (0, 3)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_blocks_and_a_device_give_the_same(k, monkeypatch):
-    number = torch.randperm(30 * k) % 30
+def test_blocks_give_the_same(k, monkeypatch):
+    slot = torch.randperm(30 * k)
     rows = torch.randn(30 * k, 5).bfloat16()
-    whole = add_rows(rows, number, 30).bfloat16()
+    whole = add_rows(rows, slot // k, 30, rows_by_number(slot, k)).bfloat16()
     monkeypatch.setattr(kernel, "row_blocks", lambda rows, width, device: (slice(i, i + 7) for i in range(0, rows, 7)))
-    assert torch.equal(add_rows(rows, number, 30).bfloat16(), whole)
-    monkeypatch.setattr(kernel, "looks_like_a_device", lambda: True)
-    assert torch.equal(add_rows(rows, number, 30).bfloat16(), whole)
+    assert torch.equal(add_rows(rows, slot // k, 30, rows_by_number(slot, k)).bfloat16(), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -90,3 +89,24 @@ def test_the_routers_product_is_wide_also_within_autocast():
             torch.testing.assert_close(
                 router_linear(tokens, weight), tokens.float().double().matmul(weight.double().t()).float(), rtol=0, atol=1e-5
             )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(0, 9), experts=st.integers(1, 9), scale=st.sampled_from([1.0, 1e3]), only=st.sampled_from(["probs", "sums", "both"]),
+    masked=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_softmax_with_logsumexp_is_torchs(tokens, experts, scale, only, masked, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(tokens, experts, generator=generator, dtype=torch.float64)
+    if masked:
+        logits[:, 1:] = logits[:, 1:].masked_fill(torch.rand(tokens, experts - 1, generator=generator) < 0.5, float("-inf"))
+    dprobs, dsums = torch.randn(tokens, experts, generator=generator, dtype=torch.float64), torch.randn(tokens, generator=generator, dtype=torch.float64)
+    results = []
+    for function in (softmax_with_logsumexp, lambda x: (x.softmax(-1), x.logsumexp(-1))):
+        leaf = logits.clone().requires_grad_()
+        probs, sums = function(leaf)
+        loss = {"probs": lambda: (probs * dprobs).sum(), "sums": lambda: (sums * dsums).sum(), "both": lambda: (probs * dprobs).sum() + (sums * dsums).sum()}[only]()
+        results.append((probs, sums, *torch.autograd.grad(loss, leaf)))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

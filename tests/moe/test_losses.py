@@ -45,7 +45,7 @@ def oracle(config, logits, probs, ids, first_choices_only, used, length, counts_
 
 def choice_of(logits, k, first_choices_only=False):
     probs = logits.softmax(-1)
-    return Choice(probs.detach().topk(k, dim=-1).indices, probs, probs, first_choices_only)
+    return Choice(probs.detach().topk(k, dim=-1).indices, probs, probs, first_choices_only=first_choices_only)
 
 
 COEFFICIENTS = {"moe_loss_coeff": 0.3, "moe_router_z_loss_coeff": 0.2, "moe_seq_loss_coeff": 0.5, "moe_global_loss_coeff": 0.7}

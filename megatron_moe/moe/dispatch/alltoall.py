@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe.kernels.fp8 import packed_bytes
+from megatron_moe.kernels.rows import rows_by_number
 from megatron_moe.moe.dispatch.base import (
     NO_LIMITS,
     Limits,
@@ -79,6 +80,7 @@ class AllToAllPlan:
     num_tokens: int
     leg: Leg
     arrival: Arrival
+    row_TK: Tensor | None = None  # of the rows that leave: see `sum_rows`
     has_spare_rows: bool = False
     sent_bytes: tuple[int, int] = (0, 0)
     far_bytes: tuple[int, int] | None = None
@@ -120,10 +122,12 @@ class AllToAllDispatcher(LocalDispatcher):
         for ids_TK, (order_A, _), arriving_SPe, (send_P, receive_P, rows_S) in zip(parts, orders, arriving_CSPe, sizes):
             slot_A = order_A[: sum(send_P)]
             addend_A, addends = addends_of(ids_TK, self.ranks, self.num_experts // self.ranks)
+            has_all = addends == 1 and len(slot_A) == ids_TK.numel()
             # they lie (slice, source, expert, token), and are wanted (expert, source, slice, token)
             arrival = arrival_of(arriving_SPe, rows_S, (2, 1, 0))
             leg = Leg(self.group, send_P, receive_P)
-            plans.append(AllToAllPlan(slot_A, addend_A.index_select(0, slot_A), addends, len(ids_TK), leg, arrival))
+            row_TK = rows_by_number(slot_A, ids_TK.shape[1]) if has_all else None
+            plans.append(AllToAllPlan(slot_A, addend_A.index_select(0, slot_A), addends, len(ids_TK), leg, arrival, row_TK))
         return plans
 
     # ------------------------------------------------------------ the way out, and back
@@ -149,7 +153,7 @@ class AllToAllDispatcher(LocalDispatcher):
 
     def depart(self, x_TD: Tensor, weights_TK: Tensor, plan: AllToAllPlan) -> list[Flight]:
         """Rows and their gate weights set off."""
-        rows, weights = gather_rows(x_TD, plan.addend_A, plan.addends), weights_TK.reshape(-1).index_select(0, plan.slot_A)
+        rows, weights = gather_rows(x_TD, plan.addend_A, plan.addends, plan.row_TK), weights_TK.reshape(-1).index_select(0, plan.slot_A)
         out, among = plan.leg.sent_rows(), self.slices.sent_rows(plan.arrival.rows_S)
         plan.sent_bytes = self._bytes_of(out, rows, weights, also=among)
         plan.far_bytes = None if self.nodes is None else self._bytes_of(plan.leg.far_rows(self.nodes), rows, weights)
@@ -172,7 +176,7 @@ class AllToAllDispatcher(LocalDispatcher):
         return plan.leg.launch_back(self._from_slices(rows_RD, plan.arrival))
 
     def arrive_back(self, flight: Flight, plan: AllToAllPlan) -> Tensor:
-        return sum_rows(flight.land(), plan.addend_A, plan.num_tokens, plan.addends)
+        return sum_rows(flight.land(), plan.addend_A, plan.num_tokens, plan.addends, plan.row_TK)
 
     def _to_slices(self, rows: Tensor, arrival: Arrival) -> Tensor:
         return reorder_rows(self.slices.gather(rows, arrival.rows_S), arrival.order_R, arrival.back_R)

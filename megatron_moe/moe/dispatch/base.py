@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moe.kernels.rows import add_rows
+from megatron_moe.kernels.rows import add_rows, rows_by_number
 from megatron_moe.moe.routing import count_assignments
 
 
@@ -32,16 +32,13 @@ class LocalPlan:
     """Which assignment fills each row."""
 
     slot_R: Tensor  # int64: token * K + choice
+    token_R: Tensor  # int64
     offsets_E: Tensor  # int32
     num_tokens: int
-    k: int
     has_spare_rows: bool
+    row_TK: Tensor | None = None  # where the rows of a token are, see `sum_rows`
     sent_bytes: tuple[int, int] = (0, 0)
     far_bytes: tuple[int, int] | None = (0, 0)
-
-    @property
-    def token_R(self) -> Tensor:
-        return self.slot_R // self.k
 
 
 class LocalDispatcher:
@@ -59,7 +56,10 @@ class LocalDispatcher:
 
     def _plan(self, ids_TK: Tensor, rows: int, has_spare_rows: bool) -> LocalPlan:
         order_A, counts_E = self._order(ids_TK)
-        return LocalPlan(order_A[:rows], counts_E.cumsum(0).to(torch.int32), *ids_TK.shape, has_spare_rows)
+        (num_tokens, k), slot_R = ids_TK.shape, order_A[:rows]
+        token_R = slot_R if k == 1 else slot_R // k
+        row_TK = None if has_spare_rows else rows_by_number(slot_R, k)
+        return LocalPlan(slot_R, token_R, counts_E.cumsum(0).to(torch.int32), num_tokens, has_spare_rows, row_TK)
 
     def _order(self, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Assignments by expert, dropped ones behind the last expert; and how many each expert has."""
@@ -77,10 +77,10 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: Any = None) -> tuple[Tensor, Tensor, Tensor, Any]:
         plan = plan or self.plan(ids_TK)
-        return gather_rows(x_TD, plan.token_R), plan.offsets_E, row_weights(weights_TK, plan), plan
+        return gather_rows(x_TD, plan.token_R, row_TN=plan.row_TK), plan.offsets_E, row_weights(weights_TK, plan), plan
 
     def combine(self, rows_RD: Tensor, plan: Any) -> Tensor:
-        return sum_rows(rows_RD, plan.token_R, plan.num_tokens)
+        return sum_rows(rows_RD, plan.token_R, plan.num_tokens, row_TN=plan.row_TK)
 
 
 def row_weights(weights_TK: Tensor, plan: LocalPlan) -> Tensor:
@@ -97,19 +97,19 @@ def most_rows(assignments: int, num_experts: int, capacity: int | None) -> int:
     return assignments if capacity is None else min(assignments, num_experts * capacity)
 
 
-def sum_rows(rows_RD: Tensor, addend_R: Tensor, num_tokens: int, addends: int = 1) -> Tensor:
+def sum_rows(rows_RD: Tensor, addend_R: Tensor, num_tokens: int, addends: int = 1, row_TN: Tensor | None = None) -> Tensor:
     """[R, D] -> [T, D], the sum of a token's rows in the canonical order, which all dispatchers share: rows of one addend as they lie
     (experts ascending), then the addends of a token (its owner ranks ascending). addend_R: token * addends + addend.
 
     In at least float32: k roundings to bf16 would not be those of one process. On CUDA the order within an addend of three rows or
-    more is fixed under torch.use_deterministic_algorithms only.
+    more is fixed under torch.use_deterministic_algorithms only. row_TN: of `rows_by_number`, where all have one addend and as many rows.
     """
-    return _Sum.apply(rows_RD, addend_R, num_tokens, addends)
+    return _Sum.apply(rows_RD, addend_R, num_tokens, addends, row_TN)
 
 
-def gather_rows(x_TD: Tensor, addend_R: Tensor, addends: int = 1) -> Tensor:
+def gather_rows(x_TD: Tensor, addend_R: Tensor, addends: int = 1, row_TN: Tensor | None = None) -> Tensor:
     """[T, D] -> [R, D], row r that of token addend_R[r] // addends. The backward is `sum_rows`."""
-    return _Gather.apply(x_TD, addend_R, addends)
+    return _Gather.apply(x_TD, addend_R, addends, row_TN)
 
 
 def reorder_rows(rows: Tensor, order_R: Tensor, back_R: Tensor) -> Tensor:
@@ -128,8 +128,8 @@ def _source(addend_R: Tensor, addends: int) -> Tensor:
     return addend_R if addends == 1 else addend_R // addends
 
 
-def _summed(rows_RD: Tensor, addend_R: Tensor, num_tokens: int, addends: int) -> Tensor:
-    y_AD = add_rows(rows_RD, addend_R, num_tokens * addends)
+def _summed(rows_RD: Tensor, addend_R: Tensor, num_tokens: int, addends: int, row_TN: Tensor | None) -> Tensor:
+    y_AD = add_rows(rows_RD, addend_R, num_tokens * addends, row_TN)
     return add_up(y_AD.view(num_tokens, addends, rows_RD.shape[1]).unbind(1)).to(rows_RD.dtype)
 
 
@@ -137,28 +137,28 @@ class _Sum(torch.autograd.Function):
     """`sum_rows`, and its backward `gather_rows`. (That of index_add would keep the rows, and gather in float32.)"""
 
     @staticmethod
-    def forward(ctx, rows_RD: Tensor, addend_R: Tensor, num_tokens: int, addends: int) -> Tensor:
+    def forward(ctx, rows_RD: Tensor, addend_R: Tensor, num_tokens: int, addends: int, row_TN: Tensor | None) -> Tensor:
         ctx.save_for_backward(addend_R)
         ctx.addends = addends
-        return _summed(rows_RD, addend_R, num_tokens, addends)
+        return _summed(rows_RD, addend_R, num_tokens, addends, row_TN)
 
     @staticmethod
     def backward(ctx, grad_TD: Tensor):
         (addend_R,) = ctx.saved_tensors
-        return grad_TD.index_select(0, _source(addend_R, ctx.addends)), None, None, None
+        return grad_TD.index_select(0, _source(addend_R, ctx.addends)), None, None, None, None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD: Tensor, addend_R: Tensor, addends: int) -> Tensor:
-        ctx.save_for_backward(addend_R)
+    def forward(ctx, x_TD: Tensor, addend_R: Tensor, addends: int, row_TN: Tensor | None) -> Tensor:
+        ctx.save_for_backward(addend_R, row_TN)
         ctx.num_tokens, ctx.addends = len(x_TD), addends
         return x_TD.index_select(0, _source(addend_R, addends))
 
     @staticmethod
     def backward(ctx, grad_RD: Tensor):
-        (addend_R,) = ctx.saved_tensors
-        return _summed(grad_RD, addend_R, ctx.num_tokens, ctx.addends), None, None
+        addend_R, row_TN = ctx.saved_tensors
+        return _summed(grad_RD, addend_R, ctx.num_tokens, ctx.addends, row_TN), None, None, None
 
 
 class _Reorder(torch.autograd.Function):

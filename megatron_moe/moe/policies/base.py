@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_moe.kernels.softmax import softmax_with_logsumexp
 from megatron_moe.moe.tokens import TokenInfo
 from megatron_moe.utils.random import Purpose, mix, uniform
 
@@ -21,11 +21,20 @@ class Choice:
     ids_TK: Tensor  # int64, best first; -1: no expert
     scores_TE: Tensor  # gate weights are taken from here
     probs_TE: Tensor  # the same as shares of a token that add up to 1: what balance losses and entropy are about
+    logsumexp_T: Tensor | None = None  # of the logits, with its gradient, where it was at hand
     first_choices_only: bool = False  # whether the balance loss counts ids_TK[:, :1] alone
 
     @property
     def balance_ids_TK(self) -> Tensor:
         return self.ids_TK[:, :1] if self.first_choices_only else self.ids_TK
+
+
+class Scored(NamedTuple):
+    """What a policy passes on to its Choice, behind the ids."""
+
+    scores_TE: Tensor
+    probs_TE: Tensor
+    logsumexp_T: Tensor | None
 
 
 class Policy(Protocol):
@@ -41,13 +50,13 @@ class Policy(Protocol):
         ...
 
 
-def scores_and_probs(logits_TE: Tensor, function: str) -> tuple[Tensor, Tensor]:
+def scored(logits_TE: Tensor, function: str) -> Scored:
     """softmax: both are the probabilities; sigmoid: each expert's own score, and the scores over their sum."""
     if function == "softmax":
-        probs_TE = F.softmax(logits_TE, dim=-1)
-        return probs_TE, probs_TE
+        probs_TE, logsumexp_T = softmax_with_logsumexp(logits_TE)
+        return Scored(probs_TE, probs_TE, logsumexp_T)
     scores_TE = torch.sigmoid(logits_TE)
-    return scores_TE, scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(scores_TE.dtype).tiny)
+    return Scored(scores_TE, scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(scores_TE.dtype).tiny), None)
 
 
 def best(ranks_TE: Tensor, k: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config.moe import MoEConfig
-from megatron_moe.moe.policies.base import Choice, best, scores_and_probs
+from megatron_moe.moe.policies.base import Choice, best, scored
 from megatron_moe.moe.tokens import TokenInfo
 
 
@@ -25,15 +25,15 @@ class ExpertChoice:
         self.config = config
 
     def __call__(self, logits_TE: Tensor, tokens: TokenInfo, bias_E: Tensor | None, capacity: int | None, training: bool) -> Choice:
-        scores_TE, probs_TE = scores_and_probs(logits_TE, self.config.moe_router_score_function)
+        scores = scored(logits_TE, self.config.moe_router_score_function)
         if not training:
-            return Choice(best(scores_TE, self.config.topk), scores_TE, probs_TE)
+            return Choice(best(scores.scores_TE, self.config.topk), *scores)
         assert capacity is not None, "experts that choose have a capacity"
-        ranks_TE = scores_TE.detach()
+        ranks_TE = scores.scores_TE.detach()
         if tokens.used_T is not None:
             ranks_TE = torch.where(tokens.used_T[:, None], ranks_TE, -1.0)  # padding is taken last, and thrown out afterwards
         # stable: of equal scores the earlier token
         taken_CE = ranks_TE.argsort(dim=0, descending=True, stable=True)[:capacity]
         is_taken_TE = torch.zeros_like(ranks_TE, dtype=torch.bool).scatter(0, taken_CE, True)
         expert_E = torch.arange(logits_TE.shape[1], device=logits_TE.device)
-        return Choice(torch.where(is_taken_TE, expert_E, -1), scores_TE, probs_TE)
+        return Choice(torch.where(is_taken_TE, expert_E, -1), *scores)

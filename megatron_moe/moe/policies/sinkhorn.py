@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_moe.config.moe import MoEConfig
-from megatron_moe.moe.policies.base import Choice, best, scores_and_probs
+from megatron_moe.moe.policies.base import Choice, best, scored
 from megatron_moe.moe.tokens import TokenInfo
 
 # The plan of a single token has equal entries: without this share of the logits, rounding would choose, and layouts differ in it.
@@ -27,11 +27,11 @@ class Sinkhorn:
         self.k, self.iterations = config.topk, config.moe_router_sinkhorn_iterations
 
     def __call__(self, logits_TE: Tensor, tokens: TokenInfo, bias_E: Tensor | None, capacity: int | None, training: bool) -> Choice:
-        scores_TE, probs_TE = scores_and_probs(logits_TE, "sigmoid" if self.k == 1 else "softmax")
+        scores = scored(logits_TE, "sigmoid" if self.k == 1 else "softmax")
         ranks_TE = logits_TE.detach()
         if training:
             ranks_TE = (1 + TIE_BREAK) * ranks_TE + column_scale(ranks_TE, tokens.used_T, self.iterations)
-        return Choice(best(ranks_TE, self.k), scores_TE, probs_TE)
+        return Choice(best(ranks_TE, self.k), *scores)
 
 
 def column_scale(logits_TE: Tensor, used_T: Tensor | None, iterations: int) -> Tensor:

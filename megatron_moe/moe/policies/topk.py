@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config.moe import MoEConfig
-from megatron_moe.moe.policies.base import Choice, best, scores_and_probs
+from megatron_moe.moe.policies.base import Choice, best, scored
 from megatron_moe.moe.tokens import TokenInfo
 from megatron_moe.utils.random import Purpose, gumbel
 
@@ -27,8 +27,8 @@ class TopK:
 
     def __call__(self, logits_TE: Tensor, tokens: TokenInfo, bias_E: Tensor | None, capacity: int | None, training: bool) -> Choice:
         c = self.config
-        scores_TE, probs_TE = scores_and_probs(logits_TE, c.moe_router_score_function)
-        ranks_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
+        scores = scored(logits_TE, c.moe_router_score_function)
+        ranks_TE = scores.scores_TE.detach() if bias_E is None else scores.scores_TE.detach() + bias_E
         if c.moe_router_num_groups is not None:
             ranks_TE = of_best_groups(ranks_TE, c.moe_router_num_groups, c.moe_router_group_topk, c.group_best)
         if c.draws_choices and tokens.keys_T is not None:
@@ -36,7 +36,7 @@ class TopK:
         else:
             ids_TK = best(ranks_TE, c.topk)
         # GShard and DeepSpeed balance the first of two choices
-        return Choice(ids_TK, scores_TE, probs_TE, first_choices_only=c.topk == 2)
+        return Choice(ids_TK, *scores, first_choices_only=c.topk == 2)
 
 
 def drawn(logits_TE: Tensor, k: int, noise_TE: Tensor) -> Tensor:
