@@ -9,8 +9,8 @@ operators, the gate weight meets the inner width instead of the outer one, and w
 
 It reads on the host how many rows an expert has. On a CPU nothing waits for that; this operator is for CPU tensors alone.
 
-In 16 bits the library compiles a kernel for every number of rows that it has not seen lately, which takes as long as the product of an
-expert. So a few rows of the next experts are multiplied too, up to a number that comes again (`rows_to_multiply`): their
+oneDNN (kernels/matmul_cpu.py says when it multiplies) compiles a kernel for every number of rows that it has not seen lately, which in 16 bits
+takes as long as the product of an expert. So a few rows of the next experts are multiplied too, up to a number that comes again (`rows_to_multiply`): their
 results are overwritten when these experts have their turn, and where rows are added up they are zero.
 
 It is opaque to torch.compile, and so are its loops.
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_moe.kernels.blocks import block_rows
+from megatron_moe.kernels.matmul_cpu import goes_to_onednn, matmul
 
 aten = torch.ops.aten
 
@@ -35,16 +36,19 @@ class Activation(NamedTuple):
 
     forward: Callable[[Tensor, Tensor], object]  # (h, out): out = act(h)
     backward: Callable[[Tensor, Tensor], object]  # (grad, h): grad *= act'(h)
+    is_kept: bool = False  # cheaper written and read than computed twice
 
 
 ACTIVATIONS = {
     "gelu": Activation(
         lambda h, out: aten.gelu.out(h, approximate="none", out=out),
         lambda grad, h: aten.gelu_backward.grad_input(grad, h, approximate="none", grad_input=grad),
+        is_kept=True,
     ),
     "gelu_tanh": Activation(
         lambda h, out: aten.gelu.out(h, approximate="tanh", out=out),
         lambda grad, h: aten.gelu_backward.grad_input(grad, h, approximate="tanh", grad_input=grad),
+        is_kept=True,
     ),
     "relu": Activation(
         lambda h, out: torch.clamp_min(h, 0.0, out=out),
@@ -58,6 +62,11 @@ ACTIVATIONS = {
 GATED = "swiglu"
 
 
+def keeps_activation(name: str) -> bool:
+    """For the backward; otherwise it is computed once more there, in the cache."""
+    return name != GATED and ACTIVATIONS[name].is_kept
+
+
 def _activate(name: str, h: Tensor, g: Tensor, out: Tensor) -> None:
     if name == GATED:
         aten.silu.out(g, out=out).mul_(h)
@@ -66,7 +75,7 @@ def _activate(name: str, h: Tensor, g: Tensor, out: Tensor) -> None:
 
 
 def _differentiate(name: str, grad: Tensor, h: Tensor, g: Tensor, a: Tensor, dg: Tensor) -> None:
-    """grad, of the activation's output, becomes that of h. Fills a, its output, once more, and dg."""
+    """grad, of the activation's output, becomes that of h. Fills a, its output, where that was not kept, and dg."""
     if name == GATED:
         aten.silu.out(g, out=a)
         torch.mul(grad, h, out=dg)
@@ -74,7 +83,8 @@ def _differentiate(name: str, grad: Tensor, h: Tensor, g: Tensor, a: Tensor, dg:
         grad.mul_(a)
         a.mul_(h)
     else:
-        ACTIVATIONS[name].forward(h, a)
+        if not keeps_activation(name):
+            ACTIVATIONS[name].forward(h, a)
         ACTIVATIONS[name].backward(grad, h)
 
 
@@ -110,73 +120,82 @@ def expert_mlp_cpu(
 @torch.library.custom_op("megatron_moe::expert_mlp_cpu", mutates_args=(), device_types="cpu")
 def _forward(
     x_RD: Tensor, offsets_E: Tensor, row_weights_R: Tensor, weights: list[Tensor], activation: str, bias_share: float, keeps: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y_RD, and what the backward needs, where it `keeps` that: z_RD, h_RF and, of a gated unit, g_RF. The activation is cheaper
-    computed twice, in the cache, than written and read. Of rows behind the last expert's only y is defined: zero."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y_RD, and what the backward needs, where it `keeps` that: z_RD, h_RF, of a gated unit g_RF, and a_RF where `keeps_activation`. Of rows
+    behind the last expert's only y is defined: zero."""
     w, ends, is_gated = Stacks.of(weights, activation), offsets_E.tolist(), activation == GATED
     rows, used, F = x_RD.shape[0], ends[-1], w.w1.shape[2]
-    groups, e_w = list(_groups(ends, F, x_RD.dtype)), w.unbind()
+    groups, e_w = list(_groups(ends, x_RD, F)), w.unbind()
     most, behind = max((g.room for g in groups), default=0), max(rows, _end(groups))
-    y_RD, a_rF = x_RD.new_empty(behind, w.w2.shape[2]), x_RD.new_empty(most, F)
+    y_RD = x_RD.new_empty(behind, w.w2.shape[2])
     z_RD, room = (torch.empty_like(y_RD), behind) if keeps else (y_RD, most)
     h_RF, g_RF = x_RD.new_empty(room, F), x_RD.new_empty(room if is_gated else 0, F)
+    keeps_a = keeps and keeps_activation(activation)
+    a_RF = x_RD.new_empty(behind if keeps_a else most, F)
     for group in groups:
-        first = group.rows.start if keeps else 0  # of h and g
+        first, first_a = group.rows.start if keeps else 0, group.rows.start if keeps_a else 0  # of h and g; of a
         for e in group.experts:
-            x, own = _multiplied(x_RD, e, used), slice(e.start - group.rows.start + first, e.stop - group.rows.start + first)
-            _product(x, e_w.w1[e.number], e_w.b1 and e_w.b1[e.number], h_RF[own])
+            x, own = _multiplied(x_RD, e, used), group.local(e, first)
+            matmul(x, e_w.w1[e.number], e_w.b1 and e_w.b1[e.number], out=h_RF[own])
             if is_gated:
-                _product(x, e_w.w_gate[e.number], e_w.b_gate and e_w.b_gate[e.number], g_RF[own])
+                matmul(x, e_w.w_gate[e.number], e_w.b_gate and e_w.b_gate[e.number], out=g_RF[own])
         h, g = (t[first : first + group.size] for t in (h_RF, g_RF))
-        _activate(activation, h, g, a_rF[: group.size])
+        _activate(activation, h, g, a_RF[first_a : first_a + group.size])
         for e in group.experts:
             b2 = e_w.b2 and (e_w.b2[e.number] if bias_share == 1.0 else e_w.b2[e.number] * bias_share)
-            _product(a_rF[group.local(e.start, e.stop)], e_w.w2[e.number], b2, z_RD[e.start : e.stop])
+            matmul(a_RF[group.local(e, first_a)], e_w.w2[e.number], b2, out=z_RD[e.start : e.stop])
     torch.mul(z_RD[:used], row_weights_R[:used, None].to(z_RD.dtype), out=y_RD[:used])
     y_RD[used:].zero_()
-    return (y_RD[:rows], *(t[:rows] for t in (z_RD, h_RF, g_RF))) if keeps else (y_RD[:rows], *(x_RD.new_empty(0) for _ in range(3)))
+    nothing = x_RD.new_empty(0)
+    if not keeps:
+        return y_RD[:rows], *(nothing.clone() for _ in range(4))
+    return y_RD[:rows], z_RD[:rows], h_RF[:rows], g_RF[:rows], a_RF[:rows] if keeps_a else nothing
 
 
 @torch.library.custom_op("megatron_moe::expert_mlp_cpu_backward", mutates_args=(), device_types="cpu")
 def _backward(
     dy_RD: Tensor, x_RD: Tensor, offsets_E: Tensor, row_weights_R: Tensor, weights: list[Tensor], z_RD: Tensor, h_RF: Tensor,
-    g_RF: Tensor, activation: str, bias_share: float,
+    g_RF: Tensor, a_RF: Tensor, activation: str, bias_share: float,
 ) -> list[Tensor]:  # fmt: skip
     """Of x_RD, of row_weights_R, and of each of `weights`; zero for rows behind the last expert's, and for experts without rows."""
     w, ends, is_gated = Stacks.of(weights, activation), offsets_E.tolist(), activation == GATED
     used, F = ends[-1], w.w1.shape[2]
     gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in weights]
     drow_weights_R = torch.zeros_like(row_weights_R)
-    groups, e_w, e_d = list(_groups(ends, F, x_RD.dtype)), w.unbind(), Stacks.of(gradients, activation).unbind()
+    groups, e_w, e_d = list(_groups(ends, x_RD, F)), w.unbind(), Stacks.of(gradients, activation).unbind()
     dx_RD = x_RD.new_empty(max(len(x_RD), _end(groups)), x_RD.shape[1])
     most = max((g.room for g in groups), default=0)
-    dh_rF, a_rF, dg_rF = x_RD.new_empty(most, F), x_RD.new_empty(most, F), x_RD.new_empty(most if is_gated else 0, F)
+    keeps_a = keeps_activation(activation)
+    dh_rF, a_rF, dg_rF = x_RD.new_empty(most, F), x_RD.new_empty(0 if keeps_a else most, F), x_RD.new_empty(most if is_gated else 0, F)
     dz_rD = x_RD.new_empty(most, z_RD.shape[1])
     for group in groups:
         rows, size = group.rows, group.size
         dh, a, dg = (t[:size] for t in (dh_rF, a_rF, dg_rF))
         torch.sum(dy_RD[rows] * z_RD[rows], -1, dtype=row_weights_R.dtype, out=drow_weights_R[rows])
         torch.mul(dy_RD[rows], row_weights_R[rows, None].to(z_RD.dtype), out=dz_rD[:size])
-        for t in (dz_rD, a_rF, dg_rF):  # what is multiplied of the next group
-            t[size : group.room].zero_()
+        if group.room > size:  # what is multiplied of the next group
+            for t in (dz_rD, a_rF, dg_rF):
+                t[size : group.room].zero_()
         for e in group.experts:
-            own = group.local(e.start, e.stop)
-            torch.mm(dz_rD[own], e_w.w2[e.number].t(), out=dh_rF[own])
+            own = group.local(e)
+            matmul(dz_rD[own], e_w.w2[e.number].t(), out=dh_rF[own])
         _differentiate(activation, dh, h_RF[rows], g_RF[rows], a, dg)
         for e in group.experts:
-            own = group.local(e.start, e.stop)
-            dx = torch.mm(dh_rF[own], e_w.w1[e.number].t(), out=dx_RD[e.start : e.stop])
+            own = group.local(e)
+            dx = matmul(dh_rF[own], e_w.w1[e.number].t(), out=dx_RD[e.start : e.stop])
             if is_gated:
-                torch.addmm(dx, dg_rF[own], e_w.w_gate[e.number].t(), out=dx)
+                matmul(dg_rF[own], e_w.w_gate[e.number].t(), out=dx, adds=True)
         for e in reversed(group.experts):  # those behind it are done with
-            own, x = group.local(e.start, e.stop), _multiplied(x_RD, e, used)
+            own, x = group.local(e), _multiplied(x_RD, e, used)
             if e.stop > e.end:
+                behind = slice(own.start + e.end - e.start, own.stop)
                 for t in (dz_rD, dh_rF, dg_rF):
-                    t[group.local(e.end, e.stop)].zero_()
-            torch.mm(a_rF[own].t(), dz_rD[own], out=e_d.w2[e.number])
-            torch.mm(x.t(), dh_rF[own], out=e_d.w1[e.number])
+                    t[behind].zero_()
+            a = _multiplied(a_RF, e, used) if keeps_a else a_rF[own]
+            matmul(a.t(), dz_rD[own], out=e_d.w2[e.number])
+            matmul(x.t(), dh_rF[own], out=e_d.w1[e.number])
             if is_gated:
-                torch.mm(x.t(), dg_rF[own], out=e_d.w_gate[e.number])
+                matmul(x.t(), dg_rF[own], out=e_d.w_gate[e.number])
             if w.b1 is not None:
                 torch.sum(dh_rF[own], 0, out=e_d.b1[e.number])
                 torch.sum(dz_rD[own], 0, out=e_d.b2[e.number]).mul_(bias_share)
@@ -189,13 +208,6 @@ def _backward(
                     d[expert].zero_()
     dx_RD[used:].zero_()
     return [dx_RD[: len(x_RD)], drow_weights_R, *gradients]
-
-
-def _product(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
-    if b is None:
-        torch.mm(x, w, out=out)
-    else:
-        torch.addmm(b, x, w, out=out)
 
 
 class Rows(NamedTuple):
@@ -222,15 +234,16 @@ class Group(NamedTuple):
     def room(self) -> int:
         return max(e.stop for e in self.experts) - self.rows.start
 
-    def local(self, start: int, stop: int) -> slice:
-        return slice(start - self.rows.start, stop - self.rows.start)
+    def local(self, e: Rows, first: int = 0) -> slice:
+        """Where an expert's rows are, in memory in which those of the group begin at `first`."""
+        return slice(e.start - self.rows.start + first, e.stop - self.rows.start + first)
 
 
-def _groups(ends: list[int], width: int, dtype: torch.dtype) -> Iterator[Group]:
+def _groups(ends: list[int], x_RD: Tensor, width: int) -> Iterator[Group]:
     enough, experts = block_rows(width, torch.device("cpu")), []
     for expert, (start, end) in enumerate(zip([0, *ends], ends)):
         if start < end:
-            experts.append(Rows(expert, start, end, start + rows_to_multiply(end - start, dtype)))
+            experts.append(Rows(expert, start, end, start + rows_to_multiply(end - start, x_RD.dtype, x_RD.shape[1] * width)))
             if end - experts[0].start >= enough:
                 yield Group(slice(experts[0].start, end), experts)
                 experts = []
@@ -248,10 +261,11 @@ def _multiplied(x_RD: Tensor, e: Rows, used: int) -> Tensor:
     return x_RD[e.start : e.stop] if e.stop <= used else nn.functional.pad(x_RD[e.start : used], (0, 0, 0, e.stop - used))
 
 
-def rows_to_multiply(rows: int, dtype: torch.dtype) -> int:
-    """The next number with not more than six binary digits before its zeros: at most 3 % more, and 32 numbers between any one and its
-    double. In 32 bits and more nothing is compiled."""
-    step = 1 << max(rows.bit_length() - 6, 0) if dtype.itemsize == 2 else 1
+def rows_to_multiply(rows: int, dtype: torch.dtype, weights: int) -> int:
+    """Where a kernel is compiled for the product with a matrix of so many weights, the next number with not more than six binary digits before
+    its zeros: at most 3 % more, and 32 numbers between any one and its double."""
+    is_compiled = dtype.itemsize == 2 or goes_to_onednn(dtype, rows * weights)
+    step = 1 << max(rows.bit_length() - 6, 0) if is_compiled else 1
     return -(-rows // step) * step
 
 
@@ -261,12 +275,13 @@ def _(x_RD, offsets_E, row_weights_R, weights, activation, bias_share, keeps):
     rows, D, F = x_RD.shape[0], w.w2.shape[2], w.w1.shape[2]
     y_RD = x_RD.new_empty(rows, D)
     if not keeps:
-        return (y_RD, *(x_RD.new_empty(0) for _ in range(3)))
-    return y_RD, x_RD.new_empty(rows, D), x_RD.new_empty(rows, F), x_RD.new_empty(rows if activation == GATED else 0, F)
+        return (y_RD, *(x_RD.new_empty(0) for _ in range(4)))
+    a_RF = x_RD.new_empty(rows, F) if keeps_activation(activation) else x_RD.new_empty(0)
+    return y_RD, x_RD.new_empty(rows, D), x_RD.new_empty(rows, F), x_RD.new_empty(rows if activation == GATED else 0, F), a_RF
 
 
 @_backward.register_fake
-def _(dy_RD, x_RD, offsets_E, row_weights_R, weights, z_RD, h_RF, g_RF, activation, bias_share):
+def _(dy_RD, x_RD, offsets_E, row_weights_R, weights, z_RD, h_RF, g_RF, a_RF, activation, bias_share):
     return [p.new_empty(p.shape) for p in (x_RD, row_weights_R, *weights)]
 
 
@@ -278,9 +293,9 @@ def _remember(ctx, inputs, output) -> None:
 
 
 def _derive(ctx, dy_RD: Tensor | None, *_):
-    x_RD, offsets_E, row_weights_R, z_RD, h_RF, g_RF, *weights = ctx.saved_tensors
+    x_RD, offsets_E, row_weights_R, z_RD, h_RF, g_RF, a_RF, *weights = ctx.saved_tensors
     dx_RD, drow_weights_R, *gradients = _backward(
-        dy_RD, x_RD, offsets_E, row_weights_R, weights, z_RD, h_RF, g_RF, ctx.activation, ctx.bias_share
+        dy_RD, x_RD, offsets_E, row_weights_R, weights, z_RD, h_RF, g_RF, a_RF, ctx.activation, ctx.bias_share
     )
     return dx_RD, None, drow_weights_R, gradients, None, None, None
 

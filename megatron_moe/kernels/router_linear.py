@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_moe.kernels.blocks import row_blocks
+from megatron_moe.kernels.matmul_cpu import matmul
 
 
 def router_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """logits_TE = x W^T in float32, or in the type of the weight where that is wider."""
     dtype = torch.promote_types(weight_ED.dtype, torch.float32)
-    if x_TD.device.type == "cpu" and x_TD.dtype == torch.bfloat16 and weight_ED.dtype == dtype:
+    if x_TD.device.type == "cpu" and weight_ED.dtype == dtype == torch.float32 and x_TD.dtype in (torch.bfloat16, torch.float32):
         return _InBlocks.apply(x_TD, weight_ED)
     with torch.autocast(x_TD.device.type, enabled=False):
         return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
@@ -29,7 +30,7 @@ class _InBlocks(torch.autograd.Function):
         ctx.save_for_backward(x_TD, weight_ED)
         logits_TE = weight_ED.new_empty(len(x_TD), len(weight_ED))
         for rows, x_tD in _in_wide_blocks(x_TD, weight_ED.dtype):
-            torch.mm(x_tD, weight_ED.t(), out=logits_TE[rows])
+            matmul(x_tD, weight_ED.t(), out=logits_TE[rows])
         return logits_TE
 
     @staticmethod
@@ -37,12 +38,17 @@ class _InBlocks(torch.autograd.Function):
         x_TD, weight_ED = ctx.saved_tensors
         dweight_ED = torch.zeros_like(weight_ED)
         for rows, x_tD in _in_wide_blocks(x_TD, weight_ED.dtype):
-            dweight_ED.addmm_(grad_TE[rows].t(), x_tD)
+            matmul(grad_TE[rows].t(), x_tD, out=dweight_ED, adds=True)
+        if x_TD.dtype == weight_ED.dtype:
+            return matmul(grad_TE, weight_ED, out=torch.empty_like(x_TD)), dweight_ED
         return _rounded_once(grad_TE, weight_ED, x_TD.dtype), dweight_ED
 
 
 def _in_wide_blocks(x_TD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, these rows in `dtype`), all in the same memory."""
+    """(rows, these rows in `dtype`), all in the same memory; where they are in that type already, all of them."""
+    if x_TD.dtype == dtype:
+        yield slice(None), x_TD
+        return
     room_tD: Tensor | None = None
     for rows in row_blocks(*x_TD.shape, x_TD.device):
         x_tD = x_TD[rows]

@@ -23,6 +23,15 @@ _all_gather_autograd = getattr(funcol, "all_gather_single_autograd", None) or fu
 _reduce_scatter_autograd = getattr(funcol, "reduce_scatter_single_autograd", None) or funcol.reduce_scatter_tensor_autograd
 
 
+def _onednn_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """x [m, k], w [n, k], bias [n] -> x w^T + bias: oneDNN's product, on a CPU. No gradient. (What torch.compile calls for inference; there is
+    no public way to it for float32.)"""
+    return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
+
+
+onednn_linear = _onednn_linear if hasattr(torch.ops.mkldnn, "_linear_pointwise") else None  # builds without oneDNN
+
+
 def scaled_grouped_mm(x_RD: Tensor, w_EDF: Tensor, scale_R: Tensor, scale_EF: Tensor, offsets_E: Tensor) -> Tensor:
     """Rows of e4m3 times their expert's matrix of e4m3, each row of x and each column of w with a float32 scale -> bfloat16 [R, F].
 

@@ -88,7 +88,7 @@ def memory_that_is_not_a_number():
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_rows_that_are_multiplied_too_leave_no_trace(activation, bias, block, monkeypatch, memory_that_is_not_a_number):
-    monkeypatch.setattr(kernel, "rows_to_multiply", lambda rows, dtype: -(-rows // 4) * 4)
+    monkeypatch.setattr(kernel, "rows_to_multiply", lambda rows, dtype, weights: -(-rows // 4) * 4)
     monkeypatch.setattr(kernel, "block_rows", lambda width, device: max(block // width, 1))
     for rows in ([5, 1, 1, 2, 9, 3], [0, 5, 0, 6, 1, 0], [1, 1, 1, 1, 1], [4, 8], [3]):
         for spare in (0,) if bias else (0, 6):  # the reference gives a bias to the gate weight of a row that is nobody's
@@ -97,16 +97,16 @@ def test_rows_that_are_multiplied_too_leave_no_trace(activation, bias, block, mo
 
 def test_rows_that_are_multiplied_too_may_reach_over_several_experts(monkeypatch, memory_that_is_not_a_number):
     in_16_bits = kernel.rows_to_multiply
-    monkeypatch.setattr(kernel, "rows_to_multiply", lambda rows, dtype: in_16_bits(rows, torch.bfloat16))
+    monkeypatch.setattr(kernel, "rows_to_multiply", lambda rows, dtype, weights: in_16_bits(rows, torch.bfloat16, weights))
     for rows in ([257, 1, 2, 1], [1, 300, 0, 1], [129, 3, 0, 70]):
         assert_equals_the_reference(rows, "swiglu", True, torch.float64)
 
 
 def test_few_numbers_of_rows_are_multiplied_in_16_bits():
     for rows in range(1, 5000):
-        assert kernel.rows_to_multiply(rows, torch.float32) == rows <= kernel.rows_to_multiply(rows, torch.bfloat16) < rows * 1.032
-    assert len({kernel.rows_to_multiply(rows, torch.bfloat16) for rows in range(256, 512)}) == 33
-    assert kernel.rows_to_multiply(63, torch.float16) == 63 and kernel.rows_to_multiply(513, torch.bfloat16) == 528
+        assert kernel.rows_to_multiply(rows, torch.float64, 1 << 20) == rows <= kernel.rows_to_multiply(rows, torch.bfloat16, 1) < rows * 1.032
+    assert len({kernel.rows_to_multiply(rows, torch.bfloat16, 1) for rows in range(256, 512)}) == 33
+    assert kernel.rows_to_multiply(63, torch.float16, 1) == 63 and kernel.rows_to_multiply(513, torch.bfloat16, 1) == 528
 
 
 @pytest.mark.parametrize("block", [1, 40, 10**6])
@@ -142,7 +142,7 @@ def test_without_gradients_the_output_is_the_same_and_nothing_is_kept():
         y, *others = kernel._forward(x, offsets, weights, present, "swiglu", 1.0, False)
         assert torch.equal(as_operator(x, offsets, weights, stacks, "swiglu", 1.0), kept)
     assert torch.equal(y, kept)
-    assert [t.numel() for t in others] == [0, 0, 0]
+    assert [t.numel() for t in others] == [0] * 4
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
