@@ -2,7 +2,8 @@
 
 4096 tokens, hidden size 512, inner width 2048. Everything that a layer does counts: router, choice, order of rows, statistics, balance loss, autograd.
 The floor is the same arithmetic written by hand without any of that: rows are gathered once, each expert's products go where they belong, the
-activation is computed on them, the results are added up with their weights in one operator; and the same backwards, without autograd.
+activation is computed on them, the results are added up with their weights in one operator; and the same backwards, without autograd. Its
+products are of the library that ours takes (kernels/matmul_cpu.py).
 The routing is prescribed, to all systems alike: a token is made such that its logits are those that are wanted. It is balanced, Zipf-skewed,
 or what a trained model did (benchmarks/recorded_routing.py). Systems share a process, for 256 experts have 2 GB of weights.
 """
@@ -25,6 +26,7 @@ from benchmarks.harness import Report, System, interleave, missing, paired_ratio
 from benchmarks.recorded_routing import RECORDED
 from megatron_moe.config.flags import flag
 from megatron_moe.config.moe import MoEConfig
+from megatron_moe.kernels.matmul_cpu import matmul
 from megatron_moe.moe.layer import MoELayer
 from megatron_moe.utils.host_memory import keep_freed_memory
 
@@ -212,16 +214,15 @@ def floor(made: Made) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     w1, w2 = experts.w1.unbind(), experts.w2.unbind()
     w_gate = experts.w_gate.unbind() if case.activation == "swiglu" else None
     x_RD = x_TD.index_select(0, token_R)
-    h_RF, a_RF = torch.empty(R, case.inner, dtype=dtype), torch.empty(R, case.inner, dtype=dtype)
-    g_RF, z_RD = torch.empty_like(h_RF) if w_gate else None, torch.empty_like(x_RD)
+    a_RF, z_RD, before = torch.empty(R, case.inner, dtype=dtype), torch.empty_like(x_RD), {}
     rows = [(e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *made.ends], made.ends)) if start < end]
     for e, own in rows:
-        h, a = torch.mm(x_RD[own], w1[e], out=h_RF[own]), a_RF[own]
+        a, (h, g) = a_RF[own], before.setdefault(e, (matmul(x_RD[own], w1[e]), matmul(x_RD[own], w_gate[e]) if w_gate else None))
         if w_gate:
-            aten.silu.out(torch.mm(x_RD[own], w_gate[e], out=g_RF[own]), out=a).mul_(h)
+            aten.silu.out(g, out=a).mul_(h)
         else:
             aten.gelu.out(h, out=a)
-        torch.mm(a, w2[e], out=z_RD[own])
+        matmul(a, w2[e], out=z_RD[own])
     weights_TK = made.weights_TK.to(dtype)
     y_TD = F.embedding_bag(row_TK, z_RD, per_sample_weights=weights_TK, mode="sum")
 
@@ -232,20 +233,20 @@ def floor(made: Made) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     dw_gate_EDF = torch.empty_like(experts.w_gate) if w_gate else None
     dw1, dw2, dw_gate = dw1_EDF.unbind(), dw2_EFD.unbind(), dw_gate_EDF.unbind() if w_gate else None
     for e, own in rows:
-        x, h, a, dz = x_RD[own], h_RF[own], a_RF[own], dz_RD[own]
-        torch.mm(a.t(), dz, out=dw2[e])
-        dh = torch.mm(dz, w2[e].t())
+        x, (h, g), a, dz = x_RD[own], before[e], a_RF[own], dz_RD[own]
+        matmul(a.t(), dz, out=dw2[e])
+        dh = matmul(dz, w2[e].t())
         if w_gate:
             dg = dh * h
-            aten.silu_backward.grad_input(dg, g_RF[own], grad_input=dg)
-            dh.mul_(F.silu(g_RF[own]))
-            torch.mm(x.t(), dg, out=dw_gate[e])
+            aten.silu_backward.grad_input(dg, g, grad_input=dg)
+            dh.mul_(F.silu(g))
+            matmul(x.t(), dg, out=dw_gate[e])
         else:
             aten.gelu_backward.grad_input(dh, h, grad_input=dh)
-        torch.mm(x.t(), dh, out=dw1[e])
-        torch.mm(dh, w1[e].t(), out=dx_RD[own])
+        matmul(x.t(), dh, out=dw1[e])
+        matmul(dh, w1[e].t(), out=dx_RD[own])
         if w_gate:
-            torch.addmm(dx_RD[own], dg, w_gate[e].t(), out=dx_RD[own])
+            matmul(dg, w_gate[e].t(), out=dx_RD[own], adds=True)
     for e in set(range(case.experts)) - {e for e, _ in rows}:
         for d in (dw1, dw2, *((dw_gate,) if w_gate else ())):
             d[e].zero_()
@@ -259,12 +260,12 @@ def one_product(made: Made) -> None:
     x_RD, h_RF = torch.ones(R, made.case.hidden, dtype=dtype), torch.ones(R, made.case.inner, dtype=dtype)
     inwards = [experts.w1[0], *([experts.w_gate[0]] if experts.w_gate is not None else [])]
     for w in inwards:
-        torch.mm(x_RD, w)
-        torch.mm(x_RD.t(), h_RF)
-        torch.mm(h_RF, w.t())
-    torch.mm(h_RF, experts.w2[0])
-    torch.mm(h_RF.t(), x_RD)
-    torch.mm(x_RD, experts.w2[0].t())
+        matmul(x_RD, w)
+        matmul(x_RD.t(), h_RF)
+        matmul(h_RF, w.t())
+    matmul(h_RF, experts.w2[0])
+    matmul(h_RF.t(), x_RD)
+    matmul(x_RD, experts.w2[0].t())
 
 
 # ---------------------------------------------------------------- peers

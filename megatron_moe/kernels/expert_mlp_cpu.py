@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megatron_moe.kernels.blocks import block_rows
+from megatron_moe.kernels.blocks import block_rows, row_blocks
 from megatron_moe.kernels.matmul_cpu import goes_to_onednn, matmul
 
 aten = torch.ops.aten
@@ -163,22 +163,23 @@ def _backward(
     gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in weights]
     drow_weights_R = torch.zeros_like(row_weights_R)
     groups, e_w, e_d = list(_groups(ends, x_RD, F)), w.unbind(), Stacks.of(gradients, activation).unbind()
-    dx_RD = x_RD.new_empty(max(len(x_RD), _end(groups)), x_RD.shape[1])
-    most = max((g.room for g in groups), default=0)
+    most, behind = max((g.room for g in groups), default=0), max(len(x_RD), _end(groups))
+    dx_RD, dz_RD = x_RD.new_empty(behind, x_RD.shape[1]), z_RD.new_empty(behind, z_RD.shape[1])
+    for rows in row_blocks(used, z_RD.shape[1], z_RD.device):
+        rows = slice(rows.start, min(rows.stop, used))
+        torch.sum(dy_RD[rows] * z_RD[rows], -1, dtype=row_weights_R.dtype, out=drow_weights_R[rows])
+    torch.mul(dy_RD[:used], row_weights_R[:used, None].to(z_RD.dtype), out=dz_RD[:used])
+    dz_RD[used:].zero_()
     keeps_a = keeps_activation(activation)
     dh_rF, a_rF, dg_rF = x_RD.new_empty(most, F), x_RD.new_empty(0 if keeps_a else most, F), x_RD.new_empty(most if is_gated else 0, F)
-    dz_rD = x_RD.new_empty(most, z_RD.shape[1])
     for group in groups:
         rows, size = group.rows, group.size
         dh, a, dg = (t[:size] for t in (dh_rF, a_rF, dg_rF))
-        torch.sum(dy_RD[rows] * z_RD[rows], -1, dtype=row_weights_R.dtype, out=drow_weights_R[rows])
-        torch.mul(dy_RD[rows], row_weights_R[rows, None].to(z_RD.dtype), out=dz_rD[:size])
         if group.room > size:  # what is multiplied of the next group
-            for t in (dz_rD, a_rF, dg_rF):
+            for t in (a_rF, dg_rF):
                 t[size : group.room].zero_()
         for e in group.experts:
-            own = group.local(e)
-            matmul(dz_rD[own], e_w.w2[e.number].t(), out=dh_rF[own])
+            matmul(dz_RD[e.start : e.stop], e_w.w2[e.number].t(), out=dh_rF[group.local(e)])
         _differentiate(activation, dh, h_RF[rows], g_RF[rows], a, dg)
         for e in group.experts:
             own = group.local(e)
@@ -186,21 +187,25 @@ def _backward(
             if is_gated:
                 matmul(dg_rF[own], e_w.w_gate[e.number].t(), out=dx, adds=True)
         for e in reversed(group.experts):  # those behind it are done with
-            own, x = group.local(e), _multiplied(x_RD, e, used)
+            own, x, dz = group.local(e), _multiplied(x_RD, e, used), dz_RD[e.start : e.stop]
             if e.stop > e.end:
-                behind = slice(own.start + e.end - e.start, own.stop)
-                for t in (dz_rD, dh_rF, dg_rF):
-                    t[behind].zero_()
+                others = slice(e.end - e.start, None)
+                for t in (dh_rF, dg_rF):
+                    t[own][others].zero_()
+                dz_of_others = dz[others].clone()  # the next group's turn comes
+                dz[others].zero_()
             a = _multiplied(a_RF, e, used) if keeps_a else a_rF[own]
-            matmul(a.t(), dz_rD[own], out=e_d.w2[e.number])
+            matmul(a.t(), dz, out=e_d.w2[e.number])
             matmul(x.t(), dh_rF[own], out=e_d.w1[e.number])
             if is_gated:
                 matmul(x.t(), dg_rF[own], out=e_d.w_gate[e.number])
             if w.b1 is not None:
                 torch.sum(dh_rF[own], 0, out=e_d.b1[e.number])
-                torch.sum(dz_rD[own], 0, out=e_d.b2[e.number]).mul_(bias_share)
+                torch.sum(dz, 0, out=e_d.b2[e.number]).mul_(bias_share)
                 if is_gated:
                     torch.sum(dg_rF[own], 0, out=e_d.b_gate[e.number])
+            if e.stop > e.end:
+                dz[others].copy_(dz_of_others)
     for expert, (start, end) in enumerate(zip([0, *ends], ends)):
         if start == end:
             for d in e_d:

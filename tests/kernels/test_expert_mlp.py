@@ -145,15 +145,15 @@ def test_without_gradients_the_output_is_the_same_and_nothing_is_kept():
     assert [t.numel() for t in others] == [0] * 4
 
 
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_only_what_is_before_the_activation_is_kept_and_the_output_before_the_gate_weight(activation):
+@pytest.mark.parametrize("activation", ["gelu", "swiglu", "relu"])
+def test_what_is_before_the_activation_is_kept_and_of_gelu_what_is_behind_and_the_output_before_the_gate_weight(activation):
     x, offsets, weights, stacks = operands([3, 0, 2], D=8, inner=16, activation=activation)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         as_operator(x, offsets, weights, stacks, activation, 1.0)
     given = {t.data_ptr() for t in (x, offsets, weights, *stacks.values()) if t is not None}
     numbers = sum(t.numel() for t in saved if t.data_ptr() not in given)
-    assert numbers == 5 * (8 + 16 * (2 if activation == "swiglu" else 1))
+    assert numbers == 5 * (8 + 16 * {"gelu": 2, "swiglu": 2, "relu": 1}[activation])
 
 
 def test_operator_passes_torchs_own_checks():

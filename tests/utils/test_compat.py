@@ -17,7 +17,7 @@ from megatron_moe.utils import compat
 TESTED = {
     "grouped_mm", "all_gather_into_tensor", "local_slices", "all_gather_rows", "reduce_scatter_rows",
     "sum_over_ranks", "fake_process_group", "last_collective", "Collective", "ring_attention", "ring_attention_backward",
-    "reduce_unused_gradients", "with_local", "scaled_grouped_mm",
+    "reduce_unused_gradients", "with_local", "scaled_grouped_mm", "onednn_linear",
 }  # fmt: skip
 
 
@@ -38,6 +38,19 @@ def test_scaled_grouped_mm_multiplies_groups_of_rows_by_column_major_matrices():
     offsets = torch.empty(3, dtype=torch.int32, device="meta")
     y = compat.scaled_grouped_mm(x, w.transpose(1, 2), *scales, offsets)
     assert (y.shape, y.dtype) == ((40, 48), torch.bfloat16)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_onednn_linear_multiplies_whatever_the_strides_are(has_bias):
+    torch.manual_seed(0)
+    for m, k, n in ((5, 7, 3), (1, 1, 1), (0, 4, 2), (64, 33, 130)):
+        for x in (torch.randn(m, k), torch.randn(k, m).t()):
+            for w in (torch.randn(n, k), torch.randn(k, n).t(), torch.randn(n, k + 3)[:, 1:-2]):
+                bias = torch.randn(n) if has_bias else None
+                want = torch.nn.functional.linear(x.double(), w.double(), None if bias is None else bias.double())
+                y = compat.onednn_linear(x, w, bias)
+                assert (y.shape, y.dtype) == ((m, n), torch.float32)
+                torch.testing.assert_close(y.double(), want, rtol=0, atol=1e-5 * max(k, 1) ** 0.5)
 
 
 def test_fake_process_group_shards_like_a_rank_of_a_real_one():

@@ -61,10 +61,10 @@ def scored(logits_TE: Tensor, function: str) -> Scored:
 
 def best(ranks_TE: Tensor, k: int) -> Tensor:
     """ids_TK of the k largest of each row, best first, the lower expert first at ties. (topk leaves the order of ties open.)"""
-    ranks_TE, columns = ranks_TE.detach(), []
-    for _ in range(k):
-        columns.append(ranks_TE.argmax(-1, keepdim=True))
+    ranks_TE, columns = ranks_TE.detach(), [ranks_TE.argmax(-1, keepdim=True)]
+    while len(columns) < k:
         ranks_TE = ranks_TE.scatter(1, columns[-1], float("-inf"))
+        columns.append(ranks_TE.argmax(-1, keepdim=True))
     return torch.cat(columns, dim=1)
 
 

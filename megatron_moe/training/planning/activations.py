@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from megatron_moe.config.run import RunConfig
+from megatron_moe.kernels.expert_mlp_cpu import keeps_activation
 from megatron_moe.training.planning.layout import Layout
 from megatron_moe.training.planning.states import degree
 
@@ -198,8 +199,9 @@ def compute(x: Shapes, num_experts: int) -> Kept:
     copies, _ = _activation_copies(m.activation)
     kept = rows * width * x.a  # rows at the experts
     on_cpu = x.is_cpu and x.run.training.moe_kernels != "reference" and x.a < 8
-    if on_cpu:  # kernels/expert_mlp_cpu.py: what comes before the activation, the output before its gate weight, and that
-        kept += rows * (width + (1 + (m.activation == "swiglu")) * inner) * x.a + rows * x.w
+    if on_cpu:  # kernels/expert_mlp_cpu.py: what comes before the activation, or that too, the output before its gate weight, and that
+        inner_rows = 1 + (m.activation == "swiglu") + keeps_activation(m.activation)
+        kept += rows * (width + inner_rows * inner) * x.a + rows * x.w
     else:
         kept += rows * (copies + 1) * inner * x.a  # as in an MLP, and the product with the gate weight
         kept += rows * x.a  # gate weights in the compute type
