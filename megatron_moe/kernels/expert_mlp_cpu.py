@@ -13,7 +13,8 @@ oneDNN (kernels/matmul_cpu.py says when it multiplies) compiles a kernel for eve
 takes as long as the product of an expert. So a few rows of the next experts are multiplied too, up to a number that comes again (`rows_to_multiply`): their
 results are overwritten when these experts have their turn, and where rows are added up they are zero.
 
-It is opaque to torch.compile, and so are its loops.
+It is opaque to torch.compile, and so are its loops. torch keeps compiled graphs on the disk and finds them by the names of operators: where the
+arguments of one change, so must its name.
 """
 # R rows, D hidden, F inner width, E experts; of one expert or of a few in a row: r rows
 
@@ -117,7 +118,7 @@ def expert_mlp_cpu(
     return _forward(x_RD, offsets_E, row_weights_R, weights, activation, bias_share, keeps)[0]
 
 
-@torch.library.custom_op("megatron_moe::expert_mlp_cpu", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("megatron_moe::expert_mlp_on_cpu", mutates_args=(), device_types="cpu")
 def _forward(
     x_RD: Tensor, offsets_E: Tensor, row_weights_R: Tensor, weights: list[Tensor], activation: str, bias_share: float, keeps: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -152,7 +153,7 @@ def _forward(
     return y_RD[:rows], z_RD[:rows], h_RF[:rows], g_RF[:rows], a_RF[:rows] if keeps_a else nothing
 
 
-@torch.library.custom_op("megatron_moe::expert_mlp_cpu_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("megatron_moe::expert_mlp_on_cpu_backward", mutates_args=(), device_types="cpu")
 def _backward(
     dy_RD: Tensor, x_RD: Tensor, offsets_E: Tensor, row_weights_R: Tensor, weights: list[Tensor], z_RD: Tensor, h_RF: Tensor,
     g_RF: Tensor, a_RF: Tensor, activation: str, bias_share: float,
