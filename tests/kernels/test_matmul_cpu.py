@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from test_expert_mlp import operands, results
 
 from megatron_moe.kernels import expert_mlp_cpu, matmul_cpu
 from megatron_moe.kernels.expert_mlp import expert_mlp
 from megatron_moe.kernels.matmul_cpu import goes_to_onednn, matmul
 from megatron_moe.kernels.router_linear import router_linear
-from test_expert_mlp import operands, results
 
 
 @pytest.fixture(params=[False, True], ids=["mkl", "onednn"])
