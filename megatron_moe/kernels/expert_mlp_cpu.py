@@ -166,9 +166,11 @@ def _backward(
     groups, e_w, e_d = list(_groups(ends, x_RD, F)), w.unbind(), Stacks.of(gradients, activation).unbind()
     most, behind = max((g.room for g in groups), default=0), max(len(x_RD), _end(groups))
     dx_RD, dz_RD = x_RD.new_empty(behind, x_RD.shape[1]), z_RD.new_empty(behind, z_RD.shape[1])
-    for rows in row_blocks(used, z_RD.shape[1], z_RD.device):
-        rows = slice(rows.start, min(rows.stop, used))
-        torch.sum(dy_RD[rows] * z_RD[rows], -1, dtype=row_weights_R.dtype, out=drow_weights_R[rows])
+    wide_rD: Tensor | None = None
+    for rows in row_blocks(used, max(z_RD.shape[1] // 2, 1), z_RD.device):
+        dy, z = dy_RD[:used][rows], z_RD[:used][rows]
+        wide_rD = torch.empty_like(dy, dtype=row_weights_R.dtype) if wide_rD is None else wide_rD
+        torch.sum(torch.mul(dy, z, out=wide_rD[: len(dy)]), -1, out=drow_weights_R[:used][rows])
     torch.mul(dy_RD[:used], row_weights_R[:used, None].to(z_RD.dtype), out=dz_RD[:used])
     dz_RD[used:].zero_()
     keeps_a = keeps_activation(activation)

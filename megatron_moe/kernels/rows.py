@@ -38,7 +38,7 @@ def _of_equally_many(rows_RD: Tensor, row_TN: Tensor) -> Tensor:
     sum_TD = rows_RD.new_empty(row_TN.shape[0], rows_RD.shape[1], dtype=dtype)
     # blocks of the third-level cache: a sum is so little work that calling several threads for it often costs more than the second level gains
     for tokens in row_blocks(len(sum_TD), max(rows_RD.shape[1] // 4, 1), rows_RD.device):
-        first, *others = (rows_RD.index_select(0, row_T[tokens]) for row_T in row_NT)
+        first, *others = rows_RD.index_select(0, row_NT[:, tokens].reshape(-1)).chunk(N)
         block = torch.add(first, others[0], out=sum_TD[tokens]) if N == 2 else sum_TD[tokens].copy_(first)
         for other in others if N > 2 else ():
             block += other

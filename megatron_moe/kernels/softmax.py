@@ -24,10 +24,15 @@ class _SoftmaxWithLogSumExp(torch.autograd.Function):
         total_T1 = probs_TE.sum(-1, keepdim=True)
         probs_TE /= total_T1
         ctx.save_for_backward(probs_TE)
+        ctx.set_materialize_grads(False)
         return probs_TE, (largest_T1 + total_T1.log()).squeeze(-1)
 
     @staticmethod
-    def backward(ctx, dprobs_TE: Tensor, dlogsumexp_T: Tensor) -> Tensor:
+    def backward(ctx, dprobs_TE: Tensor | None, dlogsumexp_T: Tensor | None) -> Tensor | None:
         (probs_TE,) = ctx.saved_tensors
-        inner_T1 = (dprobs_TE * probs_TE).sum(-1, keepdim=True)
-        return (dprobs_TE - (inner_T1 - dlogsumexp_T[:, None])) * probs_TE
+        if dprobs_TE is None:
+            return None if dlogsumexp_T is None else probs_TE * dlogsumexp_T[:, None]
+        less_T1 = (dprobs_TE * probs_TE).sum(-1, keepdim=True)
+        if dlogsumexp_T is not None:
+            less_T1 = less_T1 - dlogsumexp_T[:, None]
+        return (dprobs_TE - less_T1) * probs_TE

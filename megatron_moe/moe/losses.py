@@ -42,8 +42,11 @@ def auxiliary_losses(
         used = reducer.over_microbatch(torch.stack([used_T.sum(), torch.ones_like(used_T).sum()])).to(probs_TE.dtype)
         balance = balance * (used[0] / used[1].clamp_min(1))
         probs_TE = probs_TE * used_T[:, None]  # and in no other
-    z = router_z_sum(logits_TE.logsumexp(-1) if choice.logsumexp_T is None else choice.logsumexp_T, used_T)
-    total = config.moe_loss_coeff * balance + config.moe_router_z_loss_coeff * z
+    logsumexp_T = logits_TE.logsumexp(-1) if choice.logsumexp_T is None else choice.logsumexp_T
+    z = router_z_sum(logsumexp_T if config.moe_router_z_loss_coeff else logsumexp_T.detach(), used_T)
+    total = config.moe_loss_coeff * balance
+    if config.moe_router_z_loss_coeff:
+        total = total + config.moe_router_z_loss_coeff * z
     if config.moe_seq_loss_coeff:
         total = total + config.moe_seq_loss_coeff * sequence_balancing_sum(probs_TE, choice.ids_TK, tokens, reducer)
     if batch_counts_E is not None:

@@ -71,7 +71,7 @@ def combine_weights(scores_TE: Tensor, chosen_TK: Tensor, kept_TK: Tensor, norma
     none: the raw scores; chosen: over their sum before dropping; survivors: over their sum after it.
     """
     all_TK = scores_TE.gather(1, chosen_TK.clamp_min(0)) * (chosen_TK >= 0)
-    weights_TK = all_TK * (kept_TK >= 0)
+    weights_TK = all_TK if kept_TK is chosen_TK else all_TK * (kept_TK >= 0)
     if normalize != "none":
         total_T1 = (all_TK if normalize == "chosen" else weights_TK).sum(-1, keepdim=True)
         weights_TK = weights_TK / total_T1.clamp_min(torch.finfo(weights_TK.dtype).eps)

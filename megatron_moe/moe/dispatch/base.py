@@ -55,15 +55,16 @@ class LocalDispatcher:
         return self._plan(ids_TK, most_rows(ids_TK.numel(), self.num_experts, limits.capacity), not limits.is_dropless)
 
     def _plan(self, ids_TK: Tensor, rows: int, has_spare_rows: bool) -> LocalPlan:
-        order_A, counts_E = self._order(ids_TK)
+        order_A, counts_E = self._order(ids_TK, is_dropless=not has_spare_rows)
         (num_tokens, k), slot_R = ids_TK.shape, order_A[:rows]
         token_R = slot_R if k == 1 else slot_R // k
         row_TK = None if has_spare_rows else rows_by_number(slot_R, k)
         return LocalPlan(slot_R, token_R, counts_E.cumsum(0).to(torch.int32), num_tokens, has_spare_rows, row_TK)
 
-    def _order(self, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+    def _order(self, ids_TK: Tensor, is_dropless: bool = False) -> tuple[Tensor, Tensor]:
         """Assignments by expert, dropped ones behind the last expert; and how many each expert has."""
-        by_expert_A = torch.where(ids_TK < 0, self.num_experts, ids_TK).reshape(-1).argsort(stable=True)
+        expert_TK = ids_TK if is_dropless else torch.where(ids_TK < 0, self.num_experts, ids_TK)
+        by_expert_A = expert_TK.reshape(-1).argsort(stable=True)
         return by_expert_A, count_assignments(ids_TK, self.num_experts)
 
     def through(self, experts: Callable[..., Tensor], x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: Any) -> Tensor:
