@@ -7,6 +7,7 @@ import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MOST = 2**31 - 1  # an int; larger blocks are mapped as before
+NEVER = -1  # of trimming: freed blocks that lie side by side are one, and the gradients of a wide layer are more than 2 GiB together
 
 
 def keep_freed_memory() -> bool:
@@ -21,4 +22,4 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
-    return bool(libc.mallopt(M_MMAP_THRESHOLD, MOST) and libc.mallopt(M_TRIM_THRESHOLD, MOST))
+    return bool(libc.mallopt(M_MMAP_THRESHOLD, MOST) and libc.mallopt(M_TRIM_THRESHOLD, NEVER))

@@ -36,6 +36,27 @@ def test_what_was_freed_is_used_again():
     assert kept == "True" and faults < 2000 < run("drop")[1]  # 17,000 pages of 4 KiB each time
 
 
+BREAK = """
+import ctypes
+from megatron_moe.utils.host_memory import keep_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes, libc.sbrk.argtypes = [ctypes.c_size_t], [ctypes.c_void_p], [ctypes.c_ssize_t]
+assert keep_freed_memory()
+blocks = [libc.malloc(3 << 29) for _ in range(2)]  # 1.5 GiB each; nobody writes to them
+end = libc.sbrk(0)
+for block in blocks:
+    libc.free(block)
+print(all(blocks), (end - libc.sbrk(0)) >> 20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_more_than_two_gigabytes_side_by_side_are_kept_too():
+    done = subprocess.run([sys.executable, "-c", BREAK], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "0"], done.stdout + done.stderr
+
+
 def test_other_systems_are_left_alone(monkeypatch):
     from megatron_moe.utils import host_memory
 
