@@ -63,6 +63,9 @@ class Options(harness.Options):
     what: tuple[Literal["step", "layer"], ...] = flag(("step", "layer"), "cases: a whole training step, a MoE layer")
     dtype: tuple[Literal["fp32", "bf16"], ...] = flag(("fp32", "bf16"), "cases: --bf16 or not")
     ranks: tuple[int, ...] = flag((2, 4), "cases: ranks that share the experts out; each must divide 4", minimum=2)
+    routing: tuple[Literal["learned", "balanced"], ...] = flag(
+        ("learned", "balanced"), "cases of a step: as its router decides, or all experts alike: then no rank waits for another one's rows"
+    )
 
 
 def run(options: Options) -> Report:
@@ -72,13 +75,19 @@ def run(options: Options) -> Report:
     report = Report(
         "expert_parallel", {"flags": flags, "threads_of_one_process": cores, "threads_of_a_rank": 1, "rounds": options.rounds_or(ROUNDS)}
     )
-    for what, dtype in itertools.product(options.what, dtypes):
-        build = partial(layer_system, layer_case(dtype, options.quick)) if what == "layer" else partial(step_system, flags, dtype)
+    steps = [("step", *case) for case in itertools.product(dtypes, options.routing)] if "step" in options.what else []
+    for what, dtype, *routing in steps + [("layer", dtype) for dtype in dtypes if "layer" in options.what]:
+        if what == "layer":
+            build = partial(layer_system, layer_case(dtype, options.quick))
+        else:
+            build = partial(step_system, f"{flags} --moe-router-policy balanced" if routing == ["balanced"] else flags, dtype)
         systems = {ONE: Apart(ONE, partial(build, 1, cores))}
         for ranks in worlds:
             systems[f"EP {ranks}"] = Apart(f"EP {ranks}", partial(build, ranks, 1), ranks)
         try:
-            measure(report, f"{what}, {dtype}", systems, 2e-2 if dtype == "bf16" else 1e-4, options)
+            # a step's balanced choice goes by the place in the micro-batch, which is another one where ranks share the batch out
+            is_other = dtype == "bf16" or routing == ["balanced"]
+            measure(report, ", ".join([what, dtype, *routing]), systems, 2e-2 if is_other else 1e-4, options)
         finally:
             for each in systems.values():
                 each.close()

@@ -104,7 +104,9 @@ def test_rows_that_are_multiplied_too_may_reach_over_several_experts(monkeypatch
 
 def test_few_numbers_of_rows_are_multiplied_in_16_bits():
     for rows in range(1, 5000):
-        assert kernel.rows_to_multiply(rows, torch.float64, 1 << 20) == rows <= kernel.rows_to_multiply(rows, torch.bfloat16, 1) < rows * 1.032
+        assert (
+            kernel.rows_to_multiply(rows, torch.float64, 1 << 20) == rows <= kernel.rows_to_multiply(rows, torch.bfloat16, 1) < rows * 1.032
+        )
     assert len({kernel.rows_to_multiply(rows, torch.bfloat16, 1) for rows in range(256, 512)}) == 33
     assert kernel.rows_to_multiply(63, torch.float16, 1) == 63 and kernel.rows_to_multiply(513, torch.bfloat16, 1) == 528
 

@@ -101,12 +101,19 @@ def test_softmax_with_logsumexp_is_torchs(tokens, experts, scale, only, masked, 
     logits = scale * torch.randn(tokens, experts, generator=generator, dtype=torch.float64)
     if masked:
         logits[:, 1:] = logits[:, 1:].masked_fill(torch.rand(tokens, experts - 1, generator=generator) < 0.5, float("-inf"))
-    dprobs, dsums = torch.randn(tokens, experts, generator=generator, dtype=torch.float64), torch.randn(tokens, generator=generator, dtype=torch.float64)
+    dprobs, dsums = (
+        torch.randn(tokens, experts, generator=generator, dtype=torch.float64),
+        torch.randn(tokens, generator=generator, dtype=torch.float64),
+    )
     results = []
     for function in (softmax_with_logsumexp, lambda x: (x.softmax(-1), x.logsumexp(-1))):
         leaf = logits.clone().requires_grad_()
         probs, sums = function(leaf)
-        loss = {"probs": lambda: (probs * dprobs).sum(), "sums": lambda: (sums * dsums).sum(), "both": lambda: (probs * dprobs).sum() + (sums * dsums).sum()}[only]()
+        loss = {
+            "probs": lambda: (probs * dprobs).sum(),
+            "sums": lambda: (sums * dsums).sum(),
+            "both": lambda: (probs * dprobs).sum() + (sums * dsums).sum(),
+        }[only]()
         results.append((probs, sums, *torch.autograd.grad(loss, leaf)))
     for got, want in zip(*results):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
