@@ -31,6 +31,7 @@ from benchmarks.harness import Options, Report, System, Times, interleave, missi
 from megatron_moe.checkpoint.files import problems_in
 from megatron_moe.checkpoint.load import load_tensors
 from megatron_moe.checkpoint.manager import CheckpointManager
+from megatron_moe.utils.groups import end_groups
 
 PEERS = {"safetensors": "save_file and load_file, as one file"}
 ROUNDS = 5
@@ -189,7 +190,7 @@ def _rank(rank: int, folder: str, width: int, rounds: int, queue) -> None:
     assert all(_equal(state[name], target[name]) for target in targets.values()), "what was loaded is not what was saved"
     if rank == 0:
         queue.put(seconds)
-    dist.destroy_process_group()
+    end_groups()
 
 
 def _equal(a: DTensor, b: DTensor) -> bool:

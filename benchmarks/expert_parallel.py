@@ -38,7 +38,8 @@ from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.moe.dispatch import AllToAllDispatcher, base, build_dispatcher
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.training import step as training_step
-from megatron_moe.training.distributed import end_distributed, init_distributed
+from megatron_moe.training.distributed import init_distributed
+from megatron_moe.utils.groups import end_groups
 
 PEERS: dict[str, str] = {}
 
@@ -193,7 +194,7 @@ def layer_system(case: Case, ranks: int, threads: int) -> Iterator[Callable[...,
 
         yield turns(turn)
     finally:
-        end_distributed()
+        end_groups()
 
 
 def dist_sum(x: Tensor) -> Tensor:

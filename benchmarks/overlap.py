@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from benchmarks.harness import Options, Report, Times, clocks, spread, table
 from megatron_moe.moe.dispatch import build_dispatcher, exchange
 from megatron_moe.moe.experts import Experts
+from megatron_moe.utils.groups import end_groups
 
 PEERS: dict[str, str] = {}
 
@@ -160,4 +161,4 @@ def _on_rank(rank: int, port: int, function: Callable[..., Any], args: tuple[Any
     try:
         return function(*args)
     finally:
-        dist.destroy_process_group()
+        end_groups()

@@ -17,10 +17,11 @@ from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.optimizer.groups import build_optimizer
 from megatron_moe.optimizer.schedule import build_schedule
 from megatron_moe.parallel.apply import build_parallel_mesh, build_parallel_model
-from megatron_moe.training.distributed import World, end_distributed, init_distributed
+from megatron_moe.training.distributed import World, init_distributed
 from megatron_moe.training.evaluate import evaluate
 from megatron_moe.training.preflight import Prepared, prepare
 from megatron_moe.training.step import StepResult, train_step
+from megatron_moe.utils.groups import end_groups
 
 
 @contextlib.contextmanager
@@ -32,7 +33,7 @@ def one_rank(flags: str, ranks: int = 1) -> Iterator[tuple[World, ParallelMesh]]
     try:
         yield world, build_parallel_mesh(config, world.device.type)
     finally:
-        end_distributed()
+        end_groups()
 
 
 def prepared(flags: str, ranks: int = 1) -> Prepared:

@@ -37,6 +37,7 @@ from megatron_moe.inference.load import Loaded, load_for_inference
 from megatron_moe.inference.sampling import Sampling
 from megatron_moe.inference.scoring import Row, Score, row_problems, score_rows
 from megatron_moe.inference.text import TextStream, TokenIds
+from megatron_moe.utils.groups import end_groups
 
 Finish = Literal["end of document", "stop string", "length", "cancelled"]
 IDLE = timedelta(days=365)  # the other ranks wait for the next request for as long as a person thinks
@@ -279,9 +280,9 @@ def open_engine(config: InferenceConfig, tokenizer: TokenizerConfig, init: Calla
     world = init(ParallelConfig(distributed_backend="gloo" if device.type == "cpu" else "auto"))
     layout = Layout(config.tensor_model_parallel_size, config.moe_expert_parallel_size, world.cpu_group)
     try:
-        return Engine(_load(config, tokenizer, world.device, layout), dist.destroy_process_group)
+        return Engine(_load(config, tokenizer, world.device, layout), end_groups)
     except Exception:  # what is wrong with a checkpoint is wrong on every rank
-        dist.destroy_process_group()
+        end_groups()
         raise
 
 

@@ -88,7 +88,3 @@ def explain_lost_rank(error: Exception, rank: int, timeout_minutes: float) -> st
     if any(sign in text for sign in ("connection closed by peer", "connection reset by peer", "broken pipe")):
         return f"rank {rank} lost the connection to another rank, which has ended: see its own message above"
     return None
-
-
-def end_distributed() -> None:
-    dist.destroy_process_group()

@@ -40,7 +40,7 @@ from megatron_moe.parallel.offload import offload_warnings
 from megatron_moe.parallel.pipeline import PipelinedGPT
 from megatron_moe.training.checkpoints import Progress, contents, describe, resume, start_from_folder
 from megatron_moe.training.distillation import Distillation, build_teacher, load_teacher
-from megatron_moe.training.distributed import World, end_distributed, explain_lost_rank, in_turn, init_distributed
+from megatron_moe.training.distributed import World, explain_lost_rank, in_turn, init_distributed
 from megatron_moe.training.evaluate import evaluate
 from megatron_moe.training.graphed import StepGraph, build_step_graph
 from megatron_moe.training.last_words import LastWords, open_store
@@ -54,6 +54,7 @@ from megatron_moe.training.step import StepResult, train_step
 from megatron_moe.training.upcycling import Upcycled, compare_with_dense, upcycle, verdict
 from megatron_moe.training.verify.ranks import verify_or_exit
 from megatron_moe.training.watchdog import Watchdog
+from megatron_moe.utils.groups import end_groups
 from megatron_moe.utils.logging import logger, setup_logging
 
 EXIT_MARKER = "exit.json"
@@ -133,7 +134,7 @@ def pretrain(prepared: Prepared, warnings: list[str], command: list[str], verify
             run.saver.settle(run.progress.iteration)  # the other ranks' parts go on, also of those that wait for this one's next step
         last_words.close()
         mpu.set_default_mesh(None)
-        end_distributed()
+        end_groups()
 
 
 def set_up(

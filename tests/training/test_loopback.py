@@ -13,7 +13,8 @@ PROGRAM = """
 import glob, os
 import torch, torch.distributed as dist
 from megatron_moe.config.parallel import ParallelConfig
-from megatron_moe.training.distributed import end_distributed, init_distributed
+from megatron_moe.training.distributed import init_distributed
+from megatron_moe.utils.groups import end_groups
 
 world = init_distributed(ParallelConfig())
 total = torch.ones(())
@@ -29,7 +30,7 @@ for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
             if state == LISTENING and inode in mine:
                 print("listens on", address.partition(":")[0], flush=True)
 dist.barrier()
-end_distributed()
+end_groups()
 """
 
 

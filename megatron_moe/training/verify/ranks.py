@@ -12,11 +12,12 @@ from megatron_moe.config.flags import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.mpu.mesh import ParallelMesh
 from megatron_moe.parallel.apply import build_parallel_mesh
-from megatron_moe.training.distributed import World, end_distributed, init_distributed
+from megatron_moe.training.distributed import World, init_distributed
 from megatron_moe.training.verify.compare import LIMIT, Verdict, compare, report
 from megatron_moe.training.verify.layout import train_layout
 from megatron_moe.training.verify.reference import STEPS, train_reference
 from megatron_moe.training.verify.shrink import Small, lines, shrink
+from megatron_moe.utils.groups import end_groups
 from megatron_moe.utils.logging import logger
 
 EXIT_CODE = 3  # of a run that did not start because its layout is not what one device computes
@@ -75,7 +76,7 @@ def verify_here(run: RunConfig) -> None:
     try:
         verify_or_exit(run, build_parallel_mesh(run, world.device.type), world)
     finally:
-        end_distributed()
+        end_groups()
 
 
 def conclusion(verdict: Verdict) -> str:
