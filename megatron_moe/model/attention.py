@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_moe.config.model import ModelConfig
+from megatron_moe.kernels.linear import Linear
 from megatron_moe.model.core import CausalCore, Context
 from megatron_moe.model.latent_attention import LatentAttention
 from megatron_moe.model.norm import build_norm
@@ -25,10 +26,10 @@ class Attention(nn.Module):
         D, self.head_dim = config.hidden_size, config.head_dim
         q_width, kv_width = config.num_attention_heads * self.head_dim, config.key_value_heads * self.head_dim
         has_bias = config.add_bias_linear or config.add_qkv_bias
-        self.q_proj = nn.Linear(D, q_width, bias=has_bias)
-        self.k_proj = nn.Linear(D, kv_width, bias=has_bias)
-        self.v_proj = nn.Linear(D, kv_width, bias=has_bias)
-        self.out_proj = nn.Linear(q_width, D, bias=config.add_bias_linear)
+        self.q_proj = Linear(D, q_width, bias=has_bias)
+        self.k_proj = Linear(D, kv_width, bias=has_bias)
+        self.v_proj = Linear(D, kv_width, bias=has_bias)
+        self.out_proj = Linear(q_width, D, bias=config.add_bias_linear)
         self.norms_heads = config.qk_layernorm and config.qk_layernorm_scope == "head"
         self.norms_all = config.qk_layernorm and config.qk_layernorm_scope == "hidden"
         widths = (self.head_dim,) * 2 if self.norms_heads else (q_width, kv_width)

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
+from megatron_moe.kernels.linear import Linear, linear
 from megatron_moe.model.block import Block
 from megatron_moe.model.core import Context, all_are_here
 from megatron_moe.model.loss import chunked_token_losses, columns_at_a_time, token_divergences, token_losses
@@ -48,13 +48,13 @@ class GPT(nn.Module):
         experts = moe.experts_per_layer(config.num_layers)
         self.layers = nn.ModuleDict({str(i): Block(i, n, config, moe, expert_factory) for i, n in enumerate(experts, start=1)})
         self.norm: nn.Module | None = build_norm(config)
-        self.head = None if config.is_tied else nn.Linear(D, rows, bias=False)
+        self.head = None if config.is_tied else Linear(D, rows, bias=False)
         self.mtp = nn.ModuleDict({
             str(n): MultiTokenModule(config.num_layers + n, experts[-1], config, moe, expert_factory)
             for n in range(1, config.mtp_num_layers + 1)
         })  # fmt: skip
         self.locate: Callable[[Context], Context] = all_are_here
-        self.project: Callable[[Tensor, Tensor], Tensor] = F.linear
+        self.project: Callable[[Tensor, Tensor], Tensor] = linear
         self.token_losses: Callable[[Tensor, Tensor, int], Tensor] = token_losses
         self.chunked_losses: Callable[[Tensor, Tensor, Tensor, int, int], Tensor] = chunked_token_losses
         self.loss_chunk_size: int | None = None

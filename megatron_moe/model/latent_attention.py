@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_moe.config.model import ModelConfig
+from megatron_moe.kernels.linear import Linear
 from megatron_moe.model.core import CausalCore, Context
 from megatron_moe.model.norm import build_norm
 from megatron_moe.model.rope import build_rotary, softmax_scale
@@ -25,14 +26,14 @@ class LatentAttention(nn.Module):
         D, H, bias = config.hidden_size, config.num_attention_heads, config.add_bias_linear
         self.n, self.r, self.w, self.L = config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim, config.kv_lora_rank
         q_width, narrow = H * (self.n + self.r), config.q_lora_rank
-        self.q_proj = nn.Linear(D, q_width, bias=bias) if narrow is None else None
-        self.q_down_proj = nn.Linear(D, narrow, bias=bias) if narrow else None
+        self.q_proj = Linear(D, q_width, bias=bias) if narrow is None else None
+        self.q_down_proj = Linear(D, narrow, bias=bias) if narrow else None
         self.q_norm = build_norm(config, narrow) if narrow else None
-        self.q_up_proj = nn.Linear(narrow, q_width, bias=bias) if narrow else None
-        self.kv_down_proj = nn.Linear(D, self.L + self.r, bias=bias)
+        self.q_up_proj = Linear(narrow, q_width, bias=bias) if narrow else None
+        self.kv_down_proj = Linear(D, self.L + self.r, bias=bias)
         self.kv_norm = build_norm(config, self.L)
-        self.kv_up_proj = nn.Linear(self.L, H * (self.n + self.w), bias=bias)
-        self.out_proj = nn.Linear(H * self.w, D, bias=bias)
+        self.kv_up_proj = Linear(self.L, H * (self.n + self.w), bias=bias)
+        self.out_proj = Linear(H * self.w, D, bias=bias)
         self.sinks = nn.Parameter(torch.empty(H)) if config.softmax_type == "learnable" else None
         self.rotary = build_rotary(config, self.r)
         self.core = CausalCore(config.attention_dropout, softmax_scale(config), config.window_of(layer))

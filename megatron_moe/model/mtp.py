@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
+from megatron_moe.kernels.linear import Linear
 from megatron_moe.model.attention import Context
 from megatron_moe.model.block import Block
 from megatron_moe.model.norm import build_norm
@@ -39,7 +40,7 @@ class MultiTokenModule(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.embedding_norm, self.hidden_norm = build_norm(config), build_norm(config)
-        self.proj = nn.Linear(2 * D, D, bias=False)
+        self.proj = Linear(2 * D, D, bias=False)
         self.block = Block(layer, num_experts, config, moe, expert_factory)
         self.norm = build_norm(config)
 

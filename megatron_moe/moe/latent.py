@@ -8,9 +8,9 @@ token; the router sees the token as it is.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_moe.kernels.linear import linear
 from megatron_moe.utils.dtensor import local_weight
 
 
@@ -23,4 +23,4 @@ class TokenProjection(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, local_weight(self.weight))
+        return linear(x, local_weight(self.weight))

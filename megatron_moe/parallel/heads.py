@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
 
 from megatron_moe.config.model import ModelConfig
+from megatron_moe.kernels.linear import linear
 from megatron_moe.parallel.replicated import of_own_tokens, replicate_parameter
 from megatron_moe.utils.dtensor import local_weight
 
@@ -60,7 +60,7 @@ class WholeLinear(ParallelStyle):
 
         def forward(x: Tensor) -> Tensor:
             bias = None if module.bias is None else local_weight(module.bias)[rows]
-            return F.linear(own_share(x), local_weight(module.weight)[rows], bias)
+            return linear(own_share(x), local_weight(module.weight)[rows], bias)
 
         module.forward = forward
         return module
@@ -87,7 +87,7 @@ class OwnColumns(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         shard_rows(module, device_mesh)
-        module.forward = lambda x: F.linear(x, local_weight(module.weight), None if module.bias is None else local_weight(module.bias))
+        module.forward = lambda x: linear(x, local_weight(module.weight), None if module.bias is None else local_weight(module.bias))
         return module
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
+from megatron_moe.kernels.linear import Linear, linear
 from megatron_moe.utils.dtensor import local_weight
 
 
@@ -37,8 +38,8 @@ def _rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return F.rms_norm(x, norm.normalized_shape, local_weight(norm.weight), norm.eps)
 
 
-def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, local_weight(linear.weight), None if linear.bias is None else local_weight(linear.bias))
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, local_weight(module.weight), None if module.bias is None else local_weight(module.bias))
 
 
 def _embedding(embedding: nn.Embedding, x: Tensor) -> Tensor:
@@ -49,5 +50,6 @@ FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.LayerNorm: _layer_norm,
     nn.RMSNorm: _rms_norm,
     nn.Linear: _linear,
+    Linear: _linear,
     nn.Embedding: _embedding,
 }
