@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_moe.kernels.matmul_cpu import goes_to_onednn, matmul
+from megatron_moe.kernels import matmul_cpu
+from megatron_moe.kernels.matmul_cpu import matmul
+
+HAS_CHOICE = matmul_cpu.mkl_stays_behind()  # a constant: torch.compile cannot look into the function
 
 
 class Linear(nn.Linear):
@@ -22,15 +25,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (
         is_plain
         and x.device.type == "cpu"
-        and x.dtype == weight.dtype
-        and goes_to_onednn(x.dtype, x.numel() * weight.shape[0])
+        and x.dtype == weight.dtype == torch.float32
+        and HAS_CHOICE
+        and x.numel() * weight.shape[0] >= matmul_cpu.ENOUGH
         and not torch.is_autocast_enabled("cpu")
     ):
         return _forward(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-# One operator each way, since torch.compile would take oneDNN's for the one of its own that it made for weights that do not change.
+# `matmul` decides in the end. One operator each way, since torch.compile would take oneDNN's for the one of its own that it made for weights that do not change.
 @torch.library.custom_op("megatron_moe::linear_on_cpu", mutates_args=(), device_types="cpu")
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return matmul(x.reshape(-1, x.shape[-1]), weight.t(), bias).view(*x.shape[:-1], weight.shape[0])

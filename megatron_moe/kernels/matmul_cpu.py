@@ -30,12 +30,7 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None 
 
 def goes_to_onednn(dtype: torch.dtype, multiplications: int) -> bool:
     """Of a CPU's tensors. The same on all ranks of equal machines: nothing is timed."""
-    return dtype == torch.float32 and multiplications >= ENOUGH and _onednn_is_ahead()
-
-
-@torch.compiler.assume_constant_result  # torch.compile cannot look into either of the two
-def _onednn_is_ahead() -> bool:
-    return torch.backends.mkldnn.enabled and mkl_stays_behind()
+    return dtype == torch.float32 and multiplications >= ENOUGH and torch.backends.mkldnn.enabled and mkl_stays_behind()
 
 
 @functools.cache

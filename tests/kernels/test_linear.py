@@ -1,7 +1,5 @@
 """Linear layers on a CPU: by either library the same numbers, and torch's own where there is no choice."""
 
-from unittest import mock
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,11 +14,16 @@ from megatron_moe.kernels import matmul_cpu
 from megatron_moe.kernels.linear import Linear, linear
 
 
+def choose(monkeypatch):
+    monkeypatch.setattr(module, "HAS_CHOICE", True)
+    monkeypatch.setattr(matmul_cpu, "mkl_stays_behind", lambda: matmul_cpu.onednn_linear is not None)
+    monkeypatch.setattr(matmul_cpu, "ENOUGH", 1)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """On whatever processor, and however small: counts what does not go to torch."""
-    monkeypatch.setattr(matmul_cpu, "mkl_stays_behind", lambda: matmul_cpu.onednn_linear is not None)
-    monkeypatch.setattr(matmul_cpu, "ENOUGH", 1)
+    choose(monkeypatch)
     found, operator = [], module._forward
     monkeypatch.setattr(module, "_forward", lambda *args: found.append(args) or operator(*args))
     return found
@@ -81,7 +84,8 @@ def _sharded():
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     x, weight = torch.randn(4, 6), torch.randn(8, 6)
-    with mock.patch.multiple(matmul_cpu, mkl_stays_behind=lambda: True, ENOUGH=1):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        choose(monkeypatch)
         y = linear(distribute_tensor(x, mesh, [Replicate()]), distribute_tensor(weight, mesh, [Shard(0)]))
     assert isinstance(y, DTensor) and y.to_local().shape == (4, 4)
     torch.testing.assert_close(y.full_tensor(), F.linear(x, weight))
@@ -92,10 +96,20 @@ def test_sharded_weights_are_torchs():
     run_distributed(_sharded, 2)
 
 
+def test_small_products_and_other_processors_have_torchs(calls, monkeypatch):
+    x, weight = torch.randn(4, 6), torch.randn(5, 6)
+    monkeypatch.setattr(matmul_cpu, "ENOUGH", 4 * 6 * 5 + 1)
+    assert torch.equal(linear(x, weight), F.linear(x, weight)) and not calls
+    monkeypatch.setattr(matmul_cpu, "ENOUGH", 4 * 6 * 5)
+    linear(x, weight)
+    assert len(calls) == 1
+    monkeypatch.setattr(module, "HAS_CHOICE", False)
+    assert torch.equal(linear(x, weight), F.linear(x, weight)) and len(calls) == 1
+
+
 def test_a_compiled_module_has_it_in_one_graph(calls, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(matmul_cpu, "mkl_stays_behind", lambda: True)
-    monkeypatch.setattr(matmul_cpu, "ENOUGH", 1)
+    choose(monkeypatch)
     torch.manual_seed(0)
     ours, graphs, x, dy = Linear(6, 5), [], torch.randn(4, 6), torch.randn(4, 5)
     torchs = nn.Linear(6, 5)
