@@ -24,6 +24,8 @@ from benchmarks.step_peers import mixtral_weights
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.sampling import SamplingConfig
 from megatron_moe.inference.generate import generate
+from megatron_moe.kernels.linear import linear
+from megatron_moe.kernels.matmul_cpu import matmul
 from megatron_moe.model.flops import parameter_counts
 from megatron_moe.model.gpt import GPT
 from megatron_moe.model.init import initialize_parameters
@@ -141,7 +143,7 @@ def ours(model: GPT, prompts: list[list[int]], new: int) -> list[list[int]]:
 
 
 def products(model: GPT, draw: random.Random, prompts: list[list[int]], new: int) -> None:
-    """Each weight times as many rows as it has in such a run."""
+    """Each weight times as many rows as it has in such a run, by the faster of torch's two libraries."""
     with torch.no_grad():
         for step in range(new):
             _step_of_products(model, draw, len(prompts), 1 if step else len(prompts[0]))
@@ -151,8 +153,8 @@ def _step_of_products(model: GPT, draw: random.Random, batch: int, length: int) 
     width, rows = model.config.hidden_size, batch * length
     x_TD = torch.ones(rows, width)
     for block in model.layers.values():
-        for linear in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj):
-            linear(x_TD)
+        for proj in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj):
+            proj(x_TD)
         block.attn.out_proj(torch.ones(rows, block.attn.out_proj.in_features))
         block.moe.gate(x_TD)
         experts, E = block.moe.experts, block.moe.num_experts
@@ -163,9 +165,9 @@ def _step_of_products(model: GPT, draw: random.Random, batch: int, length: int) 
         for e, n in enumerate(counts):
             if n:
                 x_nD = torch.ones(n, width)
-                (x_nD @ experts.w1[e]) @ experts.w2[e]
-                x_nD @ experts.w_gate[e]
-    torch.ones(batch, width) @ model.output_weight.t()
+                matmul(matmul(x_nD, experts.w1[e]), experts.w2[e])
+                matmul(x_nD, experts.w_gate[e])
+    linear(torch.ones(batch, width), model.output_weight)
 
 
 def their_model(model: GPT, config: RunConfig, vocab: int, experts: str) -> torch.nn.Module:
