@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -35,12 +36,9 @@ PEERS = {
     "torchtitan": "its MoE (swiglu, bf16)",
     "deepspeed": "its MoE without dropping, k = 1 and 2 (a list of MLPs; gelu)",
     "tutel": "its MoE layer",
-    "megatron": "its MoELayer with sequential experts",
+    "megatron.core": "its MoELayer: all-gather dispatcher, sequential experts; with two parts replaced, without which it needs a GPU",
 }
-NOT_DRIVEN = {
-    "tutel": "not in the package index; NO_CUDA=1 and its sources would be needed",
-    "megatron": "runs on a CPU only with torch.cuda, its random states and its router's product replaced; left out",
-}
+NOT_DRIVEN = {"tutel": "not in the package index; NO_CUDA=1 and its sources would be needed"}
 OURS, REFERENCE, FLOOR, ONE_GEMM = "megatron_moe", "megatron_moe reference", "floor", "one product"
 T, D, INNER = 4096, 512, 2048
 BARS = {8: 1.06, 64: 1.12}
@@ -274,7 +272,12 @@ def one_product(made: Made) -> None:
 def peers(made: Made, report: Report) -> dict[str, Callable[[], Tensor]]:
     """Those that are installed and do what the case is about, with our weights."""
     found: dict[str, Callable[[], Tensor]] = {}
-    for name, build in (("transformers", transformers), ("torchtitan", torchtitan), ("deepspeed", deepspeed)):
+    for name, build in (
+        ("transformers", transformers),
+        ("torchtitan", torchtitan),
+        ("deepspeed", deepspeed),
+        ("megatron.core", megatron_core),
+    ):
         if name not in report.skipped:
             try:
                 found |= build(made)
@@ -371,12 +374,55 @@ def deepspeed(made: Made) -> dict[str, Callable[[], Tensor]]:
     return {"deepspeed": lambda: made.turn(_First(moe))}
 
 
+def megatron_core(made: Made) -> dict[str, Callable[[], Tensor]]:
+    """It asks torch.cuda for the device to which its router's weight goes, and for Transformer Engine's product, whether that is there or not."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.moe.moe_layer import MoELayer as TheirMoELayer
+    from megatron.core.transformer.moe.moe_layer import MoESubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    c = made.case
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel()
+    config = TransformerConfig(
+        num_layers=1, num_attention_heads=1, hidden_size=c.hidden, ffn_hidden_size=c.inner, moe_ffn_hidden_size=c.inner,
+        num_moe_experts=c.experts, moe_router_topk=c.k, moe_router_pre_softmax=c.k == 1, moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none", moe_token_dispatcher_type="allgather", add_bias_linear=False,
+        gated_linear_unit=c.activation == "swiglu", activation_func=F.silu if c.activation == "swiglu" else F.gelu,
+        bias_activation_fusion=False, params_dtype=c.torch_dtype, bf16=c.dtype == "bf16", use_cpu_initialization=True,
+        perform_initialization=False, gradient_accumulation_fusion=False,
+    )  # fmt: skip
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    layer = TheirMoELayer(config, MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=linears)), layer_number=1)
+    ours = made.layer.experts
+    with torch.no_grad():
+        layer.router.weight.copy_(made.layer.gate.weight)
+        for e, mlp in enumerate(layer.experts.local_experts):
+            inwards = [ours.w1[e]] if c.activation == "gelu" else [ours.w_gate[e], ours.w1[e]]
+            mlp.linear_fc1.weight.copy_(torch.cat(inwards, dim=1).t())
+            mlp.linear_fc2.weight.copy_(ours.w2[e].t())
+
+    def turn() -> Tensor:
+        no_gpu = mock.patch("torch.cuda.current_device", return_value=torch.device("cpu"))
+        with no_gpu, mock.patch.object(moe_utils, "te_general_gemm", None, create=True):
+            return made.turn(_First(_Sequence(layer)))
+
+    return {"megatron-core": turn}
+
+
 def _one_rank_of_deepspeed() -> None:
     import os
 
     import deepspeed
 
-    if not torch.distributed.is_initialized():
+    if not deepspeed.comm.is_initialized():
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
@@ -392,8 +438,19 @@ class _Batched(torch.nn.Module):
         return self.inner(x_TD[None])[0]
 
 
+class _Sequence(torch.nn.Module):
+    """megatron-core wants [sequence, batch, hidden]."""
+
+    def __init__(self, inner: torch.nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.inner(x_TD[:, None])
+
+
 class _First(torch.nn.Module):
-    """deepspeed gives its balance loss and counts too."""
+    """deepspeed gives its balance loss and counts too, megatron-core a bias."""
 
     def __init__(self, inner: torch.nn.Module):
         super().__init__()
